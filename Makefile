@@ -1,0 +1,63 @@
+# Four verbs for people: demo, test, check, bench. Each sets up .venv first when it is not there yet.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+# PyTorch's own CPU wheels instead of the default build: make demo TORCH_INDEX=<the index URL from pytorch.org>
+TORCH_INDEX ?=
+TORCH := torch==2.13.0
+# The CUDA build of fbgemm does not load without an NVIDIA driver, and both builds claim the same module.
+FBGEMM := $(if $(wildcard /proc/driver/nvidia/version),fbgemm-gpu,fbgemm-gpu-cpu)==1.8.0
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+export PYTHONSAFEPATH := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help setup demo test test-long check lint types imports bench clean
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## create .venv with everything pinned
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: set PYTHON=" >&2; exit 1; }
+	@echo "Setting up $(VENV) (a few minutes, once)" >&2
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --constraint requirements.txt setuptools wheel
+	$(PIP_INSTALL) --constraint requirements.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP_INSTALL) --no-deps --no-build-isolation --requirement requirements.txt $(FBGEMM)
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(VENV)/.ready  ## log rows to a served score, end to end, in minutes
+	$(BIN)/recsys-moe demo
+
+test: $(VENV)/.ready  ## the test suite
+	$(BIN)/pytest -m "not long"
+
+test-long: $(VENV)/.ready  ## soaks, overload, chaos, big data
+	$(BIN)/pytest -m long
+
+check: lint types imports  ## ruff, mypy, import directions
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Type checkers do not follow package-dir: give them the installed shape as a tree of links.
+types: $(VENV)/.ready
+	@rm -rf build/types && mkdir -p build/types/recsys_moe
+	@ln -s $(CURDIR)/recsys_moe/* build/types/recsys_moe/
+	@for folder in kernels pipelines serving conf; do ln -s $(CURDIR)/$$folder build/types/recsys_moe/$$folder; done
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p recsys_moe
+
+imports: $(VENV)/.ready
+	$(BIN)/pytest -q tests/test_imports.py
+
+bench: $(VENV)/.ready  ## training rate beside the peers', in the same minutes
+	$(BIN)/python benchmarks/bench_training.py
+
+clean:  ## remove what was built, not what was trained
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,195 @@
+"""Log rows → prepared shards, with Ray Data: statistics from the training part, then the transforms.
+
+Two passes over the same chunks. Each chunk is one Ray Data row, read, worked on and summarised where it is; only
+statistics and counts travel. The folder appears whole or not at all, under a name that digests source, schema and protocol:
+what has been prepared once is found again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from recsys_moe.config import conf_dir
+from recsys_moe.errors import UserError
+from recsys_moe.labels import group_ids, task_labels
+from recsys_moe.schema import Schema
+from recsys_moe.shards import FORMAT, Manifest, PreparedData, Rows, Shard, TaskCount, write_json, write_shard
+from recsys_moe.sources import PARTS, Chunk, DataConfig, digest_files, list_files, plan_chunks, read_chunk
+from recsys_moe.transforms import PartialStatistics, Statistics, Transform
+from recsys_moe.typed import dump, parse
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase's name, the rows done and the rows in all."""
+
+
+def prepare(
+    config: DataConfig, runs_dir: Path, progress: Progress = lambda phase, done, total: None, force: bool = False
+) -> PreparedData:
+    """The prepared data of `config`: found under its digest and verified, or made now.
+
+    Raises:
+        UserError: whatever is wrong with the source, the schema or the protocol.
+    """
+    schema = config.load_schema(conf_dir() / "schema")
+    digest = digest_data(config, schema)
+    folder = runs_dir / "prepared" / f"{config.name}-{digest[:12]}"
+    if folder.exists() and not force:
+        return PreparedData(folder)
+    chunks = plan_chunks(config, schema)
+    # The part that is being written is nobody's data yet: its name says so and is never looked up.
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{str(folder.parent)!r} can't be written ({error.strerror}); choose another runs_dir") from None
+    try:
+        _write(config, schema, digest, chunks, temporary, progress)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return PreparedData(folder, verify=False)
+
+
+def digest_data(config: DataConfig, schema: Schema) -> str:
+    """SHA-256 over the source's contents, the schema, the protocol and the format of the shards."""
+    files, held_out = list_files(config)
+    protocol = {
+        "format": FORMAT,
+        "schema": dump(schema),
+        "split": asdict(config.split),
+        "files": [len(files), len(held_out), digest_files([*files, *held_out])],
+    }
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+
+
+def _write(
+    config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk], folder: Path, progress: Progress
+) -> None:
+    total = sum(len(c.parts) for c in chunks)
+    fit = _Fit(dump(schema))
+    partial = PartialStatistics.empty()
+    counts = np.zeros((len(PARTS), len(schema.tasks), 2), np.int64)
+    for summary in _map_chunks(chunks, fit, lambda done: progress("statistics", done, total)):
+        partial.merge(PartialStatistics.from_json(summary["statistics"]))
+        counts += np.asarray(summary["counts"])
+    _check_counts(schema, counts, chunks)
+    statistics = partial.finish(schema)
+    transform = _TransformAndWrite(dump(schema), dump(statistics), str(folder))
+    shards: list[Shard] = []
+    for summary in _map_chunks(chunks, transform, lambda done: progress("transform", done, total)):
+        shards += [parse(Shard, shard, "shard") for shard in summary["shards"]]
+    write_json(folder / "schema.json", dump(schema))
+    write_json(folder / "statistics.json", dump(statistics))
+    task_counts = tuple(
+        TaskCount(task, part, int(counts[p, t, 0]), int(counts[p, t, 1]))
+        for p, part in enumerate(PARTS)
+        for t, task in enumerate(schema.task_names)
+    )
+    source = str(Path(config.source).resolve())
+    manifest = Manifest(FORMAT, config.name, digest, source, tuple(shards), task_counts)
+    write_json(folder / "manifest.json", dump(manifest))
+
+
+def _map_chunks(
+    chunks: list[Chunk], work: Callable[[Chunk], dict[str, Any]], progress: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """Run `work` on every chunk through Ray Data; yields the summaries in the chunks' order.
+
+    A summary travels as JSON. A user's mistake travels as a value: as an exception it would arrive as a traceback.
+    """
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    items = [{"index": i} for i in range(len(chunks))]
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"index": row["index"], "json": json.dumps(work(chunks[row["index"]]))}
+        except UserError as error:
+            return {"index": row["index"], "json": json.dumps({"error": str(error)})}
+
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(run)
+    found: dict[int, dict[str, Any]] = {}
+    done = 0
+    for row in dataset.iter_rows():
+        summary = json.loads(row["json"])
+        if "error" in summary:
+            raise UserError(summary["error"])
+        found[row["index"]] = summary
+        done += len(chunks[row["index"]].parts)
+        progress(done)
+    yield from (found[i] for i in range(len(chunks)))
+
+
+@dataclass
+class _Fit:
+    """First pass over a chunk: statistics of its training rows, label counts of all its rows."""
+
+    schema: dict[str, Any]
+
+    def __call__(self, chunk: Chunk) -> dict[str, Any]:
+        schema: Schema = parse(Schema, self.schema, "schema")
+        partial = PartialStatistics.empty()
+        counts = np.zeros((len(PARTS), len(schema.tasks), 2), np.int64)
+        for table, parts in read_chunk(chunk, schema):
+            labels, weights = task_labels(table, schema)
+            for part in range(len(PARTS)):
+                seen = (weights > 0) & (parts == part)
+                counts[part, :, 0] += seen.sum(1)
+                counts[part, :, 1] += (seen & (labels > 0)).sum(1)
+            partial.merge(PartialStatistics.of(table.filter(pa.array(parts == PARTS.index("train"))), schema))
+        return {"statistics": partial.to_json(), "counts": counts.tolist()}
+
+
+@dataclass
+class _TransformAndWrite:
+    """Second pass over a chunk: one shard for each part that it has rows of."""
+
+    schema: dict[str, Any]
+    statistics: dict[str, Any]
+    folder: str
+
+    def __call__(self, chunk: Chunk) -> dict[str, Any]:
+        schema: Schema = parse(Schema, self.schema, "schema")
+        transform = Transform(schema, parse(Statistics, self.statistics, "statistics"))
+        pieces = list(read_chunk(chunk, schema))
+        table = pa.concat_tables([piece for piece, _ in pieces])
+        parts = np.concatenate([p for _, p in pieces])
+        shards = []
+        for number, part in enumerate(PARTS):
+            rows = table.filter(pa.array(parts == number))
+            if rows.num_rows:
+                labels, weights = task_labels(rows, schema)
+                path = Path(self.folder) / f"{part}-{chunk.index:05d}.arrow"
+                prepared = Rows(transform(rows), labels, weights, group_ids(rows, schema))
+                shards.append(dump(write_shard(path, part, prepared, transform)))
+        return {"shards": shards}
+
+
+def _check_counts(schema: Schema, counts: np.ndarray, chunks: list[Chunk]) -> None:
+    rows = int(sum((c.parts == 0).sum() for c in chunks))
+    for number, task in enumerate(schema.tasks):
+        observed, positive = counts[PARTS.index("train"), number]
+        if not observed:
+            raise UserError(
+                f"task {task.name!r} has no row left among the {rows:,} training rows (label {task.label!r}, mask "
+                f"{task.mask!r}); mend the mask or the label"
+            )
+        if positive in (0, observed):
+            raise UserError(
+                f"task {task.name!r} has only class {int(positive > 0)} in its {observed:,} training rows (label "
+                f"{task.label!r}); nothing can be learnt from it: mend the label or leave the task out with data.tasks"
+            )

@@ -1,0 +1,107 @@
+"""The bundle: the one thing that crosses from training to serving.
+
+    config.json         model family and widths, precision, what it was trained on
+    schema.json         features and tasks
+    statistics.json     vocabularies and moments of the feature transforms
+    model.safetensors   the weights
+    metrics.json        how it did on the test part
+
+No pickle: loading a bundle runs no code from it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from recsys_moe.errors import UserError
+from recsys_moe.models import ModelConfig
+from recsys_moe.ranker import Ranker
+from recsys_moe.schema import Schema
+from recsys_moe.shards import write_json
+from recsys_moe.transforms import Statistics, Transform
+from recsys_moe.typed import dump, parse, typed
+
+FORMAT = 1
+FILES = ("config.json", "schema.json", "statistics.json", "model.safetensors", "metrics.json")
+
+
+@typed
+class BundleConfig:
+    """What rebuilds the model, and where it comes from."""
+
+    format: int
+    model: ModelConfig
+    precision: Literal["fp32", "bf16"]
+    data: str
+    data_digest: str
+
+
+class Bundle:
+    """A loaded bundle: configuration, transforms, metrics and the model in evaluation mode.
+
+    Raises:
+        UserError: a file that is missing, cut short or does not fit the others; names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise UserError(f"{str(folder)!r} is not a bundle: it has no {name}; name the folder that training printed")
+        self.config: BundleConfig = parse(BundleConfig, _read(folder / "config.json"), str(folder / "config.json"))
+        if self.config.format != FORMAT:
+            raise UserError(f"{str(folder)!r} has bundle format {self.config.format}, not {FORMAT}; train it again")
+        schema = parse(Schema, _read(folder / "schema.json"), str(folder / "schema.json"))
+        statistics = parse(Statistics, _read(folder / "statistics.json"), str(folder / "statistics.json"))
+        self.metrics: dict[str, Any] = _read(folder / "metrics.json")
+        self.transform = Transform(schema, statistics)
+        t = self.transform
+        self.model = Ranker(
+            self.config.model,
+            t.sparse_names,
+            t.cardinalities,
+            len(t.dense_names),
+            len(schema.tasks),
+            self.config.precision,
+        )
+        path = folder / "model.safetensors"
+        try:
+            self.model.load_state_dict(safetensors.torch.load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{str(path)!r} is damaged ({error}); fetch or train the bundle again") from None
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{str(path)!r} does not fit config.json ({reason}); fetch the whole bundle again") from None
+        self.model.eval()
+
+    @property
+    def schema(self) -> Schema:
+        return self.transform.schema
+
+
+def save_bundle(
+    folder: Path, model: Ranker, config: BundleConfig, transform: Transform, metrics: dict[str, Any]
+) -> None:
+    """Write a bundle under a temporary name, then move it into place."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_json(temporary / "config.json", dump(config))
+    write_json(temporary / "schema.json", dump(transform.schema))
+    write_json(temporary / "statistics.json", dump(transform.statistics))
+    write_json(temporary / "metrics.json", metrics)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(weights, temporary / "model.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{str(path)!r} is not whole ({error.msg}); fetch or train the bundle again") from None

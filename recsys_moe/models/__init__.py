@@ -1,0 +1,16 @@
+"""The model families: one file each. `MODELS` is the registry."""
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import nn
+
+from recsys_moe.models.mmoe import MMoE, MMoEConfig
+from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
+
+ModelConfig = Annotated[SharedBottomConfig | MMoEConfig, Field(discriminator="name")]
+
+MODELS: dict[type[Any], type[nn.Module]] = {
+    SharedBottomConfig: SharedBottom,
+    MMoEConfig: MMoE,
+}

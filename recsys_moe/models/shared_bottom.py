@@ -1,0 +1,46 @@
+"""Shared-Bottom (Caruana 1997): one network below, one tower per task: ŷ_t = h_t(f(x)).
+
+Shapes: B rows, D inputs, H bottom units, T tasks.
+"""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recsys_moe.experts import MLPExperts, Norm
+from recsys_moe.routing import RoutingPlan
+from recsys_moe.typed import typed
+
+Width = Annotated[int, Field(ge=1)]
+
+
+@typed
+class SharedBottomConfig:
+    """Widths of the shared network and of the towers' hidden layers, and of each feature's embedding."""
+
+    name: Literal["shared_bottom"] = "shared_bottom"
+    embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    bottom_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (256, 32)
+    tower_dims: tuple[Width, ...] = (32,)
+    norm: Norm = "batch"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class SharedBottom(nn.Module):
+    """x `[B, D]` → logits `[B, T]`; it has no gates, so no plan.
+
+    >>> model = SharedBottom(SharedBottomConfig(), in_dim=12, num_tasks=3, dtype=torch.float32).eval()
+    >>> model(torch.zeros(5, 12))[0].shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, config: SharedBottomConfig, in_dim: int, num_tasks: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bottom = MLPExperts(1, in_dim, config.bottom_dims, config.norm, config.dropout, dtype=dtype)
+        self.towers = MLPExperts(num_tasks, self.bottom.out_dim, config.tower_dims, config.norm, linear_out=1)
+
+    def forward(self, x_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
+        shared_bh = self.bottom(x_bd).squeeze(1)
+        return self.towers(shared_bh).squeeze(2), None

@@ -1,0 +1,50 @@
+"""The plain predictor: rows in, probabilities out. Offline scoring, evaluation and serving all go through it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from recsys_moe.bundle import Bundle
+from recsys_moe.labels import group_ids, task_labels
+from recsys_moe.metrics import BinaryMetrics
+from recsys_moe.trainer import metrics_by_task
+
+
+class Predictor:
+    """Scores raw rows with a bundle's own transforms and model."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bundle = Bundle(folder)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.bundle.schema.task_names
+
+    def score(self, table: pa.Table) -> npt.NDArray[np.float32]:
+        """Probabilities, fp32 `[T, N]`, of the rows of `table`, which has at least the feature columns.
+
+        Raises:
+            UserError: a value of the wrong kind; names the column and the value.
+        """
+        return self._forward(table)[0]
+
+    def gates(self, table: pa.Table) -> npt.NDArray[np.float32] | None:
+        """Gate weights, fp32 `[N, T, E]`, or None where the model has no gates."""
+        return self._forward(table)[1]
+
+    def _forward(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        inputs = self.bundle.transform(table)
+        with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
+            dense_bd = torch.from_numpy(inputs.dense).t().contiguous()
+            logits, plan = self.bundle.model(torch.from_numpy(inputs.ids), dense_bd)
+            return torch.sigmoid(logits).t().contiguous().numpy(), None if plan is None else plan.weights.numpy()
+
+    def evaluate(self, tables: Iterable[pa.Table]) -> dict[str, BinaryMetrics]:
+        """Metrics of each task over raw rows that have the label columns too."""
+        schema = self.bundle.schema
+        collected = [(self.score(t), *task_labels(t, schema), group_ids(t, schema)) for t in tables]
+        return metrics_by_task(collected, schema.task_names)

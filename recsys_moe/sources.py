@@ -1,0 +1,270 @@
+"""Log files and the protocol that splits their rows: read in chunks, so that size does not matter.
+
+A source is Parquet or CSV. Its rows are numbered through all files in the order given; the protocol gives each row to
+`train`, `validation` or `test`; a chunk is a run of rows that one worker reads, transforms and writes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from recsys_moe.errors import UserError, nearest
+from recsys_moe.schema import Numeric, Schema, load_schema
+from recsys_moe.typed import typed
+
+PARTS = ("train", "validation", "test")
+CHUNK_ROWS = 131_072
+
+Size = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+
+
+@typed
+class Split:
+    """How the rows are shared out: the first `train`, the next `validation`, the last `test` of them, in `order`.
+
+    Sizes are rows (whole numbers) or shares (between 0 and 1). `order`: `given` (the files' own, right for logs in time
+    order) or `permuted` by `numpy.random.default_rng(seed).permutation`. With `held_out` files, `files` are the training
+    part whole, `train` is not used, and the sizes share out the held-out rows.
+    """
+
+    train: Size = 0.8
+    validation: Size = 0.1
+    test: Size = 0.1
+    order: Literal["given", "permuted"] = "permuted"
+    seed: int = 0
+
+
+@typed
+class DataConfig:
+    """A data set: where its rows are, its schema and its protocol.
+
+    `source` is a folder or a file; `files` are glob patterns below it. `schema` is a file, or the name of one in
+    `conf/schema`. `tasks` picks some of the schema's tasks; empty means all.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    source: str
+    schema: str
+    files: tuple[str, ...] = ("*.parquet", "*.csv")
+    held_out: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    split: Split = Split()
+
+    def load_schema(self, shipped: Path) -> Schema:
+        """The schema with the chosen tasks; `shipped` is the folder of those that come with the package.
+
+        Raises:
+            UserError: no such schema, or a mistake in it.
+        """
+        path = Path(self.schema)
+        if path.suffix not in (".yaml", ".yml"):
+            path = shipped / f"{self.schema}.yaml"
+            if not path.exists():
+                names = sorted(p.stem for p in shipped.glob("*.yaml"))
+                raise UserError(
+                    f"data.schema {self.schema!r} is not a shipped schema; name a .yaml file, or {nearest(self.schema, names)}"
+                )
+        schema = load_schema(path)
+        return schema.select_tasks(self.tasks) if self.tasks else schema
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `start` … `start + len(parts)` of all rows; in `path`, from its row `offset` on. `parts` indexes PARTS."""
+
+    index: int
+    path: Path
+    offset: int
+    start: int
+    parts: npt.NDArray[np.int8]
+
+
+def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
+    """The data files and the held-out files, each in the order of the patterns, then by name.
+
+    Raises:
+        UserError: nothing there, or nothing that a pattern matches.
+    """
+    source = Path(config.source)
+    if source.is_file():
+        return [source], []
+    if not source.is_dir():
+        raise UserError(f"data.source {str(source)!r} does not exist; name the folder or file with the log rows")
+
+    def matches(key: str, patterns: tuple[str, ...], together: bool) -> list[Path]:
+        found = [sorted(source.glob(pattern)) for pattern in patterns]
+        for pattern, paths in zip(patterns, found, strict=True):
+            if not paths and not together:
+                raise UserError(f"{key}: no file matches {pattern!r} in {str(source)!r}; check data.source and {key}")
+        flat = [path for paths in found for path in paths]
+        if patterns and not flat:
+            raise UserError(f"{key}: no file in {str(source)!r} matches any of {', '.join(patterns)}; check data.source")
+        return flat
+
+    default = DataConfig.__dataclass_fields__["files"].default  # type: ignore[attr-defined]
+    return (
+        matches("data.files", config.files, together=config.files == default),
+        matches("data.held_out", config.held_out, together=False),
+    )
+
+
+def digest_files(paths: list[Path]) -> str:
+    """SHA-256 over the files' names and contents."""
+    whole = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            whole.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def plan_chunks(config: DataConfig, schema: Schema, chunk_rows: int = CHUNK_ROWS) -> list[Chunk]:
+    """Number the rows, apply the protocol and cut the files into chunks.
+
+    Raises:
+        UserError: an empty or damaged file, or a split that the rows can't fill.
+    """
+    files, held_out = list_files(config)
+    counts = [_count_rows(path, schema) for path in (*files, *held_out)]
+    in_files = sum(counts[: len(files)])
+    if held_out:
+        parts = np.concatenate([np.zeros(in_files, np.int8), _share_out(config.split, sum(counts[len(files) :]), (1, 2))])
+    else:
+        parts = _share_out(config.split, in_files, (0, 1, 2))
+    chunks, start = [], 0
+    for path, rows in zip((*files, *held_out), counts, strict=True):
+        # A CSV file can only be read from its beginning: it is one chunk, streamed.
+        step = rows if path.suffix == ".csv" else chunk_rows
+        for offset in range(0, rows, step):
+            size = min(step, rows - offset)
+            chunks.append(Chunk(len(chunks), path, offset, start, parts[start : start + size]))
+            start += size
+    return chunks
+
+
+def _share_out(split: Split, rows: int, part_numbers: tuple[int, ...]) -> npt.NDArray[np.int8]:
+    wanted = [getattr(split, PARTS[number]) for number in part_numbers]
+    sizes = [int(size * rows + 0.5) if isinstance(size, float) else size for size in wanted]
+    shares = all(isinstance(size, float) for size in wanted)
+    if shares and abs(sum(wanted) - 1) < 1e-9:
+        sizes[-1] = rows - sum(sizes[:-1])
+    if sum(sizes) > rows or min(sizes) < 1:
+        raise UserError(
+            f"data.split asks for {' + '.join(map(str, wanted))} of {rows:,} rows, which leaves a part empty or asks for "
+            "more than there is; change data.split"
+        )
+    order = np.random.default_rng(split.seed).permutation(rows) if split.order == "permuted" else np.arange(rows)
+    parts = np.full(rows, -1, np.int8)
+    edges = np.cumsum([0, *sizes])
+    for number, low, high in zip(part_numbers, edges, edges[1:], strict=False):
+        parts[order[low:high]] = number
+    return parts
+
+
+def read_rows(path: Path, schema: Schema, labels: bool = True) -> Iterator[pa.Table]:
+    """All rows of a file, in order, with the schema's columns only."""
+    yield from _read(path, schema, labels)
+
+
+def read_chunk(chunk: Chunk, schema: Schema) -> Iterator[tuple[pa.Table, npt.NDArray[np.int8]]]:
+    """The rows of a chunk and the part of each, in pieces of bounded size."""
+    rows, position = len(chunk.parts), 0
+    for table in _read(chunk.path, schema, True, chunk.offset, rows):
+        yield table, chunk.parts[position : position + table.num_rows]
+        position += table.num_rows
+
+
+def read_part(config: DataConfig, schema: Schema, part: str) -> Iterator[pa.Table]:
+    """The raw rows of one part of the protocol, in the order of the files."""
+    for chunk in plan_chunks(config, schema):
+        for table, parts in read_chunk(chunk, schema):
+            chosen = table.filter(pa.array(parts == PARTS.index(part)))
+            if chosen.num_rows:
+                yield chosen
+
+
+def _read(path: Path, schema: Schema, labels: bool, offset: int = 0, rows: int | None = None) -> Iterator[pa.Table]:
+    columns = schema.columns if labels else schema.feature_names
+    if path.suffix == ".csv":
+        for batch in _open_csv(path, schema, columns):
+            yield pa.Table.from_batches([batch])
+        return
+    file = _open_parquet(path)
+    _check_columns(path, file.schema_arrow.names, columns, schema)
+    end = file.metadata.num_rows if rows is None else offset + rows
+    first = 0
+    try:
+        for group in range(file.num_row_groups):
+            last = first + file.metadata.row_group(group).num_rows
+            if first < end and last > offset:
+                table = file.read_row_group(group, columns=list(columns))
+                low, high = max(offset - first, 0), min(end, last) - first
+                for piece in range(low, high, CHUNK_ROWS):
+                    yield table.slice(piece, min(CHUNK_ROWS, high - piece)).select(list(columns))
+            first = last
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    if path.exists() and path.stat().st_size == 0:
+        raise UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _open_csv(path: Path, schema: Schema, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+    numeric = {f.name for f in schema.features if isinstance(f, Numeric)}
+    # Categories stay strings whatever they look like; labels and outcomes keep the type that the values suggest.
+    types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_names}
+    try:
+        with path.open("rb") as file:
+            header = file.readline().decode(errors="replace").strip().split(",")
+        _check_columns(path, [name.strip('"') for name in header], columns, schema)
+        convert = pyarrow.csv.ConvertOptions(
+            column_types=types, include_columns=list(columns), strings_can_be_null=True, null_values=[""]
+        )
+        yield from pyarrow.csv.open_csv(path, convert_options=convert)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the value or its feature's kind") from None
+
+
+def _count_rows(path: Path, schema: Schema) -> int:
+    if path.suffix == ".csv":
+        if path.stat().st_size == 0:
+            raise UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
+        rows = sum(batch.num_rows for batch in _open_csv(path, schema, schema.columns))
+    else:
+        file = _open_parquet(path)
+        _check_columns(path, file.schema_arrow.names, schema.columns, schema)
+        rows = file.metadata.num_rows
+    if not rows:
+        raise UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
+    return rows
+
+
+def _check_columns(path: Path, present: list[str], wanted: tuple[str, ...], schema: Schema) -> None:
+    for column in wanted:
+        if column not in present:
+            role = (
+                "feature" if column in schema.feature_names else "label" if column in schema.label_columns else "group"
+            )
+            raise UserError(
+                f"{role} column {column!r} is not in {str(path)!r}; {nearest(column, present)} Mend the schema or the file"
+            )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).split("\n")[0].rstrip(".")
+    return UserError(f"{str(path)!r} is not a whole Parquet file ({reason}); write or fetch it again")

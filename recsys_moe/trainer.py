@@ -1,0 +1,221 @@
+"""The plain trainer: no Ray, no MLflow. What happens is told to a callback; the best weights are kept."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from recsys_moe.batches import Batch, ordered_rows, shuffled_batches
+from recsys_moe.errors import UserError
+from recsys_moe.losses import multi_task_loss
+from recsys_moe.metrics import BinaryMetrics, binary_metrics
+from recsys_moe.ranker import Ranker
+from recsys_moe.shards import PreparedData
+from recsys_moe.typed import typed
+
+Event = dict[str, Any]
+
+
+@typed
+class TrainConfig:
+    """How a model is trained.
+
+    Adam (AdamW with `weight_decay`) for the dense part and Adagrad for the embeddings, both on the same `schedule`: a
+    `one_cycle` (Smith 2018) over all epochs, or `constant`. `clip_norm` bounds the dense gradient's norm (0: off; the fused
+    embedding optimizer applies its update inside the backward pass, where no norm over all parameters is known yet).
+    Training stops when the mean validation AUC has not risen for `patience` epochs (0: never) and keeps the best epoch.
+    `precision` is the experts' (`bf16`: their matrix products; gates, norms, towers and losses stay fp32).
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    epochs: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1)] = 1024
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    embedding_lr: Annotated[float, Field(gt=0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    clip_norm: Annotated[float, Field(ge=0)] = 10.0
+    patience: Annotated[int, Field(ge=0)] = 3
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass
+class TrainResult:
+    """What a training run did; `samples_per_s` counts reading, shuffling and the optimizer, not evaluation."""
+
+    epochs: int
+    rows: int
+    seconds: float
+    samples_per_s: float
+    best_epoch: int
+    best_auc: float
+    validation: dict[str, BinaryMetrics] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains a `Ranker` on prepared data.
+
+    Args:
+        model_config: a family's configuration (see `recsys_moe.models`).
+        on_event: called with progress (`{"kind": "step", …}` about twice a second) and after each epoch
+            (`{"kind": "epoch", …}` with the validation metrics of each task and whether it is the best so far).
+
+    Raises:
+        UserError: a loss that is not finite, or a validation part in which no task has both classes.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        model_config: Any,
+        config: TrainConfig,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.data, self.config, self.on_event = data, config, on_event
+        self.model = build_ranker(data, model_config, config.precision)
+        # Fused embedding weights are updated inside the backward pass: they take no part in this optimizer.
+        fused = {id(p) for p in self.model.embeddings.parameters()} if self.model.embeddings is not None else set()
+        self.dense = [p for p in self.model.parameters() if id(p) not in fused]
+        self.optimizer = torch.optim.AdamW(self.dense, config.lr, weight_decay=config.weight_decay, fused=True)
+        self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks])
+        self.rows = data.manifest.rows("train")
+        self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
+        self.step = 0
+
+    def fit(self) -> TrainResult:
+        """Train, stop early, and leave the best epoch's weights in `self.model`."""
+        best: TrainResult | None = None
+        best_weights: dict[str, Tensor] = {}
+        seconds = 0.0
+        for epoch in range(self.config.epochs):
+            start = time.perf_counter()
+            loss = self._train_epoch(epoch, seconds)
+            seconds += time.perf_counter() - start
+            validation = evaluate(self.model, self.data, "validation")
+            auc = mean_auc(validation)
+            rate = (epoch + 1) * self.rows / seconds
+            if math.isnan(auc):
+                raise UserError("no task has both classes in the validation part; make data.split.validation larger")
+            improved = best is None or auc > best.best_auc
+            if improved:
+                best = TrainResult(epoch + 1, self.rows, seconds, rate, epoch + 1, auc, validation)
+                best_weights = copy.deepcopy(self.model.state_dict())
+            assert best is not None
+            best.epochs, best.seconds, best.samples_per_s = epoch + 1, seconds, rate
+            self.on_event(
+                {
+                    "kind": "epoch",
+                    "epoch": epoch + 1,
+                    "step": self.step,
+                    "train.loss": loss,
+                    "train.samples_per_s": rate,
+                    "validation.mean_auc": auc,
+                    "validation": {task: asdict(m) for task, m in validation.items()},
+                    "best": improved,
+                }
+            )
+            if self.config.patience and epoch + 1 - best.best_epoch >= self.config.patience:
+                break
+        assert best is not None
+        self.model.load_state_dict(best_weights)
+        return best
+
+    def _train_epoch(self, epoch: int, seconds_before: float) -> float:
+        self.model.train()
+        total, rows, told, start = 0.0, 0, time.perf_counter(), time.perf_counter()
+        for batch in shuffled_batches(self.data, "train", self.config.batch_size, self.config.seed, epoch):
+            loss = self._train_step(batch)
+            if not math.isfinite(loss):
+                raise UserError(f"the loss became {loss} at step {self.step}; lower train.lr or train.embedding_lr")
+            total += loss * len(batch)
+            rows += len(batch)
+            now = time.perf_counter()
+            if now - told > 0.5:
+                told = now
+                rate = (epoch * self.rows + rows) / (seconds_before + now - start)
+                self.on_event(
+                    {"kind": "step", "step": self.step, "train.loss": total / rows, "train.samples_per_s": rate}
+                )
+        return total / rows
+
+    def _train_step(self, batch: Batch) -> float:
+        self._set_rates()
+        logits, _ = self.model(batch.ids_fb, batch.dense_bd)
+        loss = multi_task_loss(logits, batch.labels_bt, batch.weights_bt, self.task_weights_t)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def _set_rates(self) -> None:
+        factor = schedule(self.config.schedule, self.step / self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * factor
+        self.model.set_embedding_lr(self.config.embedding_lr * factor)
+
+
+def schedule(kind: str, progress: float) -> float:
+    """The factor on the learning rates at `progress` (0 … 1) through training.
+
+    `one_cycle`: a cosine from 0.04 up to 1 over the first 30 %, then a cosine down to 0.
+
+    >>> schedule("one_cycle", 0.3), schedule("constant", 0.3)
+    (1.0, 1.0)
+    """
+    if kind == "constant":
+        return 1.0
+    warm = 0.3
+    if progress < warm:
+        return 1 - 0.96 * (1 + math.cos(math.pi * progress / warm)) / 2
+    return (1 + math.cos(math.pi * (progress - warm) / (1 - warm))) / 2
+
+
+def build_ranker(data: PreparedData, model_config: Any, precision: str) -> Ranker:
+    """A freshly initialised model for prepared data."""
+    t = data.transform
+    return Ranker(
+        model_config, t.sparse_names, t.cardinalities, len(t.dense_names), len(t.schema.tasks), precision=precision
+    )
+
+
+def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, BinaryMetrics]:
+    """Metrics of each task on a part of prepared data, over the rows in which the task is observed."""
+    model.eval()
+    collected = []
+    with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
+        for rows in ordered_rows(data, part):
+            batch = Batch.of(rows)
+            scores = torch.sigmoid(model(batch.ids_fb, batch.dense_bd)[0]).numpy().T
+            collected.append((scores, rows.labels, rows.weights, rows.groups))
+    return metrics_by_task(collected, data.schema.task_names)
+
+
+def metrics_by_task(
+    collected: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]], tasks: tuple[str, ...]
+) -> dict[str, BinaryMetrics]:
+    """Metrics by task from pieces of (scores, labels, weights, each `[T, N]`, and groups `[N]` or None)."""
+    scores, labels, weights = (np.concatenate([piece[i] for piece in collected], axis=1) for i in range(3))
+    groups = [piece[3] for piece in collected]
+    group = np.concatenate([g for g in groups if g is not None]) if groups and groups[0] is not None else None
+    out = {}
+    for row, task in enumerate(tasks):
+        seen = weights[row] > 0
+        out[task] = binary_metrics(scores[row][seen], labels[row][seen], group[seen] if group is not None else None)
+    return out
+
+
+def mean_auc(metrics: dict[str, BinaryMetrics]) -> float:
+    """The mean of the tasks' AUCs, over the tasks that have one; NaN if none has."""
+    known = [m.auc for m in metrics.values() if not math.isnan(m.auc)]
+    return float(np.mean(known)) if known else math.nan

@@ -1,0 +1,270 @@
+"""Raw columns → model inputs, with statistics fitted on the training part only.
+
+The same code runs in preparation, offline scoring and serving, from the statistics that the bundle carries: training and
+serving cannot differ.
+
+Fitting is a sum over chunks: `PartialStatistics.of(table)` anywhere, `merge` in chunk order, `finish` once.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_moe.errors import UserError
+from recsys_moe.schema import Categorical, Numeric, Schema
+from recsys_moe.typed import typed
+
+MISSING, UNKNOWN = 0, 1
+"""Ids of a category that is null and of one that the training part does not have; the vocabulary follows."""
+
+BUCKET_SUFFIX = ".bucket"
+
+_SKETCH = 4096
+"""Quantile points kept per chunk and column: exact while a chunk has no more distinct values than that."""
+
+
+@typed
+class CategoricalStatistics:
+    """The vocabulary, most frequent first; value i has id i + 2."""
+
+    name: str
+    vocabulary: tuple[str, ...]
+
+
+@typed
+class NumericStatistics:
+    """Moments after log1p (where asked for) and the inner bucket boundaries before it."""
+
+    name: str
+    mean: float
+    std: float
+    boundaries: tuple[float, ...]
+
+
+@typed
+class Statistics:
+    """What was fitted, in the order of the schema's features."""
+
+    categorical: tuple[CategoricalStatistics, ...]
+    numeric: tuple[NumericStatistics, ...]
+
+
+@dataclass
+class Inputs:
+    """Model inputs of N rows: `ids` int32 `[F, N]` (one row per embedded feature), `dense` float32 `[D, N]`."""
+
+    ids: npt.NDArray[np.int32]
+    dense: npt.NDArray[np.float32]
+
+
+class Transform:
+    """Apply a schema's feature transforms with fitted statistics.
+
+    `sparse_names` and `cardinalities` describe the rows of `Inputs.ids`, `dense_names` those of `Inputs.dense`.
+    """
+
+    def __init__(self, schema: Schema, statistics: Statistics) -> None:
+        self.schema, self.statistics = schema, statistics
+        categorical = {s.name: s for s in statistics.categorical}
+        numeric = {s.name: s for s in statistics.numeric}
+        self._categorical = [
+            (f, pa.array(categorical[f.name].vocabulary, pa.string()))
+            for f in schema.features
+            if isinstance(f, Categorical)
+        ]
+        self._numeric = [(f, numeric[f.name]) for f in schema.features if isinstance(f, Numeric)]
+        bucketed = [(f, s) for f, s in self._numeric if f.buckets]
+        self.sparse_names = [f.name for f, _ in self._categorical] + [f.name + BUCKET_SUFFIX for f, _ in bucketed]
+        self.cardinalities = [len(v) + 2 for _, v in self._categorical] + [len(s.boundaries) + 2 for _, s in bucketed]
+        self.dense_names = [f.name for f, _ in self._numeric]
+        self.dense_names += [f.name + ".missing" for f, _ in self._numeric if f.missing_indicator]
+
+    def __call__(self, table: pa.Table) -> Inputs:
+        """Transform the rows of `table`, which has at least the feature columns.
+
+        Raises:
+            UserError: a value of the wrong kind; names the column and the value.
+        """
+        ids = np.empty((len(self.sparse_names), table.num_rows), np.int32)
+        dense = np.empty((len(self.dense_names), table.num_rows), np.float32)
+        for row, (feature, vocabulary) in enumerate(self._categorical):
+            values = as_category(table[feature.name], feature.name)
+            position = pc.fill_null(pc.index_in(values, value_set=vocabulary), UNKNOWN - 2).to_numpy()
+            ids[row] = np.where(pc.is_null(values).to_numpy(zero_copy_only=False), MISSING, position + 2)
+        next_id, next_flag = len(self._categorical), len(self._numeric)
+        for row, (feature, fitted) in enumerate(self._numeric):
+            x = as_number(table[feature.name], feature.name)
+            missing = np.isnan(x)
+            if feature.buckets:
+                bucket = np.searchsorted(np.asarray(fitted.boundaries), x, side="right") + 1
+                ids[next_id] = np.where(missing, MISSING, bucket)
+                next_id += 1
+            if feature.missing_indicator:
+                dense[next_flag] = missing
+                next_flag += 1
+            x = _log1p(x) if feature.log1p else x
+            x = (x - fitted.mean) / fitted.std if feature.standardise else x
+            dense[row] = np.where(missing, 0.0, x)
+        return Inputs(ids, dense)
+
+
+def as_category(column: pa.ChunkedArray, name: str) -> pa.Array:
+    """The values of a categorical column as strings; whole floats (ids that passed through pandas) as whole numbers.
+
+    Raises:
+        UserError: a column of fractions, lists or structures.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # more than one piece is left only where offsets would overflow
+        array = pa.concat_arrays(array.chunks)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pa.types.is_floating(array.type):
+        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+        try:
+            array = array.cast(pa.int64())
+        except pa.ArrowInvalid:
+            raise UserError(
+                f"column {name!r} is categorical but holds fractions ({array.type}); declare it kind: numeric with buckets"
+            ) from None
+    if pa.types.is_nested(array.type):
+        raise UserError(f"column {name!r} is {array.type}, but a categorical feature holds one value a row; leave it out")
+    try:
+        return array.cast(pa.string())
+    except pa.ArrowException:
+        raise UserError(f"column {name!r} is {array.type}, which has no text form; leave the feature out") from None
+
+
+def as_number(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
+    """The values of a numeric column, NaN where missing.
+
+    Raises:
+        UserError: strings that are no numbers, or infinite values.
+    """
+    kind = column.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or not _is_number(kind):
+        sample = next((v for v in column.to_pylist() if v is not None), None)
+        if sample is not None:
+            raise UserError(
+                f"column {name!r} is numeric in the schema but holds {sample!r}; mend the data or declare kind: categorical"
+            )
+        return np.full(len(column), np.nan)
+    x: npt.NDArray[np.float64] = pc.cast(column, pa.float64()).to_numpy().astype(np.float64, copy=False)
+    if np.isinf(x).any():
+        raise UserError(f"column {name!r} holds an infinite value; replace it by null or a finite number")
+    return x
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
+
+
+def _log1p(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.sign(x) * np.log1p(np.abs(x))
+
+
+class PartialStatistics:
+    """Mergeable statistics of some training rows; `to_json` / `from_json` carry them between processes."""
+
+    def __init__(self, counts: dict[str, Counter[str]], moments: dict[str, list[float]], sketches: dict[str, Any]) -> None:
+        self._counts, self._moments, self._sketches = counts, moments, sketches
+
+    @classmethod
+    def empty(cls) -> "PartialStatistics":
+        return cls({}, {}, {})
+
+    @classmethod
+    def of(cls, table: pa.Table, schema: Schema) -> "PartialStatistics":
+        """The statistics of the rows of `table`.
+
+        Raises:
+            UserError: a value of the wrong kind; names the column and the value.
+        """
+        partial = cls.empty()
+        for feature in schema.features:
+            if isinstance(feature, Categorical):
+                counts = pc.value_counts(as_category(table[feature.name], feature.name))
+                pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
+                partial._counts[feature.name] = Counter({v: n for v, n in pairs if v is not None})
+                continue
+            x = as_number(table[feature.name], feature.name)
+            x = x[~np.isnan(x)]
+            y = _log1p(x) if feature.log1p else x
+            mean = float(y.mean()) if len(y) else 0.0
+            partial._moments[feature.name] = [len(y), mean, float(((y - mean) ** 2).sum())]
+            if feature.buckets:
+                partial._sketches[feature.name] = _sketch(*np.unique(x, return_counts=True))
+        return partial
+
+    def merge(self, other: "PartialStatistics") -> None:
+        """Take in the statistics of further rows (Chan et al. 1979 for the moments)."""
+        for name, counts in other._counts.items():
+            self._counts.setdefault(name, Counter()).update(counts)
+        for name, (n_b, mean_b, m2_b) in other._moments.items():
+            n_a, mean_a, m2_a = self._moments.get(name, [0, 0.0, 0.0])
+            n = n_a + n_b
+            delta = mean_b - mean_a
+            share = n_b / n if n else 0.0
+            self._moments[name] = [n, mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share]
+        for name, (values, weights) in other._sketches.items():
+            old_values, old_weights = self._sketches.get(name, ([], []))
+            self._sketches[name] = _combine([*old_values, *values], [*old_weights, *weights])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"counts": self._counts, "moments": self._moments, "sketches": self._sketches}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "PartialStatistics":
+        return cls({k: Counter(v) for k, v in data["counts"].items()}, data["moments"], data["sketches"])
+
+    def finish(self, schema: Schema) -> Statistics:
+        """The fitted statistics: deterministic whatever the order in which equal counts were met."""
+        categorical, numeric = [], []
+        for feature in schema.features:
+            if isinstance(feature, Categorical):
+                counts = self._counts.get(feature.name, Counter())
+                ranked = sorted((-n, v) for v, n in counts.items() if n >= feature.min_count)
+                vocabulary = tuple(v for _, v in ranked[: feature.max_size])
+                categorical.append(CategoricalStatistics(feature.name, vocabulary))
+            else:
+                n, mean, m2 = self._moments.get(feature.name, [0, 0.0, 0.0])
+                std = math.sqrt(m2 / n) if n else 0.0
+                boundaries = _boundaries(*self._sketches.get(feature.name, ([], [])), feature.buckets)
+                # A constant column has no spread to divide by.
+                numeric.append(NumericStatistics(feature.name, mean, std if std > 0 else 1.0, boundaries))
+        return Statistics(tuple(categorical), tuple(numeric))
+
+
+def _sketch(values: npt.NDArray[Any], weights: npt.NDArray[Any]) -> tuple[list[float], list[float]]:
+    """At most _SKETCH weighted values with the same distribution: midpoints of equal shares of the weight."""
+    if len(values) > _SKETCH:
+        total = weights.cumsum()
+        edges = np.linspace(0, total[-1], _SKETCH + 1)
+        chosen = np.searchsorted(total, (edges[1:] + edges[:-1]) / 2)
+        values, weights = values[chosen], np.diff(edges)
+    return values.tolist(), weights.tolist()
+
+
+def _combine(values: list[float], weights: list[float]) -> tuple[list[float], list[float]]:
+    unique, where = np.unique(values, return_inverse=True)
+    # Kept 16 times finer while merging, so that the error of repeated compression stays below a bucket's width.
+    totals = np.bincount(where, weights, minlength=len(unique))
+    if len(unique) <= 16 * _SKETCH:
+        return unique.tolist(), totals.tolist()
+    return _sketch(unique, totals)
+
+
+def _boundaries(values: list[float], weights: list[float], buckets: int) -> tuple[float, ...]:
+    if buckets < 2 or not values:
+        return ()
+    total = np.cumsum(weights)
+    at = np.searchsorted(total, np.arange(1, buckets) / buckets * total[-1], side="right")
+    inner = np.unique(np.asarray(values)[np.minimum(at, len(values) - 1)])
+    # A boundary at the smallest value would leave the bucket below it empty.
+    return tuple(float(b) for b in inner if b > values[0])

@@ -1,0 +1,1 @@
+"""Ray Serve applications: HTTP around the plain predictor."""
