@@ -22,6 +22,7 @@ from recsys_moe.models import ModelConfig
 from recsys_moe.ranker import Ranker
 from recsys_moe.schema import Schema
 from recsys_moe.shards import write_json
+from recsys_moe.sources import DataConfig
 from recsys_moe.transforms import Statistics, Transform
 from recsys_moe.typed import dump, parse, typed
 
@@ -36,7 +37,7 @@ class BundleConfig:
     format: int
     model: ModelConfig
     precision: Literal["fp32", "bf16"]
-    data: str
+    data: DataConfig
     data_digest: str
 
 

@@ -27,11 +27,11 @@ def options(group: str) -> list[str]:
     return sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
 
 
-def compose(overrides: Sequence[str]) -> dict[str, Any]:
+def compose(overrides: Sequence[str], needs_data: bool = True) -> dict[str, Any]:
     """Compose the configuration: `data=census_full model=mmoe train.seed=1`.
 
     A group takes a file's name, every other key a value in Hydra's grammar. A key that no file mentions is passed on: the
-    dataclass that it is meant for knows whether it exists.
+    dataclass that it is meant for knows whether it exists. Without `needs_data` the `data` group may be left out.
 
     Raises:
         UserError: an override that is not `key=value`, or a name that no file or section has.
@@ -43,6 +43,8 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     checked = [_check(override) for override in overrides]
+    if not needs_data and not any(o.startswith(("data=", "experiment=")) for o in overrides):
+        checked.append("~data")
     try:
         with initialize_config_dir(str(conf_dir()), version_base=None):
             config = hydra_compose("config", overrides=checked)

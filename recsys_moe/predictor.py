@@ -39,8 +39,9 @@ class Predictor:
     def _forward(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         inputs = self.bundle.transform(table)
         with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
-            dense_bd = torch.from_numpy(inputs.dense).t().contiguous()
-            logits, plan = self.bundle.model(torch.from_numpy(inputs.ids), dense_bd)
+            logits, plan = self.bundle.model(
+                torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous()
+            )
             return torch.sigmoid(logits).t().contiguous().numpy(), None if plan is None else plan.weights.numpy()
 
     def evaluate(self, tables: Iterable[pa.Table]) -> dict[str, BinaryMetrics]:

@@ -15,7 +15,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ranker(nn.Module):
-    """ids `[F, B]` and dense inputs `[B, D]` → logits `[B, T]`.
+    """ids `[B, F]` and dense inputs `[B, D]` → logits `[B, T]`.
 
     The tables live in one fused table batch (fbgemm through torchrec): the backward pass applies Adagrad to the
     rows it meets, so embeddings have no gradients and no place in the dense optimizer. Set their rate with
@@ -54,14 +54,14 @@ class Ranker(nn.Module):
             config, len(sparse_names) * width + num_dense, num_tasks, PRECISIONS[precision]
         )
 
-    def forward(self, ids_fb: Tensor, dense_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
+    def forward(self, ids_bf: Tensor, dense_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
         """Logits and, where the family has gates, their plan."""
         inputs = [dense_bd] if dense_bd.shape[1] else []
         if self.embeddings is not None:
-            features, rows = ids_fb.shape
+            rows, features = ids_bf.shape
             jagged = KeyedJaggedTensor(
                 keys=self.sparse_names,
-                values=ids_fb.reshape(-1).long(),
+                values=ids_bf.t().reshape(-1).long(),  # feature-major, as the table batch reads them
                 # One id per row and feature: every bag has length 1.
                 lengths=torch.ones(features * rows, dtype=torch.int64),
                 offsets=torch.arange(features * rows + 1),

@@ -94,7 +94,7 @@ def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
     Raises:
         UserError: nothing there, or nothing that a pattern matches.
     """
-    source = Path(config.source)
+    source = Path(config.source).absolute()
     if source.is_file():
         return [source], []
     if not source.is_dir():

@@ -115,6 +115,7 @@ class Trainer:
                     "kind": "epoch",
                     "epoch": epoch + 1,
                     "step": self.step,
+                    "total_steps": self.total_steps,
                     "train.loss": loss,
                     "train.samples_per_s": rate,
                     "validation.mean_auc": auc,
@@ -142,13 +143,19 @@ class Trainer:
                 told = now
                 rate = (epoch * self.rows + rows) / (seconds_before + now - start)
                 self.on_event(
-                    {"kind": "step", "step": self.step, "train.loss": total / rows, "train.samples_per_s": rate}
+                    {
+                        "kind": "step",
+                        "step": self.step,
+                        "total_steps": self.total_steps,
+                        "train.loss": total / rows,
+                        "train.samples_per_s": rate,
+                    }
                 )
         return total / rows
 
     def _train_step(self, batch: Batch) -> float:
         self._set_rates()
-        logits, _ = self.model(batch.ids_fb, batch.dense_bd)
+        logits, _ = self.model(batch.ids_bf, batch.dense_bd)
         loss = multi_task_loss(logits, batch.labels_bt, batch.weights_bt, self.task_weights_t)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -196,7 +203,7 @@ def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, BinaryMe
     with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
         for rows in ordered_rows(data, part):
             batch = Batch.of(rows)
-            scores = torch.sigmoid(model(batch.ids_fb, batch.dense_bd)[0]).numpy().T
+            scores = torch.sigmoid(model(batch.ids_bf, batch.dense_bd)[0]).numpy().T
             collected.append((scores, rows.labels, rows.weights, rows.groups))
     return metrics_by_task(collected, data.schema.task_names)
 

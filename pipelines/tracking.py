@@ -1,0 +1,256 @@
+"""MLflow: runs, logged models, the registry. Everything through one client; nothing global is changed.
+
+The run is opened and closed here, in the driver. A guard process marks it failed should the driver be killed.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# A server that does not answer is reported in seconds, not after minutes of retries.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from recsys_moe.errors import UserError
+from recsys_moe.typed import typed
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+VERSIONS_OF = ("recsys-moe", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "ray", "mlflow", "numpy", "pyarrow")
+
+
+@typed
+class TrackingConfig:
+    """Where runs go. `uri`: an MLflow server, or None for SQLite and artifacts below the runs folder.
+
+    A trained bundle becomes a version of the registered model `register` (None: the data set's name), and `alias` moves
+    to it.
+    """
+
+    uri: str | None = None
+    experiment: str = "recsys_moe"
+    register: str | None = None
+    alias: str = "candidate"
+
+    def resolve(self, runs_dir: Path) -> str:
+        """The tracking URI; SQLite at an absolute path, since workers change their working directory."""
+        return self.uri or f"sqlite:///{runs_dir.absolute() / 'mlflow.db'}"
+
+
+def open_client(uri: str) -> "MlflowClient":
+    """A client of the tracking server at `uri`, which has answered once (SQLite: has its tables).
+
+    Raises:
+        UserError: it does not answer.
+    """
+    import logging
+
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"MLflow at {uri!r} does not answer ({reason}); start the server or set tracking.uri"
+        ) from None
+    return client
+
+
+class Run:
+    """An open MLflow run."""
+
+    def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str) -> None:
+        self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Metrics at a step; values that are not finite are left out."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        finite = [Metric(k, float(v), now, step) for k, v in metrics.items() if v is not None and abs(v) < float("inf")]
+        self.client.log_batch(self.run_id, metrics=finite)
+
+    def log_bundle(self, folder: Path, config: TrackingConfig, name: str, metrics: dict[str, float], step: int) -> str:
+        """Store the bundle as a LoggedModel, register it, move the alias; returns `models:/NAME/VERSION`."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+        model = self.client.create_logged_model(
+            self.experiment_id, name=name, source_run_id=self.run_id, model_type="recsys_moe bundle"
+        )
+        self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        self.client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, step)])
+        now = int(time.time() * 1000)
+        model_metrics = [
+            Metric(k, v, now, step, model_id=model.model_id, run_id=self.run_id) for k, v in metrics.items() if v == v
+        ]
+        self.client.log_batch(self.run_id, metrics=model_metrics)
+        registered = config.register or name
+        try:
+            self.client.create_registered_model(registered)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        version = self.client.create_model_version(
+            registered, source=model.artifact_location, run_id=self.run_id, model_id=model.model_id
+        )
+        self.client.set_registered_model_alias(registered, config.alias, version.version)
+        return f"models:/{registered}/{version.version}"
+
+
+@contextmanager
+def open_run(
+    client: "MlflowClient",
+    uri: str,
+    config: TrackingConfig,
+    runs_dir: Path,
+    name: str,
+    settings: dict[str, Any],
+    dataset: dict[str, str],
+) -> Iterator[Run]:
+    """Create a run with parameters, data set, revision and environment; end it FINISHED, FAILED or KILLED."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is None:
+        local = None if config.uri else (runs_dir.absolute() / "artifacts").as_uri()
+        experiment_id = client.create_experiment(config.experiment, artifact_location=local)
+    else:
+        experiment_id = experiment.experiment_id
+    run_id = client.create_run(experiment_id, run_name=name, tags=_source_tags()).info.run_id
+    guard = _start_guard(uri, run_id)
+    status = "FAILED"
+    try:
+        client.log_batch(run_id, params=[Param(k, str(v)[:6000]) for k, v in flatten(settings).items()])
+        described = Dataset(
+            dataset["name"], dataset["digest"][:36], "local", json.dumps({"uri": dataset["source"]}), profile=dataset["profile"]
+        )
+        client.log_inputs(run_id, datasets=[DatasetInput(described, [InputTag("mlflow.data.context", "training")])])
+        client.log_dict(run_id, settings, "config.json")
+        client.log_dict(run_id, environment(), "environment.json")
+        yield Run(client, run_id, experiment_id)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        try:
+            client.set_terminated(run_id, status)
+        finally:
+            # Only now may the guard go: it acts when the pipe closes without this word.
+            guard.communicate(b"done\n")
+
+
+def _start_guard(uri: str, run_id: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "recsys_moe.pipelines.guard", uri, run_id]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"seed": 1}} → {"train.seed": 1}."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def environment() -> dict[str, str]:
+    """Python, platform and the versions of the packages that decide the numbers."""
+    versions = {d: metadata.version(d) for d in VERSIONS_OF if _installed(d)}
+    return {"python": platform.python_version(), "platform": platform.platform(), **versions}
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _source_tags() -> dict[str, str]:
+    tags = {"mlflow.source.name": "recsys-moe train", "mlflow.source.type": "LOCAL"}
+    # The revision of the code that runs, not of whatever repository the user stands in.
+    folder = Path(__file__).resolve().parent
+    revision = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if revision.returncode == 0:
+        tags["mlflow.source.git.commit"] = revision.stdout.strip()
+    return tags
+
+
+def resolve_model(name: str, runs_dir: Path, uri: str) -> Path:
+    """The local folder of a bundle: a path, `models:/NAME@alias`, `models:/NAME/VERSION` or `runs:/RUN_ID`.
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    if not name.startswith(("models:/", "runs:/")):
+        if not Path(name).is_dir():
+            raise UserError(f"model {name!r} is neither a folder nor models:/NAME@alias; name a bundle that training made")
+        return Path(name)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    client = open_client(uri)
+    try:
+        if name.startswith("runs:/"):
+            run = client.get_run(name.removeprefix("runs:/").split("/")[0])
+            outputs = run.outputs.model_outputs if run.outputs else []
+            if not outputs:
+                raise UserError(f"run {name!r} has logged no model; name a run that finished")
+            source = client.get_logged_model(outputs[-1].model_id).artifact_location
+        else:
+            model, _, version = name.removeprefix("models:/").partition("/")
+            if "@" in model:
+                model, _, alias = model.partition("@")
+                found = client.get_model_version_by_alias(model, alias)
+            elif version:
+                found = client.get_model_version(model, version)
+            else:
+                raise UserError(f"model {name!r} names no version; write models:/{model}@candidate or models:/{model}/1")
+            source = client.get_model_version_download_uri(model, found.version)
+        return Path(download_artifacts(artifact_uri=source, tracking_uri=uri, registry_uri=uri))
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model {name!r} is not to be had from {uri!r} ({reason}); check the name or set tracking.uri") from None
+
+
+def promote(name: str, alias: str, uri: str) -> str:
+    """Move `alias` to the version that `models:/…` names; returns `models:/NAME/VERSION`.
+
+    Raises:
+        UserError: no such version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not name.startswith("models:/"):
+        raise UserError(f"{name!r} is not a registered version; write models:/NAME@alias or models:/NAME/VERSION")
+    client = open_client(uri)
+    model, _, version = name.removeprefix("models:/").partition("/")
+    try:
+        if "@" in model:
+            model, _, old = model.partition("@")
+            version = client.get_model_version_by_alias(model, old).version
+        client.set_registered_model_alias(model, alias, version)
+    except MlflowException as error:
+        raise UserError(f"{name!r} is not in the registry at {uri!r} ({' '.join(str(error).split())[:200]})") from None
+    return f"models:/{model}/{version}"

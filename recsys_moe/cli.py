@@ -1,0 +1,279 @@
+"""The command line. The one module that may open every room; it imports them when a command runs."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from recsys_moe.errors import UserError
+
+# Before Ray, MLflow or torch are imported anywhere below.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog="""Examples:
+
+    recsys-moe train data=census_full model=mmoe train.seed=1
+
+    recsys-moe evaluate models:/census_full@candidate
+
+    recsys-moe serve models:/census_full@candidate
+
+    recsys-moe data synth runs/feed_synth --rows 1000000""",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare log rows, or make synthetic ones.")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on standard output.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Configuration overrides: group=NAME or section.key=value.", show_default=False)
+]
+Model = Annotated[str, typer.Argument(help="A bundle's folder, models:/NAME@alias, models:/NAME/VERSION or runs:/RUN_ID.")]
+
+
+@app.callback()
+def root() -> None:
+    """Multi-task recommendation with mixtures of experts: train, compare and serve on one road."""
+
+
+@app.command(epilog="Example: `recsys-moe train data=census_full model=mmoe train.seed=1 train.epochs=4 --json`")
+def train(overrides: Overrides = None, json: Json = False) -> None:
+    """Prepare the data if need be, train a model, track the run in MLflow, leave a bundle."""
+    from recsys_moe.config import compose
+    from recsys_moe.console import PhaseProgress, metrics_table, number, print_json, progress, stderr, stdout
+
+    job = _job(compose(overrides or []))
+    from recsys_moe.pipelines.train import train as run_job
+
+    with progress() as display:
+        phases = PhaseProgress(display)
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["kind"] == "warning":
+                stderr.print(f"warning: {event['message']}", style="yellow")
+            elif event["kind"] == "start":
+                phases("train", 0, event["total_steps"])
+            elif event["kind"] in ("step", "epoch"):
+                note = f"loss {event['train.loss']:.4f}  {event['train.samples_per_s']:,.0f} samples/s"
+                phases("train", event["step"], event["total_steps"], note)
+            if event["kind"] == "epoch":
+                aucs = "  ".join(f"{task} {number(m['auc'])}" for task, m in event["validation"].items())
+                best = "  *" if event["best"] else ""
+                stderr.print(f"epoch {event['epoch']}: validation AUC  {aucs}  mean {event['validation.mean_auc']:.4f}{best}")
+
+        summary = run_job(job, on_event, phases)
+    if json:
+        print_json(summary)
+        return
+    stdout.print(metrics_table(f"Test metrics of {job.model.name} on {job.data.name}", summary["test"]))
+    stdout.print(f"{summary['train']['samples_per_s']:,.0f} samples/s over {summary['train']['epochs']} epochs")
+    stdout.print(f"bundle      {summary['bundle']}\nregistered  {summary['version']}\nrun         {summary['run_id']}")
+    stdout.print(f"look at it  mlflow ui --backend-store-uri {job.tracking.resolve(Path(job.runs_dir))}", soft_wrap=True)
+
+
+@data_app.command(epilog="Example: `recsys-moe data prepare data=census_full`")
+def prepare(
+    overrides: Overrides = None,
+    force: Annotated[bool, typer.Option(help="Prepare again even if it is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Fit statistics on the training part and write memory-mappable shards; reused by every later run."""
+    from recsys_moe.config import compose
+    from recsys_moe.console import PhaseProgress, print_json, progress, stdout
+    from recsys_moe.sources import PARTS, DataConfig
+    from recsys_moe.typed import dump, parse
+
+    config = compose(overrides or [])
+    data: DataConfig = parse(DataConfig, config["data"], "data")
+    from recsys_moe.pipelines.cluster import local_ray
+    from recsys_moe.pipelines.prepare import prepare as run_prepare
+
+    with progress() as display, local_ray():
+        prepared = run_prepare(data, Path(config["runs_dir"]).absolute(), PhaseProgress(display), force)
+    rows = {part: prepared.manifest.rows(part) for part in PARTS}
+    if json:
+        counts = dump(prepared.manifest)["counts"]
+        print_json({"folder": str(prepared.folder), "digest": prepared.manifest.digest, "rows": rows, "counts": counts})
+        return
+    stdout.print(f"{prepared.folder}", soft_wrap=True)
+    stdout.print("  ".join(f"{part} {n:,} rows" for part, n in rows.items()))
+
+
+@data_app.command(epilog="Example: `recsys-moe data synth runs/feed_synth --rows 1000000 --seed 0`")
+def synth(
+    folder: Annotated[Path, typer.Argument(help="A new folder for logs/, truth/ and synth.json.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many log rows.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another world of users and items.")] = 0,
+    json: Json = False,
+) -> None:
+    """Write synthetic short-video feed logs: ten tasks, known true probabilities, any number of rows."""
+    from recsys_moe.console import PhaseProgress, number, print_json, progress, stdout
+    from recsys_moe.synth import synthesise
+
+    with progress() as display:
+        phases = PhaseProgress(display)
+        summary = synthesise(folder, rows, seed, lambda done: phases("rows", done, rows))
+    if json:
+        print_json(summary)
+        return
+    stdout.print(f"{folder}: {rows:,} rows, digest {summary['digest'][:12]}")
+    for task, values in summary["tasks"].items():
+        stdout.print(f"  {task:15s} rate {values['rate']:.4f}  best reachable AUC {number(values['best_auc'])}")
+
+
+@app.command(epilog="Example: `recsys-moe evaluate models:/census_full@candidate data=census_full --part test`")
+def evaluate(
+    model: Model,
+    overrides: Overrides = None,
+    file: Annotated[Path | None, typer.Option(help="Evaluate all rows of this file instead of a data set's part.")] = None,
+    part: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    json: Json = False,
+) -> None:
+    """Measure a bundle on raw rows with labels: the test part of the data set it was trained on, unless told otherwise."""
+    from recsys_moe.console import metrics_table, print_json, stdout
+    from recsys_moe.sources import PARTS
+
+    if part not in PARTS:
+        raise UserError(f"--part {part!r} is unknown; name train, validation or test")
+    folder, config = _resolve(model, overrides)
+    from dataclasses import asdict
+
+    from recsys_moe.pipelines.worker import plain
+    from recsys_moe.predictor import Predictor
+    from recsys_moe.sources import DataConfig, read_part, read_rows
+    from recsys_moe.typed import parse
+
+    predictor = Predictor(folder)
+    schema = predictor.bundle.schema
+    if file is not None:
+        tables = read_rows(file, schema)
+    else:
+        data = parse(DataConfig, config["data"], "data") if "data" in config else predictor.bundle.config.data
+        tables = read_part(data, schema, part)
+    metrics = {task: plain(asdict(m)) for task, m in predictor.evaluate(tables).items()}
+    if json:
+        print_json({"model": model, "bundle": str(folder), "part": part if file is None else str(file), "test": metrics})
+    else:
+        stdout.print(metrics_table(f"{model} on {part if file is None else file}", metrics))
+
+
+@app.command(epilog="Example: `recsys-moe score models:/census_full@candidate new_rows.parquet scores.parquet`")
+def score(
+    model: Model,
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Rows to score: Parquet or CSV with the feature columns.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A Parquet file, one probability column per task.")],
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Score every row of a file; the output has the rows' order, and appears whole or not at all."""
+    from recsys_moe.console import PhaseProgress, print_json, progress, stdout
+
+    folder, _ = _resolve(model, overrides)
+    from recsys_moe.predictor import score_file
+
+    with progress() as display:
+        phases = PhaseProgress(display)
+        rows = score_file(folder, source, target, lambda done, total: phases("score", done, total))
+    if json:
+        print_json({"model": model, "bundle": str(folder), "rows": rows, "out": str(target)})
+    else:
+        stdout.print(f"{rows:,} rows scored into {target}")
+
+
+@app.command(epilog="Example: `recsys-moe promote models:/census_full/3 --alias champion`")
+def promote(
+    model: Annotated[str, typer.Argument(help="models:/NAME@alias or models:/NAME/VERSION")],
+    alias: Annotated[str, typer.Option(help="The alias to move.")] = "champion",
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Give a registered version an alias, which serving follows."""
+    from recsys_moe.config import compose
+    from recsys_moe.console import print_json, stdout
+    from recsys_moe.pipelines.tracking import TrackingConfig
+    from recsys_moe.pipelines.tracking import promote as move
+    from recsys_moe.typed import parse
+
+    config = compose(overrides or [], needs_data=False)
+    tracking: TrackingConfig = parse(TrackingConfig, config["tracking"], "tracking")
+    version = move(model, alias, tracking.resolve(Path(config["runs_dir"])))
+    if json:
+        print_json({"version": version, "alias": alias})
+    else:
+        stdout.print(f"{version} is now @{alias}")
+
+
+@app.command(epilog="Example: `recsys-moe serve models:/census_full@champion serve.port=8000`")
+def serve(model: Model, overrides: Overrides = None, json: Json = False) -> None:
+    """Serve a bundle over HTTP on loopback: POST /v1/score, OpenAPI docs at /docs. Ctrl-C stops it."""
+    from recsys_moe.console import print_json, stderr
+
+    folder, config = _resolve(model, overrides)
+    from recsys_moe.serving.app import ServeConfig, serve_forever
+    from recsys_moe.typed import parse
+
+    def ready(url: str) -> None:
+        stderr.print(f"serving {model} at {url} (docs: {url}/docs); Ctrl-C stops it")
+        if json:
+            print_json({"url": url, "bundle": str(folder)})
+
+    serve_forever(folder, parse(ServeConfig, config["serve"], "serve"), ready)
+
+
+@app.command(epilog="Example: `recsys-moe demo --rows 200000`")
+def demo(
+    rows: Annotated[int, typer.Option(min=10_000, help="Synthetic log rows.")] = 200_000,
+    folder: Annotated[Path, typer.Option(help="Everything the demo makes goes here.")] = Path("runs/demo"),
+    json: Json = False,
+) -> None:
+    """From nothing to a served score: synthesise, prepare, train two models, compare, register, serve, draw."""
+    from recsys_moe.console import print_json
+    from recsys_moe.demo import run_demo
+
+    summary = run_demo(folder, rows)
+    if json:
+        print_json(summary)
+
+
+def _job(config: dict[str, Any]) -> Any:
+    from recsys_moe.pipelines.train import TrainJob
+    from recsys_moe.typed import parse
+
+    parts = {key: config[key] for key in ("data", "model", "train", "tracking", "runs_dir")}
+    return parse(TrainJob, parts, "configuration")
+
+
+def _resolve(model: str, overrides: list[str] | None) -> tuple[Path, dict[str, Any]]:
+    """The bundle's folder, and the configuration."""
+    from recsys_moe.config import compose
+    from recsys_moe.pipelines.tracking import TrackingConfig, resolve_model
+    from recsys_moe.typed import parse
+
+    config = compose(overrides or [], needs_data=False)
+    tracking: TrackingConfig = parse(TrackingConfig, config["tracking"], "tracking")
+    folder = resolve_model(model, Path(config["runs_dir"]), tracking.resolve(Path(config["runs_dir"])))
+    return folder, config
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence on standard error and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if "--json" in sys.argv:
+            import json
+
+            print(json.dumps({"error": str(error)}), flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

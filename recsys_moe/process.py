@@ -1,0 +1,62 @@
+"""What a long-lived worker process sets and watches: threads, the allocator, memory."""
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def use_all_cores() -> None:
+    """Let torch use every core: Ray limits its workers to the CPUs that they reserve, one by default."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next batch instead of handing it back to the kernel.
+
+    Every step frees and allocates the same megabytes; faulting them in anew took 15 % of a small model's step (measured:
+    23.5 → 20 ms). A libc without mallopt is left as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
+
+
+def anonymous_mb() -> float:
+    """This process's anonymous resident memory in MiB (memory-mapped shards do not count)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError("/proc/self/status has no RssAnon line")
+
+
+class Peak:
+    """The largest `anonymous_mb` seen."""
+
+    def __init__(self) -> None:
+        self.mb = anonymous_mb()
+
+
+@contextmanager
+def peak_memory(interval_s: float = 0.1) -> Iterator[Peak]:
+    """Sample this process's anonymous memory in the background."""
+    peak, stop = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(interval_s):
+            peak.mb = max(peak.mb, anonymous_mb())
+
+    thread = threading.Thread(target=watch, name="peak-memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
