@@ -1,4 +1,4 @@
-"""One Ray instance for a command: local, on loopback, quiet, and gone when the command ends."""
+"""One Ray instance for a command: local, quiet, and gone when the command ends."""
 
 import logging
 import os
@@ -27,8 +27,6 @@ def local_ray() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=200 * 2**20,
-        configure_logging=True,
-        _node_ip_address="127.0.0.1",
     )
     try:
         yield

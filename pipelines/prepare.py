@@ -73,9 +73,7 @@ def digest_data(config: DataConfig, schema: Schema) -> str:
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
 
 
-def _write(
-    config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk], folder: Path, progress: Progress
-) -> None:
+def _write(config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk], folder: Path, progress: Progress) -> None:
     total = sum(len(c.parts) for c in chunks)
     fit = _Fit(dump(schema))
     partial = PartialStatistics.empty()

@@ -67,9 +67,7 @@ def open_client(uri: str) -> "MlflowClient":
         client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"MLflow at {uri!r} does not answer ({reason}); start the server or set tracking.uri"
-        ) from None
+        raise UserError(f"MLflow at {uri!r} does not answer ({reason}); start the server or set tracking.uri") from None
     return client
 
 
@@ -142,7 +140,11 @@ def open_run(
     try:
         client.log_batch(run_id, params=[Param(k, str(v)[:6000]) for k, v in flatten(settings).items()])
         described = Dataset(
-            dataset["name"], dataset["digest"][:36], "local", json.dumps({"uri": dataset["source"]}), profile=dataset["profile"]
+            dataset["name"],
+            dataset["digest"][:36],
+            "local",
+            json.dumps({"uri": dataset["source"]}),
+            profile=dataset["profile"],
         )
         client.log_inputs(run_id, datasets=[DatasetInput(described, [InputTag("mlflow.data.context", "training")])])
         client.log_dict(run_id, settings, "config.json")
@@ -231,7 +233,9 @@ def resolve_model(name: str, runs_dir: Path, uri: str) -> Path:
         return Path(download_artifacts(artifact_uri=source, tracking_uri=uri, registry_uri=uri))
     except MlflowException as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {name!r} is not to be had from {uri!r} ({reason}); check the name or set tracking.uri") from None
+        raise UserError(
+            f"model {name!r} is not to be had from {uri!r} ({reason}); check the name or set tracking.uri"
+        ) from None
 
 
 def promote(name: str, alias: str, uri: str) -> str:

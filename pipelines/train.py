@@ -93,7 +93,7 @@ def train(
 
 def _fit(job: TrainJob, folder: Path, data: Path, on_event: Callable[[Event], None], run: Run | None) -> dict[str, Any]:
     """Train through Ray; returns the bundle's place, test metrics and the training's own figures."""
-    import ray.train
+
     from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 

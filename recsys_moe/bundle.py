@@ -84,9 +84,7 @@ class Bundle:
         return self.transform.schema
 
 
-def save_bundle(
-    folder: Path, model: Ranker, config: BundleConfig, transform: Transform, metrics: dict[str, Any]
-) -> None:
+def save_bundle(folder: Path, model: Ranker, config: BundleConfig, transform: Transform, metrics: dict[str, Any]) -> None:
     """Write a bundle under a temporary name, then move it into place."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Experts with stacked weights `[E, …]`: one call computes them all."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -95,4 +96,4 @@ class StackedBatchNorm(nn.Module):
 
 
 def _pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(widths, widths[1:], strict=False))
+    return list(itertools.pairwise(widths))

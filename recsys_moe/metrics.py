@@ -96,7 +96,7 @@ def grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -
     negative = size - positive
     both = (positive > 0) & (negative > 0)
     if not both.any():
-        return math.nan, int(len(size))
+        return math.nan, len(size)
     rank_sum = np.bincount(number, rank * y)[both]
     p, n = positive[both], negative[both]
     auc = (rank_sum - p * (p + 1) / 2) / (p * n)

@@ -1,16 +1,20 @@
 """The plain predictor: rows in, probabilities out. Offline scoring, evaluation and serving all go through it."""
 
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from recsys_moe.bundle import Bundle
+from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.metrics import BinaryMetrics
+from recsys_moe.sources import count_rows, read_rows
 from recsys_moe.trainer import metrics_by_task
 
 
@@ -39,9 +43,7 @@ class Predictor:
     def _forward(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         inputs = self.bundle.transform(table)
         with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
-            logits, plan = self.bundle.model(
-                torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous()
-            )
+            logits, plan = self.bundle.model(torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous())
             return torch.sigmoid(logits).t().contiguous().numpy(), None if plan is None else plan.weights.numpy()
 
     def evaluate(self, tables: Iterable[pa.Table]) -> dict[str, BinaryMetrics]:
@@ -49,3 +51,29 @@ class Predictor:
         schema = self.bundle.schema
         collected = [(self.score(t), *task_labels(t, schema), group_ids(t, schema)) for t in tables]
         return metrics_by_task(collected, schema.task_names)
+
+
+def score_file(
+    folder: Path, source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> int:
+    """Score every row of a Parquet or CSV file into `target`, one fp32 column per task, in order; returns the rows.
+
+    Raises:
+        UserError: a source that can't be read, a target that can't be written. An older target is then still whole.
+    """
+    predictor = Predictor(folder)
+    schema = pa.schema([(task, pa.float32()) for task in predictor.tasks])
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    rows, total = 0, count_rows(source, predictor.bundle.schema)
+    try:
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for table in read_rows(source, predictor.bundle.schema, labels=False):
+                writer.write_table(pa.table(dict(zip(predictor.tasks, predictor.score(table), strict=True)), schema))
+                rows += table.num_rows
+                progress(rows, total)
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{str(target)!r} can't be written ({error.strerror or error}); choose another OUT") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows

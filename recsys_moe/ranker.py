@@ -1,9 +1,14 @@
 """A whole model: torchrec embeddings in front, a family's network behind."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# torchrec's import touches a renamed torch function, which would warn on every start.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -50,9 +55,7 @@ class Ranker(nn.Module):
             self.embeddings = FusedEmbeddingBagCollection(
                 tables, torch.optim.Adagrad, {"lr": 0.05, "eps": 1e-8}, device=torch.device("cpu")
             )
-        self.network = MODELS[type(config)](
-            config, len(sparse_names) * width + num_dense, num_tasks, PRECISIONS[precision]
-        )
+        self.network = MODELS[type(config)](config, len(sparse_names) * width + num_dense, num_tasks, PRECISIONS[precision])
 
     def forward(self, ids_bf: Tensor, dense_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
         """Logits and, where the family has gates, their plan."""

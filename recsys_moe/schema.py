@@ -1,12 +1,12 @@
 """The schema: which columns are features, what the tasks are. Written by a person in YAML, kept in every bundle.
 
-    features:
-      - {name: age, kind: numeric, buckets: 32}
-      - {name: class_of_worker, kind: categorical}
-    tasks:
-      - {name: income, label: 'income == "50000+."'}
-    group: user_id          # optional: the column whose values GAUC averages over
-    outcomes: [weight]      # optional: further columns that must never become inputs
+features:
+  - {name: age, kind: numeric, buckets: 32}
+  - {name: class_of_worker, kind: categorical}
+tasks:
+  - {name: income, label: 'income == "50000+."'}
+group: user_id          # optional: the column whose values GAUC averages over
+outcomes: [weight]      # optional: further columns that must never become inputs
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ class Numeric:
 
     Dense: x → sign(x)·log(1+|x|) if `log1p` → (x − mean) / std if `standardise`; null and NaN become 0 after that, and
     `missing_indicator` adds a 0/1 input that says so. `buckets` > 0 adds a categorical input: id 0 is missing, 1… are
-    the buckets between the training part's quantiles (fewer where quantiles coincide).
+    the buckets between the training part's quantiles; a value that alone fills a bucket's share gets its own bucket.
     """
 
     name: str

@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +21,12 @@ import pyarrow as pa
 
 from recsys_moe.errors import UserError
 from recsys_moe.schema import Schema
-from recsys_moe.sources import PARTS
 from recsys_moe.transforms import Inputs, Statistics, Transform
-from recsys_moe.typed import dump, parse, typed
+from recsys_moe.typed import parse, typed
 
 FORMAT = 1
+
+T = TypeVar("T", np.int32, np.float32)
 
 
 @typed
@@ -142,7 +144,7 @@ class MappedShard:
             table = pa.ipc.open_file(source).read_all()
         tasks = transform.schema.task_names
 
-        def views(names: list[str]) -> list[npt.NDArray[np.generic]]:
+        def views(names: list[str]) -> list[npt.NDArray[Any]]:
             return [table[name].chunk(0).to_numpy() for name in names]
 
         self._ids = views(transform.sparse_names)
@@ -158,7 +160,7 @@ class MappedShard:
     def rows(self, low: int, high: int) -> Rows:
         """Rows low … high-1."""
 
-        def stack(columns: list[npt.NDArray[np.generic]], dtype: type[np.generic]) -> npt.NDArray[np.generic]:
+        def stack(columns: list[npt.NDArray[Any]], dtype: type[T]) -> npt.NDArray[T]:
             out = np.empty((len(columns), min(high, self._rows) - low), dtype)
             for row, column in enumerate(columns):
                 out[row] = column[low:high]

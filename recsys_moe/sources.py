@@ -110,7 +110,7 @@ def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
             raise UserError(f"{key}: no file in {str(source)!r} matches any of {', '.join(patterns)}; check data.source")
         return flat
 
-    default = DataConfig.__dataclass_fields__["files"].default  # type: ignore[attr-defined]
+    default = DataConfig.__dataclass_fields__["files"].default
     return (
         matches("data.files", config.files, together=config.files == default),
         matches("data.held_out", config.held_out, together=False),
@@ -133,13 +133,14 @@ def plan_chunks(config: DataConfig, schema: Schema, chunk_rows: int = CHUNK_ROWS
         UserError: an empty or damaged file, or a split that the rows can't fill.
     """
     files, held_out = list_files(config)
-    counts = [_count_rows(path, schema) for path in (*files, *held_out)]
+    counts = [count_rows(path, schema, labels=True) for path in (*files, *held_out)]
     in_files = sum(counts[: len(files)])
     if held_out:
         parts = np.concatenate([np.zeros(in_files, np.int8), _share_out(config.split, sum(counts[len(files) :]), (1, 2))])
     else:
         parts = _share_out(config.split, in_files, (0, 1, 2))
-    chunks, start = [], 0
+    chunks: list[Chunk] = []
+    start = 0
     for path, rows in zip((*files, *held_out), counts, strict=True):
         # A CSV file can only be read from its beginning: it is one chunk, streamed.
         step = rows if path.suffix == ".csv" else chunk_rows
@@ -170,14 +171,36 @@ def _share_out(split: Split, rows: int, part_numbers: tuple[int, ...]) -> npt.ND
 
 
 def read_rows(path: Path, schema: Schema, labels: bool = True) -> Iterator[pa.Table]:
-    """All rows of a file, in order, with the schema's columns only."""
-    yield from _read(path, schema, labels)
+    """All rows of a file, in order, with the schema's columns only; without `labels`, the feature columns only."""
+    yield from _read(path, schema.columns if labels else schema.feature_names, schema)
+
+
+def count_rows(path: Path, schema: Schema, labels: bool = False) -> int:
+    """The rows of a file.
+
+    Raises:
+        UserError: it is not there, empty or damaged, or lacks a column.
+    """
+    columns = schema.columns if labels else schema.feature_names
+    if not path.exists():
+        raise UserError(f"{str(path)!r} does not exist; name a Parquet or CSV file")
+    if not path.stat().st_size:
+        raise _empty(path)
+    if path.suffix == ".csv":
+        rows = sum(batch.num_rows for batch in _open_csv(path, schema, columns))
+    else:
+        file = _open_parquet(path)
+        _check_columns(path, file.schema_arrow.names, columns, schema)
+        rows = file.metadata.num_rows
+    if not rows:
+        raise _empty(path)
+    return rows
 
 
 def read_chunk(chunk: Chunk, schema: Schema) -> Iterator[tuple[pa.Table, npt.NDArray[np.int8]]]:
     """The rows of a chunk and the part of each, in pieces of bounded size."""
     rows, position = len(chunk.parts), 0
-    for table in _read(chunk.path, schema, True, chunk.offset, rows):
+    for table in _read(chunk.path, schema.columns, schema, chunk.offset, rows):
         yield table, chunk.parts[position : position + table.num_rows]
         position += table.num_rows
 
@@ -191,8 +214,7 @@ def read_part(config: DataConfig, schema: Schema, part: str) -> Iterator[pa.Tabl
                 yield chosen
 
 
-def _read(path: Path, schema: Schema, labels: bool, offset: int = 0, rows: int | None = None) -> Iterator[pa.Table]:
-    columns = schema.columns if labels else schema.feature_names
+def _read(path: Path, columns: tuple[str, ...], schema: Schema, offset: int = 0, rows: int | None = None) -> Iterator[pa.Table]:
     if path.suffix == ".csv":
         for batch in _open_csv(path, schema, columns):
             yield pa.Table.from_batches([batch])
@@ -215,8 +237,6 @@ def _read(path: Path, schema: Schema, labels: bool, offset: int = 0, rows: int |
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    if path.exists() and path.stat().st_size == 0:
-        raise UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
@@ -240,29 +260,17 @@ def _open_csv(path: Path, schema: Schema, columns: tuple[str, ...]) -> Iterator[
         raise UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the value or its feature's kind") from None
 
 
-def _count_rows(path: Path, schema: Schema) -> int:
-    if path.suffix == ".csv":
-        if path.stat().st_size == 0:
-            raise UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
-        rows = sum(batch.num_rows for batch in _open_csv(path, schema, schema.columns))
-    else:
-        file = _open_parquet(path)
-        _check_columns(path, file.schema_arrow.names, schema.columns, schema)
-        rows = file.metadata.num_rows
-    if not rows:
-        raise UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
-    return rows
-
-
 def _check_columns(path: Path, present: list[str], wanted: tuple[str, ...], schema: Schema) -> None:
     for column in wanted:
         if column not in present:
-            role = (
-                "feature" if column in schema.feature_names else "label" if column in schema.label_columns else "group"
-            )
+            role = "feature" if column in schema.feature_names else "label" if column in schema.label_columns else "group"
             raise UserError(
                 f"{role} column {column!r} is not in {str(path)!r}; {nearest(column, present)} Mend the schema or the file"
             )
+
+
+def _empty(path: Path) -> UserError:
+    return UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

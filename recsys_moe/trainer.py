@@ -191,9 +191,7 @@ def schedule(kind: str, progress: float) -> float:
 def build_ranker(data: PreparedData, model_config: Any, precision: str) -> Ranker:
     """A freshly initialised model for prepared data."""
     t = data.transform
-    return Ranker(
-        model_config, t.sparse_names, t.cardinalities, len(t.dense_names), len(t.schema.tasks), precision=precision
-    )
+    return Ranker(model_config, t.sparse_names, t.cardinalities, len(t.dense_names), len(t.schema.tasks), precision=precision)
 
 
 def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, BinaryMetrics]:

@@ -44,9 +44,7 @@ class MMoE(nn.Module):
     def __init__(self, config: MMoEConfig, in_dim: int, num_tasks: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.router = SoftRouter(in_dim, num_tasks, config.num_experts)
-        self.experts = MLPExperts(
-            config.num_experts, in_dim, config.expert_dims, config.norm, config.dropout, dtype=dtype
-        )
+        self.experts = MLPExperts(config.num_experts, in_dim, config.expert_dims, config.norm, config.dropout, dtype=dtype)
         self.towers = MLPExperts(num_tasks, self.experts.out_dim, config.tower_dims, config.norm, linear_out=1)
 
     def forward(self, x_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:

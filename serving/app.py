@@ -1,0 +1,215 @@
+"""The scoring service: FastAPI on Ray Serve around the plain predictor."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("PYTHONSAFEPATH", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pyarrow as pa
+import ray
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from recsys_moe import __version__
+from recsys_moe.errors import UserError
+from recsys_moe.process import keep_freed_memory, use_all_cores
+from recsys_moe.schema import Numeric, Schema
+from recsys_moe.typed import typed
+
+
+@typed
+class ServeConfig:
+    """Where the service listens and how much it takes: rows of a request, MiB of a body."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    max_rows: Annotated[int, Field(ge=1)] = 2000
+    max_body_mb: Annotated[float, Field(gt=0)] = 8
+
+
+class ScoreRequest(BaseModel):
+    """Rows to score. Each row names every feature of the model; null stands for a missing value."""
+
+    model_config = ConfigDict(extra="forbid")
+    rows: Annotated[list[dict[str, str | float | int | bool | None]], Field(min_length=1)]
+
+
+class ScoreResponse(BaseModel):
+    """One probability per task and row, in the rows' order."""
+
+    model: str
+    scores: dict[str, list[float]]
+
+
+def rows_to_table(rows: list[dict[str, Any]], schema: Schema) -> pa.Table:
+    """The feature columns of JSON rows as a table.
+
+    Raises:
+        UserError: a row without a feature, or a value of the wrong kind; names the row, the field and the value.
+    """
+    columns: dict[str, pa.Array] = {}
+    for feature in schema.features:
+        values = []
+        for number, row in enumerate(rows):
+            if feature.name not in row:
+                raise UserError(f"row {number} has no feature {feature.name!r}; add it, or null if it is not known")
+            value = row[feature.name]
+            if value is not None and isinstance(feature, Numeric) and isinstance(value, str | bool):
+                raise UserError(f"row {number} has {feature.name!r} = {value!r}, which is not a number; send a number or null")
+            values.append(value if isinstance(feature, Numeric) else as_text(value))
+        columns[feature.name] = pa.array(values, pa.float64() if isinstance(feature, Numeric) else pa.string())
+    return pa.table(columns)
+
+
+def as_text(value: Any) -> str | None:
+    """A category as the transforms write it: whole numbers without a point, booleans in lower case."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+
+class LimitBody:
+    """ASGI middleware: a body larger than `max_bytes` is answered 413, however it is sent."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.max_bytes:
+                text = f"the body is larger than {self.max_bytes:,} bytes; send fewer rows or raise serve.max_body_mb"
+                await JSONResponse({"error": text}, 413)(scope, receive, send)
+                return
+
+        async def replay() -> Message:
+            nonlocal body
+            sent, body = body, b""
+            return {"type": "http.request", "body": sent, "more_body": False}
+
+        await self.app(scope, replay, send)
+
+
+def build_api(folder: Path, config: ServeConfig) -> FastAPI:
+    """The HTTP interface over a bundle, independent of Ray."""
+    from recsys_moe.predictor import Predictor
+
+    predictor = Predictor(folder)
+    name = f"{predictor.bundle.config.model.name}:{predictor.bundle.config.data_digest[:12]}"
+    api = FastAPI(title="recsys-moe", version=__version__, description="Scores rows with a trained multi-task model.")
+    api.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 2**20))
+
+    @api.exception_handler(UserError)
+    async def user_error(request: Request, error: UserError) -> Response:
+        return JSONResponse({"error": str(error)}, 422)
+
+    from fastapi.exceptions import RequestValidationError
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return JSONResponse({"error": f"{where}: {first['msg']}; see /docs for the request's form"}, 422)
+
+    # A plain function: FastAPI runs it in a thread, so that scoring does not block the event loop.
+    @api.post("/v1/score", summary="Score rows")
+    def score(request: ScoreRequest) -> ScoreResponse:
+        if len(request.rows) > config.max_rows:
+            raise UserError(f"{len(request.rows):,} rows are more than serve.max_rows = {config.max_rows:,}; send fewer")
+        scores = predictor.score(rows_to_table(request.rows, predictor.bundle.schema))
+        return ScoreResponse(model=name, scores={t: s.tolist() for t, s in zip(predictor.tasks, scores, strict=True)})
+
+    @api.get("/v1/model", summary="What is served: tasks, features, metrics")
+    def model() -> dict[str, Any]:
+        schema = predictor.bundle.schema
+        return {
+            "model": name,
+            "tasks": list(schema.task_names),
+            "features": {f.name: f.kind for f in schema.features},
+            "metrics": predictor.bundle.metrics,
+        }
+
+    @api.get("/healthz", summary="Liveness")
+    def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return api
+
+
+def build_app(folder: Path, config: ServeConfig) -> serve.Application:
+    """The Ray Serve application of a bundle."""
+
+    def api() -> FastAPI:
+        use_all_cores()
+        keep_freed_memory()
+        return build_api(folder, config)
+
+    @serve.ingress(api)
+    class Score:
+        pass
+
+    deployment = serve.deployment(Score, name="score", max_ongoing_requests=100, ray_actor_options={"num_cpus": 1})
+    application: serve.Application = deployment.bind()
+    return application
+
+
+def serve_forever(folder: Path, config: ServeConfig, ready: Callable[[str], None]) -> None:
+    """Serve a bundle until SIGINT or SIGTERM, then stop Serve and Ray and leave no process behind.
+
+    Raises:
+        UserError: the bundle does not load, or the port is taken.
+    """
+    import socket
+
+    from recsys_moe.bundle import Bundle
+
+    Bundle(folder)  # a mistake in it is told here, not by a replica that keeps on dying
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"serve.host:port {config.host}:{config.port} can't be listened on ({error.strerror}); choose another port"
+            ) from None
+        port = probe.getsockname()[1]
+    ray.init(
+        num_cpus=max(2, os.cpu_count() or 1) + 1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=100 * 2**20,
+    )
+    try:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(http_options=serve.HTTPOptions(host=config.host, port=port))
+        serve.run(build_app(folder.absolute(), config), name="recsys_moe", logging_config={"log_level": "WARNING"})
+        # After Ray, which sets a handler of its own that prints a stack.
+        stopping: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: stopping.append(number))
+        ready(f"http://{config.host}:{port}")
+        while not stopping:
+            time.sleep(0.2)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
