@@ -10,7 +10,6 @@ import typer
 from recsys_moe.errors import UserError
 
 # Before Ray, MLflow or torch are imported anywhere below.
-os.environ.setdefault("PYTHONSAFEPATH", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # OpenMP threads that spin at a barrier starve each other once another process wants a core: two runs side by side took

@@ -1,13 +1,41 @@
-"""What a long-lived worker process sets and watches: threads, the allocator, memory."""
+"""What processes set and watch: how Ray starts on this machine, threads, the allocator, memory."""
 
 import ctypes
+import logging
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def local_ray_options(object_store_mb: int) -> dict[str, Any]:
+    """Options of `ray.init` for a quiet instance on this machine.
+
+    One logical CPU more than there are cores: the process that waits for the others must not starve them.
+    """
+    return {
+        "num_cpus": max(2, os.cpu_count() or 1) + 1,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "object_store_memory": object_store_mb * 2**20,
+    }
+
+
+@contextmanager
+def neutral_directory() -> Iterator[Path]:
+    """An empty directory to stand in while `ray.init` runs; it must exist as long as Ray, whose workers live in it.
+
+    Ray puts the directory that it is started in on its workers' path, whatever PYTHONSAFEPATH says; in a checkout, a worker
+    would then find `kernels` and `pipelines` under their bare names, and `transformers` fails to import there.
+    """
+    with tempfile.TemporaryDirectory(prefix="recsys-moe-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def use_all_cores() -> None:

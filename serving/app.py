@@ -1,15 +1,12 @@
 """The scoring service: FastAPI on Ray Serve around the plain predictor."""
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("PYTHONSAFEPATH", "1")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import pyarrow as pa
 import ray
@@ -21,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recsys_moe import __version__
 from recsys_moe.errors import UserError
-from recsys_moe.process import keep_freed_memory, use_all_cores
+from recsys_moe.process import keep_freed_memory, local_ray_options, neutral_directory, use_all_cores
 from recsys_moe.schema import Numeric, Schema
 from recsys_moe.typed import typed
 
@@ -192,24 +189,21 @@ def serve_forever(folder: Path, config: ServeConfig, ready: Callable[[str], None
                 f"serve.host:port {config.host}:{config.port} can't be listened on ({error.strerror}); choose another port"
             ) from None
         port = probe.getsockname()[1]
-    ray.init(
-        num_cpus=max(2, os.cpu_count() or 1) + 1,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 * 2**20,
-    )
-    try:
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(http_options=serve.HTTPOptions(host=config.host, port=port))
-        serve.run(build_app(folder.absolute(), config), name="recsys_moe", logging_config={"log_level": "WARNING"})
-        # After Ray, which sets a handler of its own that prints a stack.
-        stopping: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: stopping.append(number))
-        ready(f"http://{config.host}:{port}")
-        while not stopping:
-            time.sleep(0.2)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    bundle = folder.absolute()
+    with neutral_directory() as neutral:
+        with chdir(neutral):
+            ray.init(**local_ray_options(object_store_mb=100))
+        try:
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)
+            serve.start(http_options=serve.HTTPOptions(host=config.host, port=port))
+            serve.run(build_app(bundle, config), name="recsys_moe", logging_config={"log_level": "WARNING"})
+            # After Ray, which sets a handler of its own that prints a stack.
+            stopping: list[int] = []
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, frame: stopping.append(number))
+            ready(f"http://{config.host}:{port}")
+            while not stopping:
+                time.sleep(0.2)
+        finally:
+            serve.shutdown()
+            ray.shutdown()

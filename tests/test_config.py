@@ -1,0 +1,144 @@
+"""Every file in conf/ composes and fills the dataclass it is for; mistakes name the key and the nearest valid one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recsys_moe.config import compose, conf_dir, options
+from recsys_moe.errors import UserError
+from recsys_moe.models import ModelConfig
+from recsys_moe.pipelines.train import TrainJob
+from recsys_moe.schema import load_schema
+from recsys_moe.serving.app import ServeConfig
+from recsys_moe.sources import DataConfig
+from recsys_moe.synth import SynthConfig, load_synth_config
+from recsys_moe.trainer import TrainConfig
+from recsys_moe.typed import parse
+
+GROUPS = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig, "serve": ServeConfig}
+FILES = sorted(path.relative_to(conf_dir()).with_suffix("") for path in conf_dir().rglob("*.yaml"))
+
+
+def job(*overrides: str) -> TrainJob:
+    config = compose(overrides)
+    parts = {key: config[key] for key in ("data", "model", "train", "tracking", "runs_dir")}
+    parsed: TrainJob = parse(TrainJob, parts, "configuration")
+    return parsed
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes_and_builds(file: Path) -> None:
+    match file.parts:
+        case ("config",):
+            job("data=census_full")
+        case ("schema", name):
+            assert load_schema(conf_dir() / "schema" / f"{name}.yaml").tasks
+        case ("synth", name):
+            assert isinstance(load_synth_config(name), SynthConfig)
+        case ("experiment", name):
+            job(f"experiment={name}")
+        case (group, name):
+            config = compose([f"{group}={name}"], needs_data=False)
+            built = parse(GROUPS[group], config[group], group)
+            if group == "data" and name != "custom":  # `custom` waits for the user's own schema
+                assert built.load_schema(conf_dir() / "schema").tasks
+        case _:
+            pytest.fail(f"conf/{file}.yaml is in no group that a test builds; add it above")
+
+
+def test_overrides_reach_the_dataclasses() -> None:
+    built = job("data=census_full", "model=shared_bottom", "train.seed=3", "data.split.seed=5", "model.tower_dims=[7,5]")
+    assert (built.train.seed, built.data.split.seed, built.model.tower_dims) == (3, 5, (7, 5))
+    assert built.model.name == "shared_bottom"
+
+
+def test_an_experiment_changes_what_it_names_and_gives_way_to_overrides() -> None:
+    built = job("experiment=peer_bench")
+    assert (built.data.name, built.data.tasks) == ("census_nominal", ("income", "never_married"))
+    assert (built.model.expert_dims, built.model.embedding_dim, built.train.batch_size) == ((16,), 4, 4096)
+    assert job("experiment=peer_bench", "train.batch_size=7").train.batch_size == 7
+
+
+def test_the_census_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECSYS_MOE_DATA", "/elsewhere")
+    full, nominal = job("data=census_full").data, job("data=census_nominal").data
+    assert full.source == nominal.source == "/elsewhere/census_income"
+    assert (full.split.train, full.split.validation, full.split.test) == (79762, 10000, 10000)
+    assert (nominal.files, nominal.held_out) == (("train.parquet",), ("test.parquet",))
+    for data in (full, nominal):
+        assert (data.split.order, data.split.seed) == ("permuted", 0)
+        inputs = data.load_schema(conf_dir() / "schema").feature_names
+        assert not {"education", "marital_stat", "income", "instance_weight"} & set(inputs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data=census_ful"], "data 'census_ful' is unknown; did you mean 'census_full'?"),
+        (["model=mmeo"], "model 'mmeo' is unknown; did you mean 'mmoe'?"),
+        (["model=qqq"], "model 'qqq' is unknown; valid: mmoe, shared_bottom"),
+        (["experiment=peer"], "experiment 'peer' is unknown; did you mean 'peer_bench'?"),
+        (["trian.seed=1"], "unknown key 'trian.seed'; did you mean 'train'?"),
+        (["--seed"], "'--seed' is not an override; write key=value"),
+        (["train.seed"], "'train.seed' is not an override; write key=value"),
+        (["train.sede=1"], "unknown key 'train.sede'; did you mean 'seed'?"),
+        (["train.seed=one"], "'train.seed' is 'one'; input should be a valid integer"),
+        (["train.seed=-1"], "'train.seed' is -1; input should be greater than or equal to 0"),
+        (["train.epochs=1.5"], "'train.epochs' is 1.5; input should be a valid integer"),
+        (["train.epochs=true"], "'train.epochs' is True; input should be a valid integer"),
+        (["train.lr=fast"], "'train.lr' is 'fast'; input should be a valid number"),
+        (["train.lr=null"], "'train.lr' is None; input should be a valid number"),
+        (["train.schedule=cosine"], "'train.schedule' is 'cosine'; input should be 'one_cycle' or 'constant'"),
+        (["model.num_expert=4"], "unknown key 'model.num_expert'; did you mean 'num_experts'?"),
+        # A key of the other family is unknown to this one.
+        (["model=shared_bottom", "model.num_experts=4"], "unknown key 'model.num_experts'; valid: "),
+        (["model.expert_dims=16"], "'model.expert_dims' is 16; input should be a valid array"),
+        (["model.expert_dims=[16,x]"], "'model.expert_dims.1' is 'x'; input should be a valid integer"),
+        (["model.embedding_dim=6"], "'model.embedding_dim' is 6; input should be a multiple of 4"),
+        (["model.name=mmeo"], "'model.name' is 'mmeo'; did you mean 'mmoe'?"),
+        (["data.split.trian=0.5"], "unknown key 'data.split.trian'; did you mean 'train'?"),
+        (["data.split.train=lots"], "'data.split.train' is 'lots'; "),
+        (["data.split.train=1.5"], "'data.split.train' is 1.5; "),
+        (["data.split.train=0"], "'data.split.train' is 0; "),
+        (["tracking.ali=x"], "unknown key 'tracking.ali'; did you mean 'alias'?"),
+        (["train.seed=[1"], "train.seed=[1"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_key(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        job("data=feed_synth", *overrides)
+    message = str(caught.value)
+    assert sentence in message
+    assert "\n" not in message
+
+
+def test_missing_names() -> None:
+    with pytest.raises(UserError, match=r"'data' is missing; add data=NAME \(valid: census_full, "):
+        compose([])
+    assert "data" not in compose([], needs_data=False)
+
+
+def test_a_value_that_the_user_must_give_is_asked_for() -> None:
+    with pytest.raises(UserError, match=r"data\.(source|schema)"):
+        job("data=custom")
+    built = job("data=custom", "data.source=logs", "data.schema=my.yaml")
+    assert (built.data.source, built.data.schema) == ("logs", "my.yaml")
+
+
+def test_unknown_schema_name(tmp_path: Path) -> None:
+    data = job("data=census_full", "data.schema=census_fill").data
+    with pytest.raises(UserError, match="'census_fill' is not a shipped schema; .* did you mean 'census_full'"):
+        data.load_schema(conf_dir() / "schema")
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(schema_of_one()))
+    assert job("data=census_full", f"data.schema={own}").data.load_schema(conf_dir() / "schema").task_names == ("y",)
+
+
+def schema_of_one() -> dict[str, Any]:
+    return {"features": [{"name": "x", "kind": "numeric"}], "tasks": [{"name": "y", "label": "y == 1"}]}
+
+
+def test_options_are_the_files() -> None:
+    assert options("model") == ["mmoe", "shared_bottom"]

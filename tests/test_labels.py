@@ -1,0 +1,114 @@
+"""Labels, masks, weights and groups from a schema's expressions."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recsys_moe.errors import UserError
+from recsys_moe.labels import group_ids, task_labels
+from recsys_moe.schema import Schema
+from recsys_moe.typed import parse
+
+INF, NAN = float("inf"), float("nan")
+
+
+def schema_of(*tasks: dict[str, Any], group: str | None = None) -> Schema:
+    tasks = tuple({"name": f"t{i}"} | task for i, task in enumerate(tasks))
+    parsed: Schema = parse(
+        Schema, {"features": [{"name": "f", "kind": "categorical"}], "tasks": tasks, "group": group}, "schema"
+    )
+    return parsed
+
+
+def labels(task: dict[str, Any], **columns: Any) -> tuple[list[float], list[float]]:
+    y, w = task_labels(pa.table(columns), schema_of(task))
+    assert y.dtype == w.dtype == np.float32
+    return y[0].tolist(), w[0].tolist()
+
+
+def test_a_null_label_is_unobserved() -> None:
+    assert labels({"label": "y == 1"}, y=[1, 0, None]) == ([1, 0, 0], [1, 1, 0])
+
+
+@pytest.mark.parametrize("values", [[True, False, None], [1, 0, None], [1.0, 0.0, None]], ids=["bool", "int", "float"])
+def test_a_column_of_zeros_and_ones_is_a_label_as_it_stands(values: list[Any]) -> None:
+    assert labels({"label": "y"}, y=values) == ([1, 0, 0], [1, 1, 0])
+
+
+def test_the_mask_selects_rows_and_a_null_in_it_does_not() -> None:
+    assert labels({"label": "y", "mask": "m > 2"}, y=[1, 1, 1, 0], m=[3, 1, None, 9]) == ([1, 0, 0, 0], [1, 0, 0, 1])
+
+
+def test_the_weight_counts_where_the_label_is_observed() -> None:
+    columns: dict[str, Any] = {"y": [1, 0, None, 1], "w": [0.5, 2, 7, None], "m": [True, True, True, True]}
+    assert labels({"label": "y", "weight": "w * 2", "mask": "m"}, **columns) == ([1, 0, 0, 1], [1, 4, 0, 0])
+
+
+def test_tasks_stand_in_the_schemas_order() -> None:
+    schema = schema_of({"label": "y == 2"}, {"label": "y == 1", "mask": "y < 3"}, {"label": "z"})
+    y, w = task_labels(pa.table({"y": [1, 2, 3], "z": [1, None, 0]}), schema)
+    assert y.tolist() == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]
+    assert w.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("label", ["y", "y > 0"])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_nan_and_infinite_labels_are_errors_even_behind_a_comparison(label: str, bad: float) -> None:
+    # NaN > 0 is false: a lost label would silently become a negative.
+    with pytest.raises(UserError, match="label column 'y' of task 't0' holds NaN or an infinite value in 2 rows"):
+        labels({"label": label}, y=pa.chunked_array([[1.0, bad], [None, bad]]))
+
+
+@pytest.mark.parametrize("value", [2, -1, 0.5])
+def test_a_label_that_is_not_binary_names_the_value(value: float) -> None:
+    with pytest.raises(UserError, match=f"label 'y' of task 't0' gives {value}; a binary label is 0 or 1"):
+        labels({"label": "y"}, y=[1, 0, value])
+
+
+def test_a_huge_label_is_not_binary_either() -> None:
+    with pytest.raises(UserError, match="label 'y' of task 't0' gives"):
+        labels({"label": "y"}, y=[2**53 + 1, 0])
+
+
+def test_a_label_of_strings_is_told_to_compare() -> None:
+    with pytest.raises(UserError, match="label 'y' of task 't0' is string, not true or false; compare it"):
+        labels({"label": "y"}, y=["yes", "no"])
+
+
+@pytest.mark.parametrize("bad", [-1.0, NAN, INF])
+def test_a_weight_is_finite_and_not_negative(bad: float) -> None:
+    with pytest.raises(UserError, match="weight 'w' of task 't0' is negative or not finite"):
+        labels({"label": "y", "weight": "w"}, y=[1, 0], w=[1.0, bad])
+
+
+def test_a_mask_is_true_or_false() -> None:
+    with pytest.raises(UserError, match="mask 'm' of task 't0' is int64, not true or false"):
+        labels({"label": "y", "mask": "m"}, y=[1, 0], m=[1, 0])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[5, 9, 5, -2], ["a", "b", "a", "c"], [5, None, 5, 7], ["a", None, "a", ""]],
+    ids=["int", "string", "int with null", "string with null"],
+)
+def test_groups_are_equal_where_the_values_are(values: list[Any]) -> None:
+    groups = group_ids(pa.table({"g": values}), schema_of({"label": "y"}, group="g"))
+    assert groups is not None
+    assert groups.dtype == np.int64
+    assert (groups[:, None] == groups).tolist() == [[a == b for b in values] for a in values]
+
+
+@pytest.mark.parametrize("values", [[5, None], ["5", None]], ids=["int", "string"])
+def test_a_group_is_the_same_in_every_chunk(values: list[Any]) -> None:
+    # A null in one chunk must not give the other rows of that chunk other groups than they have elsewhere.
+    schema = schema_of({"label": "y"}, group="g")
+    with_null, without = (group_ids(pa.table({"g": v}), schema) for v in (values, values[:1]))
+    assert with_null is not None
+    assert without is not None
+    assert with_null[0] == without[0]
+
+
+def test_no_group_column_no_groups() -> None:
+    assert group_ids(pa.table({"y": [1]}), schema_of({"label": "y"})) is None

@@ -1,0 +1,168 @@
+"""Metrics against scikit-learn, torchmetrics and naive loops."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchmetrics.classification import BinaryCalibrationError
+
+from recsys_moe.metrics import binary_metrics, expected_calibration_error, grouped_auc, log_loss
+
+# Eighths: ties between scores are the rule.
+tied_scores = st.integers(1, 7).map(lambda n: n / 8)
+rows = st.lists(st.tuples(tied_scores, st.integers(0, 1), st.integers(-2, 3)), min_size=1, max_size=60)
+Row = tuple[float, int, int]
+
+
+def columns(drawn: list[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    scores, labels, groups = zip(*drawn, strict=True)
+    return np.array(scores), np.array(labels, float), np.array(groups)
+
+
+def random_rows(n: int, seed: int = 0, rate: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = (random.random(n) < rate).astype(float)
+    return 1 / (1 + np.exp(-(labels + random.normal(size=n)))), labels
+
+
+@given(rows)
+def test_auc_and_logloss_are_scikit_learns(drawn: list[Row]) -> None:
+    scores, labels, _ = columns(drawn)
+    m = binary_metrics(scores, labels)
+    assert m.logloss == pytest.approx(sklearn.metrics.log_loss(labels, scores, labels=[0, 1]))
+    if 0 < labels.sum() < len(labels):
+        assert m.auc == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores))
+    else:
+        assert math.isnan(m.auc)
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
+    scores, labels = random_rows(80)
+    scores = scores.round(1)
+    pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels == 1] for n in scores[labels == 0]]
+    assert binary_metrics(scores, labels).auc == pytest.approx(np.mean(pairs), abs=1e-12)
+
+
+def test_auc_of_float32_scores_keeps_their_order() -> None:
+    scores, labels = random_rows(10_000)
+    expected = sklearn.metrics.roc_auc_score(labels, scores.astype(np.float32))
+    assert binary_metrics(scores.astype(np.float32), labels.astype(np.float32)).auc == pytest.approx(expected)
+
+
+def naive_gauc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tuple[float, int]:
+    total, size, left_out = 0.0, 0, 0
+    for group in np.unique(groups):
+        inside = groups == group
+        if labels[inside].min() == labels[inside].max():
+            left_out += 1
+            continue
+        total += inside.sum() * sklearn.metrics.roc_auc_score(labels[inside], scores[inside])
+        size += inside.sum()
+    return (total / size if size else math.nan), left_out
+
+
+@given(rows)
+def test_gauc_is_the_share_weighted_mean_over_groups_with_both_classes(drawn: list[Row]) -> None:
+    scores, labels, groups = columns(drawn)
+    gauc, left_out = grouped_auc(scores, labels, groups)
+    expected, expected_left_out = naive_gauc(scores, labels, groups)
+    assert gauc == pytest.approx(expected, nan_ok=True)
+    assert left_out == expected_left_out
+
+
+def test_gauc_with_many_groups_of_hashed_ids() -> None:
+    random = np.random.default_rng(0)
+    scores, labels = random_rows(3000)
+    groups = random.integers(-(2**63), 2**63 - 1, 200)[random.integers(0, 200, 3000)]
+    m = binary_metrics(scores, labels, groups)
+    assert (m.gauc, m.gauc_left_out) == pytest.approx(naive_gauc(scores, labels, groups))
+
+
+def test_gauc_ignores_what_all_rows_of_a_group_share() -> None:
+    # The point of GAUC: a user's general level says nothing about which of the items the user likes.
+    scores, labels = np.array([0.1, 0.2, 0.8, 0.9]), np.array([0.0, 1.0, 0.0, 1.0])
+    m = binary_metrics(scores, labels, np.array([1, 1, 2, 2]))
+    assert (m.gauc, m.auc) == (1.0, 0.75)
+
+
+def test_single_class_groups_are_left_out_and_counted() -> None:
+    scores, labels = np.array([0.1, 0.2, 0.8, 0.9, 0.5]), np.array([0.0, 1.0, 1.0, 1.0, 0.0])
+    m = binary_metrics(scores, labels, np.array([1, 1, 2, 2, 3]))
+    assert (m.gauc, m.gauc_left_out) == (1.0, 2)
+
+
+def test_no_group_column_no_gauc() -> None:
+    m = binary_metrics(*random_rows(50))
+    assert math.isnan(m.gauc)
+    assert m.gauc_left_out == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ece_is_torchmetrics(seed: int) -> None:
+    scores, labels = random_rows(2000, seed)
+    reference = BinaryCalibrationError(n_bins=15, norm="l1")
+    # double: in float32 torchmetrics' sums carry errors of their own.
+    expected = reference(torch.tensor(scores, dtype=torch.float64), torch.tensor(labels, dtype=torch.int64)).item()
+    assert binary_metrics(scores, labels).ece == pytest.approx(expected, abs=1e-6)
+
+
+def test_ece_by_hand_and_at_the_edges() -> None:
+    # Two bins are used: scores 0 with rate 1/2, scores 1 (the last bin's upper edge) with rate 1.
+    scores, labels = np.array([0.0, 0.0, 1.0, 1.0]), np.array([0.0, 1.0, 1.0, 1.0])
+    assert expected_calibration_error(scores, labels) == pytest.approx(0.25)
+
+
+def test_ece_of_a_calibrated_score_is_small_and_of_a_shifted_one_is_the_shift() -> None:
+    random = np.random.default_rng(0)
+    truth = random.uniform(0.2, 0.7, 200_000)
+    labels = (random.random(200_000) < truth).astype(float)
+    assert expected_calibration_error(truth, labels) < 0.005
+    assert expected_calibration_error(truth + 0.2, labels) == pytest.approx(0.2, abs=0.005)
+
+
+def test_normalized_entropy_is_logloss_over_that_of_the_mean() -> None:
+    scores, labels = random_rows(500)
+    constant = np.full(500, labels.mean())
+    assert binary_metrics(constant, labels).ne == pytest.approx(1.0)
+    expected = sklearn.metrics.log_loss(labels, scores) / sklearn.metrics.log_loss(labels, constant)
+    assert binary_metrics(scores, labels).ne == pytest.approx(expected)
+
+
+def test_calibration_is_mean_score_over_positive_rate() -> None:
+    m = binary_metrics(np.array([0.5, 0.7, 0.3, 0.9]), np.array([0.0, 1.0, 0.0, 0.0]))
+    assert m.calibration == pytest.approx(0.6 / 0.25)
+
+
+def test_certain_scores_have_a_finite_logloss() -> None:
+    scores, labels = np.array([0.0, 1.0, 0.0, 1.0]), np.array([0.0, 1.0, 1.0, 0.0])
+    assert 0 < log_loss(scores, labels) < 100
+    assert log_loss(scores[:2], labels[:2]) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_single_class_has_no_auc_and_no_normalized_entropy(label: float) -> None:
+    m = binary_metrics(np.array([0.2, 0.4]), np.array([label, label]), np.array([1, 1]))
+    assert all(map(math.isnan, (m.auc, m.gauc, m.ne)))
+    assert (m.gauc_left_out, m.rows) == (1, 2)
+    assert math.isfinite(m.logloss)
+    assert math.isnan(m.calibration) == (label == 0)
+
+
+def test_no_rows_no_metrics() -> None:
+    m = binary_metrics(np.empty(0), np.empty(0), np.empty(0, np.int64))
+    assert (m.rows, m.gauc_left_out) == (0, 0)
+    assert all(map(math.isnan, (m.auc, m.gauc, m.logloss, m.ne, m.calibration, m.ece)))
+
+
+@given(rows, st.randoms())
+def test_the_order_of_the_rows_does_not_matter(drawn: list[Row], random: Any) -> None:
+    mixed = list(drawn)
+    random.shuffle(mixed)
+    a, b = (binary_metrics(*columns(d)) for d in (drawn, mixed))
+    for name in ("auc", "gauc", "gauc_left_out", "logloss", "ne", "calibration", "ece", "rows"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), nan_ok=True), name

@@ -1,0 +1,354 @@
+"""The networks against textbook modules, one per expert, with copied weights; the embeddings against nn.Embedding."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys_moe.experts import MLPExperts, StackedBatchNorm
+from recsys_moe.kernels import expert_mlp, gate_mix
+from recsys_moe.models.mmoe import MMoE, MMoEConfig
+from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
+from recsys_moe.ranker import Ranker
+from recsys_moe.routing import SoftRouter
+
+IN_DIM, TASKS = 6, 3
+CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 2e-6}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# -- kernels against loops
+
+
+@pytest.mark.parametrize(("b", "d", "e", "h"), [(1, 1, 1, 1), (7, 5, 3, 4), (33, 17, 8, 9)])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared input", "input per expert"])
+def test_expert_mlp_is_a_linear_layer_per_expert(b: int, d: int, e: int, h: int, shared: bool) -> None:
+    leaves = [torch.randn(b, d) if shared else torch.randn(b, e, d), torch.randn(e, h, d), torch.randn(e, h)]
+    x, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    naive = torch.stack([F.linear(x if shared else x[:, i], weight[i], bias[i]) for i in range(e)], 1)
+    same_with_gradients(expert_mlp(x, weight, bias), naive, leaves)
+
+
+@pytest.mark.parametrize(("b", "t", "e", "h"), [(1, 1, 1, 1), (7, 2, 3, 4), (33, 10, 8, 9)])
+def test_gate_mix_is_the_weighted_sum_of_the_experts(b: int, t: int, e: int, h: int) -> None:
+    leaves = [torch.rand(b, t, e).requires_grad_(), torch.randn(b, e, h).requires_grad_()]
+    weights, y = leaves
+    naive = torch.stack([sum(weights[:, i, j, None] * y[:, j] for j in range(e)) for i in range(t)], 1)  # type: ignore[misc]
+    same_with_gradients(gate_mix(weights, y), naive, leaves)
+
+
+def same_with_gradients(got: Tensor, naive: Tensor, leaves: list[Tensor]) -> None:
+    direction = torch.randn_like(naive)
+    torch.testing.assert_close(got, naive, **CLOSE)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, leaves, direction), torch.autograd.grad(naive, leaves, direction), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared input", "input per expert"])
+def test_expert_mlp_in_bf16_rounds_its_operands_and_nothing_else(shared: bool) -> None:
+    x, weight, bias = torch.randn(9, 64) if shared else torch.randn(9, 4, 64), torch.randn(4, 5, 64), torch.randn(4, 5)
+    got = expert_mlp(x, weight, bias, torch.bfloat16)
+    rounded = expert_mlp(x.bfloat16().float(), weight.bfloat16().float(), bias)
+    assert got.dtype == torch.float32
+    # The product is written as bf16 (8 bits) once; accumulating in bf16 would be off by far more.
+    torch.testing.assert_close(got, rounded, rtol=2**-7, atol=2**-5)
+
+
+# -- batch normalisation
+
+
+def test_stacked_batch_norm_is_batch_norm_1d_for_each_expert() -> None:
+    stacked, singles = StackedBatchNorm(3, 4), [nn.BatchNorm1d(4) for _ in range(3)]
+    for _ in range(3):
+        x = (torch.randn(10, 3, 4) * torch.arange(1, 5) + 2).requires_grad_()
+        naive = torch.stack([norm(x[:, e]) for e, norm in enumerate(singles)], 1)
+        same_with_gradients(stacked(x), naive, [x])
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(stacked, name), torch.stack([getattr(norm, name) for norm in singles]))
+    stacked.eval()
+    x = torch.randn(1, 3, 4)
+    torch.testing.assert_close(stacked(x), torch.stack([norm.eval()(x[:, e]) for e, norm in enumerate(singles)], 1))
+
+
+def test_a_training_batch_of_one_row_uses_the_running_statistics_and_leaves_them() -> None:
+    norm = StackedBatchNorm(2, 3)
+    norm(torch.randn(50, 2, 3) * 4 + 1)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    x = torch.randn(1, 2, 3)
+    in_training = norm(x)
+    assert torch.equal(norm.running_mean, before[0])
+    assert torch.equal(norm.running_var, before[1])
+    assert torch.equal(in_training, norm.eval()(x))
+
+
+# -- model families against a module per expert
+
+
+def mlp(widths: list[int], norm: str, linear_out: bool) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers.append(nn.Linear(a, b))
+        if not (linear_out and i == len(widths) - 2):
+            layers += [nn.BatchNorm1d(b), nn.ReLU()] if norm == "batch" else [nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class NaiveMMoE(nn.Module):
+    def __init__(self, config: MMoEConfig) -> None:
+        super().__init__()
+        experts, towers = [IN_DIM, *config.expert_dims], [config.expert_dims[-1], *config.tower_dims, 1]
+        self.experts = nn.ModuleList(mlp(experts, config.norm, False) for _ in range(config.num_experts))
+        self.gates = nn.ModuleList(nn.Linear(IN_DIM, config.num_experts) for _ in range(TASKS))
+        self.towers = nn.ModuleList(mlp(towers, config.norm, True) for _ in range(TASKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [expert(x) for expert in self.experts]
+        logits = []
+        for gate, tower in zip(self.gates, self.towers, strict=True):
+            weights = torch.softmax(gate(x), 1)
+            mixed = torch.zeros_like(outputs[0])
+            for e, output in enumerate(outputs):
+                mixed = mixed + weights[:, e : e + 1] * output
+            logits.append(tower(mixed))
+        return torch.cat(logits, 1)
+
+
+class NaiveSharedBottom(nn.Module):
+    def __init__(self, config: SharedBottomConfig) -> None:
+        super().__init__()
+        towers = [config.bottom_dims[-1], *config.tower_dims, 1]
+        self.bottom = nn.ModuleList([mlp([IN_DIM, *config.bottom_dims], config.norm, False)])
+        self.towers = nn.ModuleList(mlp(towers, config.norm, True) for _ in range(TASKS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = self.bottom[0](x)
+        return torch.cat([tower(shared) for tower in self.towers], 1)
+
+
+Pair = tuple[Tensor, int | slice, Tensor]
+
+
+def expert_pairs(stacked: MLPExperts, singles: Any) -> Iterator[Pair]:
+    """Each tensor of the stack, where in it an expert's part lies, and the single module's tensor."""
+    for e, single in enumerate(singles):
+        for i, linear in enumerate(m for m in single if isinstance(m, nn.Linear)):
+            yield stacked.weights[i], e, linear.weight
+            yield stacked.biases[i], e, linear.bias
+        for i, norm in enumerate(m for m in single if isinstance(m, nn.BatchNorm1d)):
+            assert stacked.norms is not None
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                yield getattr(stacked.norms[i], name), e, getattr(norm, name)
+
+
+def pairs(model: Any, naive: Any) -> Iterator[Pair]:
+    yield from expert_pairs(model.towers, naive.towers)
+    if isinstance(model, MMoE):
+        yield from expert_pairs(model.experts, naive.experts)
+        for t, gate in enumerate(naive.gates):
+            rows = slice(t * gate.out_features, (t + 1) * gate.out_features)
+            yield model.router.linear.weight, rows, gate.weight
+            yield model.router.linear.bias, rows, gate.bias
+    else:
+        yield from expert_pairs(model.bottom, naive.bottom)
+
+
+def build(family: str, norm: Any, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A model and its naive twin, with the same weights."""
+    model: Any
+    naive: Any
+    if family == "mmoe":
+        mmoe = MMoEConfig(num_experts=4, expert_dims=(7, 5), tower_dims=(4,), norm=norm)
+        model, naive = MMoE(mmoe, IN_DIM, TASKS, dtype), NaiveMMoE(mmoe)
+    else:
+        bottom = SharedBottomConfig(bottom_dims=(9, 5), tower_dims=(4,), norm=norm)
+        model, naive = SharedBottom(bottom, IN_DIM, TASKS, dtype), NaiveSharedBottom(bottom)
+    with torch.no_grad():
+        for stacked, where, single in pairs(model, naive):
+            single.copy_(stacked[where])
+    return model, naive
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("family", ["mmoe", "shared_bottom"])
+def test_a_family_equals_its_naive_twin(family: str, norm: str) -> None:
+    model, naive = build(family, norm)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in naive.parameters())
+    # Two batches in training, which move the running statistics, then inference, with gradients everywhere.
+    for train in (True, True, False):
+        model.train(train)
+        naive.train(train)
+        x = torch.randn(11, IN_DIM)
+        direction = torch.randn(11, TASKS)
+        for network in (model, naive):
+            network.zero_grad()
+        got, expected = model(x)[0], naive(x)
+        torch.testing.assert_close(got, expected, **CLOSE)
+        got.backward(direction)
+        expected.backward(direction)
+        for stacked, where, single in pairs(model, naive):
+            torch.testing.assert_close(stacked[where], single, **CLOSE)
+            if single.requires_grad:
+                assert stacked.grad is not None
+                torch.testing.assert_close(stacked.grad[where], single.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_the_plan_of_mmoe_is_its_gates() -> None:
+    model, naive = build("mmoe", "none")
+    x = torch.randn(5, IN_DIM)
+    _, plan = model(x)
+    expected = torch.stack([torch.softmax(gate(x), 1) for gate in naive.gates], 1)
+    torch.testing.assert_close(plan.weights, expected)
+    torch.testing.assert_close(plan.weights.sum(2), torch.ones(5, TASKS))
+    assert build("shared_bottom", "none")[0](x)[1] is None
+
+
+@pytest.mark.parametrize("family", ["mmoe", "shared_bottom"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_batch_of_one_row(family: str, train: bool) -> None:
+    model, _ = build(family, "batch")
+    model.train(train)
+    logits, _ = model(torch.randn(1, IN_DIM))
+    logits.sum().backward()
+    assert torch.isfinite(logits).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["mmoe", "shared_bottom"])
+def test_at_inference_a_row_does_not_depend_on_its_batch(family: str) -> None:
+    model, _ = build(family, "batch")
+    model.eval()
+    x = torch.randn(9, IN_DIM)
+    torch.testing.assert_close(torch.cat([model(row[None])[0] for row in x]), model(x)[0])
+    assert SoftRouter.batch_invariant
+
+
+def test_experts_and_units_differ_after_initialisation() -> None:
+    # Experts that start alike get the same gradients and stay alike.
+    experts = MLPExperts(4, IN_DIM, (8, 5))
+    for weight in experts.weights:
+        units = weight.flatten(0, 1)
+        assert len(torch.unique(units, dim=0)) == len(units)
+
+
+def test_initialisation_is_nn_linears() -> None:
+    experts, single = MLPExperts(8, 64, (400,)), nn.Linear(64, 400)
+    for mine, reference in ((experts.weights[0], single.weight), (experts.biases[0], single.bias)):
+        assert mine.abs().max() <= 1 / 8
+        assert mine.std().item() == pytest.approx(reference.std().item(), rel=0.1)
+        assert mine.mean().item() == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("family", ["mmoe", "shared_bottom"])
+def test_bf16_experts_are_close_to_fp32_ones(family: str) -> None:
+    fp32, _ = build(family, "batch")
+    bf16, _ = build(family, "batch", torch.bfloat16)
+    bf16.load_state_dict(fp32.state_dict())
+    assert {p.dtype for p in bf16.parameters()} == {torch.float32}
+    x = torch.randn(64, IN_DIM)
+    (low, low_plan), (high, high_plan) = bf16(x), fp32(x)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, high)
+    assert (low - high).norm() < 0.02 * high.norm()
+    if high_plan is not None:  # the gates stay fp32
+        assert torch.equal(low_plan.weights, high_plan.weights)
+    low.sum().backward()
+    high.sum().backward()
+    # A unit near its kink may switch, so single entries differ; the direction of the whole gradient must not.
+    one, other = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (bf16, fp32))
+    assert F.cosine_similarity(one, other, dim=0) > 0.98
+
+
+def test_dropout_drops_and_rescales_in_training_only() -> None:
+    experts = MLPExperts(2, 3, (2000,), dropout=0.25)
+    x = torch.randn(4, 3)
+    whole = experts.eval()(x)
+    dropped = experts.train()(x)
+    kept = (dropped != 0)[whole > 0]
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.02)
+    torch.testing.assert_close(dropped[dropped != 0], (whole / 0.75)[dropped != 0])
+
+
+# -- embeddings
+
+
+class Capture(nn.Module):
+    """In place of the network: its input is the output."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+
+CARDINALITIES = [5, 3, 40]
+
+
+def ranker(num_dense: int = 2, cardinalities: list[int] = CARDINALITIES) -> Ranker:
+    names = ["user", "price.bucket", "item"][: len(cardinalities)]
+    return Ranker(MMoEConfig(embedding_dim=4, num_experts=2), names, cardinalities, num_dense, TASKS)
+
+
+def tables(model: Ranker) -> list[nn.Embedding]:
+    """The same tables as plain embeddings."""
+    state = model.state_dict()
+    weights = [state[f"embeddings.embedding_bags.{n.replace('.', '__')}.weight"] for n in model.sparse_names]
+    return [nn.Embedding.from_pretrained(weight.clone(), freeze=False) for weight in weights]
+
+
+def draw_ids(rows: int) -> Tensor:
+    # Few different ids among many rows: most are met more than once.
+    return torch.stack([torch.randint(0, c, (rows,)) for c in CARDINALITIES], 1).int()
+
+
+def test_the_network_sees_each_rows_embeddings_then_its_numbers() -> None:
+    model = ranker()
+    model.network = Capture()
+    ids, dense = draw_ids(13), torch.randn(13, 2)
+    expected = torch.cat([table(ids[:, f].long()) for f, table in enumerate(tables(model))] + [dense], 1)
+    assert torch.equal(model(ids, dense)[0], expected)
+
+
+def test_a_ranker_of_numbers_only_and_one_of_categories_only() -> None:
+    numbers, categories = ranker(cardinalities=[]), ranker(num_dense=0)
+    assert numbers(torch.empty(4, 0, dtype=torch.int32), torch.randn(4, 2))[0].shape == (4, TASKS)
+    assert categories(draw_ids(4), torch.empty(4, 0))[0].shape == (4, TASKS)
+    numbers.set_embedding_lr(0.1)
+
+
+def test_the_backward_pass_is_adagrad_on_the_tables() -> None:
+    model = ranker()
+    model.network = Capture()
+    naive = tables(model)
+    before = [table.weight.detach().clone() for table in naive]
+    adagrad = torch.optim.Adagrad([table.weight for table in naive], lr=0.05, eps=1e-8)
+    seen: list[set[int]] = [set() for _ in CARDINALITIES]
+    for rate in (0.05, 0.05, 0.02):  # the last step at another rate: what a schedule does
+        model.set_embedding_lr(rate)
+        adagrad.param_groups[0]["lr"] = rate
+        ids, target = draw_ids(20), torch.randn(20, 12)
+        for f, met in enumerate(seen):
+            met |= set(ids[:, f].tolist())
+        ((model(ids, torch.empty(20, 0))[0] - target) ** 2).sum().backward()
+        adagrad.zero_grad()
+        x = torch.cat([table(ids[:, f].long()) for f, table in enumerate(naive)], 1)
+        ((x - target) ** 2).sum().backward()
+        adagrad.step()
+        for mine, reference in zip(tables(model), naive, strict=True):
+            torch.testing.assert_close(mine.weight, reference.weight, rtol=1e-4, atol=1e-6)
+    for table, start, met in zip(tables(model), before, seen, strict=True):
+        unseen = [i for i in range(len(start)) if i not in met]
+        assert torch.equal(table.weight[unseen], start[unseen])
+
+
+def test_inference_changes_no_table() -> None:
+    model = ranker().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model(draw_ids(10), torch.randn(10, 2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

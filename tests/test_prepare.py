@@ -1,0 +1,226 @@
+"""Preparation through Ray Data: what it writes, and what it says about bad input."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys_moe.batches import ordered_rows
+from recsys_moe.errors import UserError
+from recsys_moe.pipelines import prepare as prepare_module
+from recsys_moe.pipelines.cluster import local_ray
+from recsys_moe.pipelines.prepare import prepare
+from recsys_moe.sources import DataConfig, Split
+from recsys_moe.transforms import Transform
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA: dict[str, Any] = {
+    "features": [
+        {"name": "x", "kind": "numeric", "buckets": 4, "missing_indicator": True},
+        {"name": "color", "kind": "categorical"},
+    ],
+    "tasks": [{"name": "click", "label": "clicked == 1"}],
+    "group": "user",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_instance() -> Iterator[None]:
+    """One Ray for all tests here, started with the checkout as working directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        with local_ray():
+            yield
+
+
+def rows(n: int = 600) -> pd.DataFrame:
+    r = np.random.default_rng(0)
+    x = r.normal(size=n)
+    x[::17] = np.nan
+    return pd.DataFrame(
+        {
+            "x": x,
+            "color": r.choice(["red", "green", "blue", None], n),
+            "clicked": (r.random(n) < 0.4).astype("float64"),
+            "user": r.choice(["a", "b", "c"], n),
+        }
+    )
+
+
+def data_set(folder: Path, frame: pd.DataFrame, schema: dict[str, Any] = SCHEMA) -> DataConfig:
+    folder.mkdir(exist_ok=True)
+    frame.to_parquet(folder / "rows.parquet", row_group_size=100)
+    (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
+    return DataConfig(name="small", source=str(folder), schema=str(folder / "schema.yaml"))
+
+
+def test_shards_hold_the_transformed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Many small chunks: statistics are merged over workers, parts are spread over shards.
+    plan = prepare_module.plan_chunks
+    monkeypatch.setattr(prepare_module, "plan_chunks", lambda config, schema: plan(config, schema, chunk_rows=70))
+    frame = rows()
+    seen: list[tuple[str, int, int]] = []
+    data = prepare(data_set(tmp_path / "source", frame), tmp_path / "runs", lambda *step: seen.append(step))
+    assert seen[-1] == ("transform", 600, 600)
+    order = np.random.default_rng(0).permutation(600)
+    for part, index in (("train", order[:480]), ("validation", order[480:540]), ("test", order[540:])):
+        index = np.sort(index)
+        found = list(ordered_rows(data, part))
+        chosen = frame.iloc[index]
+        expected = Transform(data.schema, data.transform.statistics)(pa.Table.from_pandas(chosen, preserve_index=False))
+        np.testing.assert_array_equal(np.concatenate([f.inputs.ids for f in found], 1), expected.ids)
+        np.testing.assert_array_equal(np.concatenate([f.inputs.dense for f in found], 1), expected.dense)
+        np.testing.assert_array_equal(np.concatenate([f.labels[0] for f in found]), chosen["clicked"])
+    train = frame.iloc[order[:480]]
+    (x,) = data.transform.statistics.numeric
+    assert x.mean == pytest.approx(train["x"].mean(), rel=1e-12)
+    assert x.std == pytest.approx(train["x"].std(ddof=0), rel=1e-12)
+    (color,) = data.transform.statistics.categorical
+    assert list(color.vocabulary) == list(train["color"].value_counts().index)
+
+
+def test_statistics_come_from_the_training_part_only(tmp_path: Path) -> None:
+    frame = rows()
+    frame.loc[480:, "color"] = "only later"
+    frame.loc[480:, "x"] = 1e9
+    config = replace(data_set(tmp_path / "source", frame), split=Split(order="given"))
+    statistics = prepare(config, tmp_path / "runs").transform.statistics
+    assert "only later" not in statistics.categorical[0].vocabulary
+    assert statistics.numeric[0].mean < 1
+
+
+def test_a_change_of_source_schema_or_protocol_is_prepared_anew(tmp_path: Path) -> None:
+    config = data_set(tmp_path / "source", rows())
+    first = prepare(config, tmp_path / "runs")
+    assert prepare(config, tmp_path / "runs").folder == first.folder
+    folders = {first.folder, prepare(replace(config, split=Split(seed=1)), tmp_path / "runs").folder}
+    folders.add(prepare(data_set(tmp_path / "source", rows(601)), tmp_path / "runs").folder)
+    changed = SCHEMA | {"group": None}
+    folders.add(prepare(data_set(tmp_path / "source", rows(), changed), tmp_path / "runs").folder)
+    assert len(folders) == 4
+
+
+def nan_label(frame: pd.DataFrame, schema: dict[str, Any]) -> pa.Table:
+    # Arrow tells NaN from null: null is unobserved, NaN is a mistake upstream.
+    label = frame["clicked"].to_numpy().copy()
+    label[7] = np.nan
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    return table.set_column(table.column_names.index("clicked"), "clicked", pa.array(label, from_pandas=False))
+
+
+def infinite_label(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    return frame.assign(clicked=np.where(np.arange(len(frame)) == 7, np.inf, frame["clicked"]))
+
+
+def all_one_class(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    return frame.assign(clicked=1.0)
+
+
+def empty_mask(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["tasks"][0]["mask"] = 'color == "mauve"'
+    return frame
+
+
+def missing_label(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    return frame.drop(columns="clicked")
+
+
+def unknown_feature(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["features"][1]["name"] = "colour"
+    return frame
+
+
+def string_in_numeric(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    return frame.assign(x=frame["x"].astype(object).where(frame.index != 5, "five").astype(str))
+
+
+def no_rows(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    return frame.iloc[:0]
+
+
+def label_as_input(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["features"].append({"name": "clicked", "kind": "numeric"})
+    return frame
+
+
+BAD = {
+    nan_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
+    infinite_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
+    all_one_class: "task 'click' has only class 1 in its 480 training rows",
+    empty_mask: "task 'click' has no row left among the 480 training rows",
+    missing_label: "label column 'clicked' is not in",
+    unknown_feature: "feature column 'colour' is not in .*did you mean 'color'",
+    string_in_numeric: "column 'x' is numeric in the schema but holds '",
+    no_rows: "is empty; write at least one row",
+    label_as_input: "column 'clicked' can't be a feature: it is read by the label of task 'click'",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda f: f.__name__)
+def test_bad_input_is_told_in_one_sentence(spoil: Any, tmp_path: Path) -> None:
+    schema = yaml.safe_load(yaml.safe_dump(SCHEMA))
+    spoilt = spoil(rows(), schema)
+    config = data_set(tmp_path / "source", rows(), schema)
+    table = spoilt if isinstance(spoilt, pa.Table) else pa.Table.from_pandas(spoilt, preserve_index=False)
+    pq.write_table(table, tmp_path / "source" / "rows.parquet")
+    with pytest.raises(UserError, match=BAD[spoil]) as error:
+        prepare(config, tmp_path / "runs")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "runs").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_an_empty_or_truncated_file_is_named(keep: float, tmp_path: Path) -> None:
+    config = data_set(tmp_path / "source", rows())
+    path = tmp_path / "source" / "rows.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(UserError, match="is empty" if keep == 0 else "is not a whole Parquet file") as error:
+        prepare(config, tmp_path / "runs")
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("harm", ["missing", "changed"])
+def test_a_damaged_shard_is_refused(harm: str, tmp_path: Path) -> None:
+    config = data_set(tmp_path / "source", rows())
+    shard = next(prepare(config, tmp_path / "runs").folder.glob("train-*.arrow"))
+    if harm == "missing":
+        shard.unlink()
+    else:
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    sentence = "is missing" if harm == "missing" else "does not match the checksum"
+    with pytest.raises(UserError, match=f"{shard.name}.*{sentence}.*prepare the data again"):
+        prepare(config, tmp_path / "runs")
+    # The remedy that it names works.
+    assert prepare(config, tmp_path / "runs", force=True).manifest.rows("train") == 480
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file in the way")
+    with pytest.raises(UserError, match="can't be written"):
+        prepare(data_set(tmp_path / "source", rows()), tmp_path / "runs")
+
+
+def test_transformers_imports_inside_a_ray_task() -> None:
+    # Ray puts the directory that it is started from, here the checkout, on its workers' path unless that is seen to.
+    import ray
+
+    @ray.remote
+    def imports() -> bool:
+        import sys
+
+        import transformers
+
+        assert transformers.PreTrainedModel
+        return "kernels" in sys.modules
+
+    assert ray.get(imports.remote()) is False

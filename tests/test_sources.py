@@ -1,0 +1,277 @@
+"""Reading log files and sharing out their rows, against naive numpy and pandas."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recsys_moe import sources
+from recsys_moe.errors import UserError
+from recsys_moe.schema import Schema
+from recsys_moe.sources import PARTS, DataConfig, Split, count_rows, digest_files, plan_chunks, read_part, read_rows
+from recsys_moe.typed import parse
+
+SCHEMA: Schema = parse(
+    Schema,
+    {
+        "features": [{"name": "code", "kind": "categorical"}, {"name": "x", "kind": "numeric"}],
+        "tasks": [{"name": "t", "label": "y == 1"}],
+        "group": "row",
+    },
+    "schema",
+)
+
+
+def table(rows: int, start: int = 0) -> pa.Table:
+    """`row` numbers the rows through all files, so that a test can see where each one went."""
+    row = np.arange(start, start + rows)
+    return pa.table({"code": [f"{r:03d}" for r in row], "x": row / 4, "y": row % 2, "row": row, "unused": row})
+
+
+def data(source: Path, **keys: Any) -> DataConfig:
+    return DataConfig(name="d", source=str(source), schema="-", **keys)
+
+
+def rows_of(config: DataConfig, part: str) -> list[int]:
+    return [row for piece in read_part(config, SCHEMA, part) for row in piece["row"].to_pylist()]
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """100 rows in a.parquet (row groups of 30) and 37 rows in b.parquet."""
+    pq.write_table(table(100), tmp_path / "a.parquet", row_group_size=30)
+    pq.write_table(table(37, 100), tmp_path / "b.parquet")
+    return tmp_path
+
+
+def test_permuted_is_numpys_permutation_by_seed(parquet: Path) -> None:
+    config = data(parquet, split=Split(train=70, validation=20, test=10, order="permuted", seed=5))
+    order = np.random.default_rng(5).permutation(137)
+    # Which rows go where is the permutation's; within a part they keep the files' order. Rows beyond the sizes are unused.
+    assert rows_of(config, "train") == sorted(order[:70])
+    assert rows_of(config, "validation") == sorted(order[70:90])
+    assert rows_of(config, "test") == sorted(order[90:100])
+
+
+def test_given_order_splits_in_time_order(parquet: Path) -> None:
+    config = data(parquet, split=Split(train=0.8, validation=0.1, test=0.1, order="given"))
+    # 137 rows: 109.6 → 110, 13.7 → 14, and the last part takes what is left.
+    assert rows_of(config, "train") == list(range(110))
+    assert rows_of(config, "validation") == list(range(110, 124))
+    assert rows_of(config, "test") == list(range(124, 137))
+
+
+def test_held_out_files_are_shared_out_and_files_are_the_training_part_whole(parquet: Path) -> None:
+    split = Split(validation=0.5, test=0.5, order="permuted", seed=0)
+    config = data(parquet, files=("a.parquet",), held_out=("b.parquet",), split=split)
+    order = 100 + np.random.default_rng(0).permutation(37)
+    assert rows_of(config, "train") == list(range(100))
+    assert rows_of(config, "validation") == sorted(order[:19])  # 18.5 rounds up
+    assert rows_of(config, "test") == sorted(order[19:])
+
+
+@given(
+    rows=st.integers(20, 400),
+    shares=st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (0.6, 0.2, 0.2), (0.7, 0.15, 0.15)]),
+    order=st.sampled_from(["given", "permuted"]),
+)
+def test_shares_that_sum_to_one_use_every_row_once(rows: int, shares: tuple[float, float, float], order: Any) -> None:
+    parts = sources._share_out(Split(*shares, order=order), rows, (0, 1, 2))
+    counts = np.bincount(parts, minlength=3)
+    assert counts.sum() == rows
+    assert np.abs(counts - rows * np.array(shares)).max() <= 1
+
+
+def test_files_are_numbered_in_the_order_of_the_patterns_then_by_name(parquet: Path) -> None:
+    pq.write_table(table(5, 200), parquet / "c.parquet")
+    config = data(parquet, files=("c.parquet", "[ab].parquet"), split=Split(train=5, validation=100, test=37, order="given"))
+    assert rows_of(config, "train") == list(range(200, 205))
+    assert rows_of(config, "validation") == list(range(100))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 30, 64, 1000])
+def test_chunks_cover_every_row_once_whatever_their_size(parquet: Path, chunk_rows: int) -> None:
+    config = data(parquet, split=Split(order="permuted"))
+    whole = np.concatenate([c.parts for c in plan_chunks(config, SCHEMA)])
+    chunks = plan_chunks(config, SCHEMA, chunk_rows)
+    assert max(len(c.parts) for c in chunks) <= chunk_rows
+    assert [c.index for c in chunks] == list(range(len(chunks)))
+    # The protocol must not depend on how the work is cut.
+    assert np.array_equal(np.concatenate([c.parts for c in chunks]), whole)
+    for chunk in chunks:
+        rows = []
+        for piece, parts in sources.read_chunk(chunk, SCHEMA):
+            assert len(parts) == piece.num_rows
+            rows += piece["row"].to_pylist()
+        assert rows == list(range(chunk.start, chunk.start + len(chunk.parts)))
+
+
+def test_only_the_schemas_columns_are_read(parquet: Path) -> None:
+    (piece,) = read_rows(parquet / "b.parquet", SCHEMA)
+    assert piece.column_names == ["code", "x", "y", "row"]
+    (piece,) = read_rows(parquet / "b.parquet", SCHEMA, labels=False)
+    assert piece.column_names == ["code", "x"]
+    assert piece.equals(table(37, 100).select(["code", "x"]))
+
+
+def test_a_row_to_score_needs_no_label_columns(tmp_path: Path) -> None:
+    pq.write_table(table(5).drop_columns(["y", "row"]), tmp_path / "new.parquet")
+    assert count_rows(tmp_path / "new.parquet", SCHEMA) == 5
+    with pytest.raises(UserError, match="label column 'y'"):
+        count_rows(tmp_path / "new.parquet", SCHEMA, labels=True)
+
+
+def test_csv_reads_like_parquet(tmp_path: Path) -> None:
+    frame = table(137).to_pandas()
+    frame.loc[3, ["code", "x"]] = None
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    read = pa.concat_tables(list(read_rows(tmp_path / "a.csv", SCHEMA))).to_pandas()
+    # Categories stay as written: "007" is not 7.
+    assert read["code"][7] == "007"
+    pd.testing.assert_frame_equal(read, frame[["code", "x", "y", "row"]], check_dtype=False)
+
+
+def test_csv_is_one_chunk_and_split_like_parquet(tmp_path: Path, parquet: Path) -> None:
+    csv = tmp_path / "csv"
+    csv.mkdir()
+    for name in ("a", "b"):
+        pq.read_table(parquet / f"{name}.parquet").to_pandas().to_csv(csv / f"{name}.csv", index=False)
+    split = Split(order="permuted", seed=3)
+    chunks = plan_chunks(data(csv, split=split), SCHEMA, chunk_rows=10)
+    assert [len(c.parts) for c in chunks] == [100, 37]
+    for part in PARTS:
+        assert rows_of(data(csv, split=split), part) == rows_of(data(parquet, split=split), part)
+
+
+def test_csv_header_with_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
+    # As spreadsheets export it.
+    (tmp_path / "a.csv").write_bytes('\ufeff"code","x","y","row"\r\n"a, b",1.5,1,0\r\n'.encode())
+    (piece,) = read_rows(tmp_path / "a.csv", SCHEMA)
+    assert piece.to_pylist() == [{"code": "a, b", "x": 1.5, "y": 1, "row": 0}]
+
+
+def test_csv_label_that_is_missing_in_the_first_megabyte(tmp_path: Path) -> None:
+    # The reader guesses a column's type from its first block: a label that is logged only later must not break it.
+    lines = [f"{'a' * 100},1,{'' if row < 15_000 else row % 2},{row}" for row in range(16_000)]
+    (tmp_path / "a.csv").write_text("\n".join(["code,x,y,row", *lines]) + "\n")
+    pieces = list(read_rows(tmp_path / "a.csv", SCHEMA))
+    labels = [y for piece in pieces for y in piece["y"].to_pylist()]
+    assert labels == [None] * 15_000 + [0, 1] * 500
+
+
+def test_a_single_file_may_be_the_source(parquet: Path) -> None:
+    config = data(parquet / "b.parquet", split=Split(train=30, validation=4, test=3, order="given"))
+    assert rows_of(config, "test") == [134, 135, 136]
+
+
+def test_digest_changes_with_contents_and_names(parquet: Path) -> None:
+    paths = [parquet / "a.parquet", parquet / "b.parquet"]
+    before = digest_files(paths)
+    assert digest_files(paths) == before
+    assert digest_files(paths[::-1]) != before
+    pq.write_table(table(38, 100), paths[1])
+    assert digest_files(paths) != before
+
+
+def without(column: str) -> pa.Table:
+    return table(10).drop_columns([column])
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+@pytest.mark.parametrize(
+    ("column", "sentence"),
+    [
+        ("y", "label column 'y' is not in"),
+        ("code", "feature column 'code' is not in"),
+        ("row", "group column 'row' is not in"),
+    ],
+)
+def test_a_column_that_is_not_there(tmp_path: Path, suffix: str, column: str, sentence: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        without(column).to_pandas().to_csv(path, index=False)
+    else:
+        pq.write_table(without(column), path)
+    with pytest.raises(UserError, match=f"{sentence} .*a.{suffix}"):
+        plan_chunks(data(tmp_path), SCHEMA)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+@pytest.mark.parametrize("header", [False, True], ids=["no bytes", "no rows"])
+def test_an_empty_file(tmp_path: Path, suffix: str, header: bool) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.touch()
+    if header and suffix == "csv":
+        path.write_text("code,x,y,row\n")
+    elif header:
+        pq.write_table(table(0), path)
+    with pytest.raises(UserError, match=f"a.{suffix}' is empty"):
+        plan_chunks(data(tmp_path), SCHEMA)
+
+
+def test_a_truncated_parquet_file(parquet: Path) -> None:
+    path = parquet / "a.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"a.parquet' is not a whole Parquet file \(.*\); write or fetch it again"):
+        plan_chunks(data(parquet), SCHEMA)
+
+
+def test_a_parquet_file_with_damaged_pages(parquet: Path) -> None:
+    # The footer is whole, so that only reading the rows can find it out.
+    path = parquet / "a.parquet"
+    damaged = bytearray(path.read_bytes())
+    damaged[4:400] = bytes(396)
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="a.parquet' is not a whole Parquet file"):
+        list(read_part(data(parquet), SCHEMA, "train"))
+
+
+def test_a_string_in_a_numeric_csv_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("code,x,y,row\na,1.5,1,0\nb,many,0,1\n")
+    with pytest.raises(UserError, match=r"can't be read as CSV \(.*'?many'?"):
+        plan_chunks(data(tmp_path), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"files": ("z*.parquet",)}, r"data.files: no file matches 'z\*.parquet'"),
+        ({"held_out": ("z.parquet",)}, "data.held_out: no file matches 'z.parquet'"),
+        ({"split": Split(train=100, validation=30, test=30)}, r"asks for 100 \+ 30 \+ 30 of 137 rows"),
+        ({"split": Split(train=0.9, validation=0.001, test=0.099)}, "leaves a part empty"),
+    ],
+)
+def test_a_protocol_that_the_files_cannot_fill(parquet: Path, keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        plan_chunks(data(parquet, **keys), SCHEMA)
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; name the folder or file"):
+        plan_chunks(data(tmp_path / "absent"), SCHEMA)
+    with pytest.raises(UserError, match=r"no file in .* matches any of \*.parquet, \*.csv"):
+        plan_chunks(data(tmp_path), SCHEMA)
+
+
+def test_the_census_protocol_by_hand(census: Path) -> None:
+    # The figures that others publish stand on exactly these rows.
+    schema = parse(
+        Schema,
+        {
+            "features": [{"name": "age", "kind": "numeric"}],
+            "tasks": [{"name": "married", "label": "marital_stat == 'Never married'"}],
+        },
+        "schema",
+    )
+    split = Split(train=79762, validation=10000, test=10000, order="permuted", seed=0)
+    config = DataConfig(name="c", source=str(census), schema="-", files=("full42.parquet",), split=split)
+    ages = pd.read_parquet(census / "full42.parquet", columns=["age"])["age"].to_numpy()
+    order = np.random.default_rng(0).permutation(len(ages))
+    test = pa.concat_tables(list(read_part(config, schema, "test")))["age"].to_numpy()
+    assert np.array_equal(test, ages[np.sort(order[89762:])])
