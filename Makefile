@@ -56,8 +56,9 @@ types: $(VENV)/.ready
 imports: $(VENV)/.ready
 	$(BIN)/pytest -q tests/test_imports.py
 
-bench: $(VENV)/.ready  ## training rate beside the peers', in the same minutes
+bench: $(VENV)/.ready  ## training rate beside the peers', and start-up beside a trivial fit, in the same minutes
 	$(BIN)/python benchmarks/bench_training.py
+	$(BIN)/python benchmarks/bench_startup.py
 
 clean:  ## remove what was built, not what was trained
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ what has been prepared once is found again.
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -108,6 +109,7 @@ def _map_chunks(
     """
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -59,7 +59,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(numbered: PreparedData) -> No
     torch.manual_seed(1)
     first = order(numbered, seed=3, epoch=2)
     torch.manual_seed(2)
-    np.random.seed(2)
+    np.random.seed(2)  # nothing global matters
     assert order(numbered, seed=3, epoch=2) == first
     assert order(numbered, seed=3, epoch=3) != first
     assert order(numbered, seed=4, epoch=2) != first

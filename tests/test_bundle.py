@@ -90,9 +90,7 @@ def test_evaluation_of_raw_rows_is_that_of_training(train: Any, clicks: Any, tmp
             assert getattr(offline[task], field) == pytest.approx(getattr(metrics, field), abs=1e-6), (task, field)
 
 
-def test_only_json_and_safetensors_and_no_pickle(
-    bundle: Path, clicks: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_json_and_safetensors_and_no_pickle(bundle: Path, clicks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.name for path in bundle.iterdir()} == set(FILES)
     for path in bundle.iterdir():
         if path.suffix == ".json":
@@ -145,7 +143,15 @@ def test_no_such_folder(tmp_path: Path) -> None:
     assert "is not a bundle" in one_sentence(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:100], lambda b: b"", lambda b: b"{}" * 50])
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda b: b[:-9],
+    "cut to its start": lambda b: b[:20],
+    "empty": lambda b: b"",
+    "other bytes": lambda b: b"\xff\x00" * 50,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_weights(bundle: Path, damage: Callable[[bytes], bytes]) -> None:
     path = bundle / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -162,7 +168,7 @@ def test_pickled_weights_are_refused(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
-@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b"\xff\x00 no text"])
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damaged_json(bundle: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
     path = bundle / name
     path.write_bytes(damage(path.read_bytes()))
@@ -196,9 +202,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
         ("statistics.json", lambda s: s["numeric"][0]["boundaries"].pop(), "does not fit"),
     ],
 )
-def test_files_that_do_not_fit_together(
-    bundle: Path, name: str, change: Callable[[Any], None], sentence: str
-) -> None:
+def test_files_that_do_not_fit_together(bundle: Path, name: str, change: Callable[[Any], None], sentence: str) -> None:
     edit(bundle / name, change)
     assert sentence in one_sentence(bundle)
 

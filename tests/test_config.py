@@ -129,7 +129,7 @@ def test_a_value_that_the_user_must_give_is_asked_for() -> None:
 
 def test_unknown_schema_name(tmp_path: Path) -> None:
     data = job("data=census_full", "data.schema=census_fill").data
-    with pytest.raises(UserError, match="'census_fill' is not a shipped schema; .* did you mean 'census_full'"):
+    with pytest.raises(UserError, match=r"'census_fill' is not a shipped schema; .* did you mean 'census_full'"):
         data.load_schema(conf_dir() / "schema")
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump(schema_of_one()))

@@ -1,6 +1,7 @@
 """The networks against textbook modules, one per expert, with copied weights; the embeddings against nn.Embedding."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def test_a_training_batch_of_one_row_uses_the_running_statistics_and_leaves_them
 
 def mlp(widths: list[int], norm: str, linear_out: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(a, b))
         if not (linear_out and i == len(widths) - 2):
             layers += [nn.BatchNorm1d(b), nn.ReLU()] if norm == "batch" else [nn.ReLU()]

@@ -228,7 +228,7 @@ def test_a_parquet_file_with_damaged_pages(parquet: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[4:400] = bytes(396)
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match="a.parquet' is not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet' is not a whole Parquet file"):
         list(read_part(data(parquet), SCHEMA, "train"))
 
 

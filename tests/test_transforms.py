@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,14 @@ def test_an_infinite_value_is_an_error(value: float) -> None:
         fit(numeric(), pa.table({"x": [1.0, value]}))
 
 
+@pytest.mark.parametrize("standardise", [False, True])
+def test_a_value_that_float32_cannot_hold_is_an_error_too(standardise: bool) -> None:
+    # Else the model would see an infinity, and answer NaN.
+    transform = fit(numeric(standardise=standardise), pa.table({"x": [1.0, 2.0]}))
+    with pytest.raises(UserError, match="column 'x'"):
+        transform(pa.table({"x": [1e300]}))
+
+
 # -- whole schemas
 
 
@@ -270,7 +279,7 @@ def test_merged_partial_statistics_are_those_of_a_single_pass(
     drawn: list[tuple[str | None, float | None]], cuts: list[int]
 ) -> None:
     edges = [0, *sorted(min(cut, len(drawn)) for cut in cuts), len(drawn)]
-    pieces = [mixed(drawn[low:high]) for low, high in zip(edges, edges[1:], strict=False)]
+    pieces = [mixed(drawn[low:high]) for low, high in pairwise(edges)]
     merged = PartialStatistics.empty()
     for piece in pieces:
         # Through JSON, as it travels between processes.
