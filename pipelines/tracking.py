@@ -4,13 +4,14 @@ The run is opened and closed here, in the driver. A guard process marks it faile
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from recsys_moe.errors import UserError
+from recsys_moe.shards import Manifest
+from recsys_moe.sources import PARTS
 from recsys_moe.typed import typed
 
 if TYPE_CHECKING:
@@ -47,6 +50,20 @@ class TrackingConfig:
         return self.uri or f"sqlite:///{runs_dir.absolute() / 'mlflow.db'}"
 
 
+@contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """Turn whatever MLflow's client raises into one sentence."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"MLflow at {uri!r} does not answer as it should ({reason}); start the server, mend the cause or set tracking.uri"
+        ) from None
+
+
 def open_client(uri: str) -> "MlflowClient":
     """A client of the tracking server at `uri`, which has answered once (SQLite: has its tables).
 
@@ -55,79 +72,112 @@ def open_client(uri: str) -> "MlflowClient":
     """
     import logging
 
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _answering(uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"MLflow at {uri!r} does not answer ({reason}); start the server or set tracking.uri") from None
     return client
 
 
 class Run:
-    """An open MLflow run."""
+    """An open MLflow run. Every method raises UserError when the server does not answer."""
 
     def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str) -> None:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
+        self.uri = client.tracking_uri
+        self._lost: UserError | None = None
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Metrics at a step; values that are not finite are left out."""
-        from mlflow.entities import Metric
+    def log(self, metrics: dict[str, float | None], step: int) -> None:
+        """Metrics at a step; values that are not finite are left out. A server that was lost once is not asked again."""
+        if self._lost:
+            return
+        try:
+            with _answering(self.uri):
+                self.client.log_batch(self.run_id, metrics=_metrics(metrics, step))
+        except UserError as lost:
+            self._lost = lost
+            raise
 
-        now = int(time.time() * 1000)
-        finite = [Metric(k, float(v), now, step) for k, v in metrics.items() if v is not None and abs(v) < float("inf")]
-        self.client.log_batch(self.run_id, metrics=finite)
+    def log_bundle(self, folder: Path, config: TrackingConfig, name: str, summary: dict[str, Any]) -> str:
+        """Store the bundle as a LoggedModel with its test metrics, register it, move the alias.
 
-    def log_bundle(self, folder: Path, config: TrackingConfig, name: str, metrics: dict[str, float], step: int) -> str:
-        """Store the bundle as a LoggedModel, register it, move the alias; returns `models:/NAME/VERSION`."""
-        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+        Returns `models:/NAME/VERSION`.
+        """
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus
         from mlflow.exceptions import MlflowException
         from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
-        model = self.client.create_logged_model(
-            self.experiment_id, name=name, source_run_id=self.run_id, model_type="recsys_moe bundle"
-        )
-        self.client.log_model_artifacts(model.model_id, str(folder))
-        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-        self.client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, step)])
-        now = int(time.time() * 1000)
-        model_metrics = [
-            Metric(k, v, now, step, model_id=model.model_id, run_id=self.run_id) for k, v in metrics.items() if v == v
-        ]
-        self.client.log_batch(self.run_id, metrics=model_metrics)
+        step = summary["train"]["steps"]
+        metrics = flatten({"test": summary["test"]})
         registered = config.register or name
-        try:
-            self.client.create_registered_model(registered)
-        except MlflowException as error:
-            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
-                raise
-        version = self.client.create_model_version(
-            registered, source=model.artifact_location, run_id=self.run_id, model_id=model.model_id
-        )
-        self.client.set_registered_model_alias(registered, config.alias, version.version)
+        with _answering(self.uri):
+            model = self.client.create_logged_model(
+                self.experiment_id, name=name, source_run_id=self.run_id, model_type="recsys_moe bundle"
+            )
+            self.client.log_model_artifacts(model.model_id, str(folder))
+            self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+            self.client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, step)])
+            self.client.log_batch(self.run_id, metrics=_metrics(metrics, step, model.model_id, self.run_id))
+            try:
+                self.client.create_registered_model(registered)
+            except MlflowException as error:
+                if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                    raise
+            version = self.client.create_model_version(
+                registered, source=model.artifact_location, run_id=self.run_id, model_id=model.model_id
+            )
+            self.client.set_registered_model_alias(registered, config.alias, version.version)
         return f"models:/{registered}/{version.version}"
+
+
+def _metrics(values: dict[str, float | None], step: int, model_id: str | None = None, run_id: str | None = None) -> list[Any]:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    finite = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+    return [Metric(k, v, now, step, model_id=model_id, run_id=run_id) for k, v in finite.items()]
 
 
 @contextmanager
 def open_run(
     client: "MlflowClient",
-    uri: str,
     config: TrackingConfig,
     runs_dir: Path,
     name: str,
     settings: dict[str, Any],
     dataset: dict[str, str],
 ) -> Iterator[Run]:
-    """Create a run with parameters, data set, revision and environment; end it FINISHED, FAILED or KILLED."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+    """Create a run with parameters, data set, revision and environment; end it FINISHED, FAILED or KILLED.
 
+    Raises:
+        UserError: the server does not answer.
+    """
+    with _answering(client.tracking_uri):
+        run = _create_run(client, config, runs_dir, name)
+    guard = _start_guard(client.tracking_uri, run.run_id)
+    status = "FAILED"
+    try:
+        with _answering(client.tracking_uri):
+            _describe_run(run, settings, dataset)
+        yield run
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        # Only now may the guard go: it acts when the pipe closes without this word. If the server is gone for good, the
+        # error that said so is on its way already.
+        with suppress(UserError), _answering(client.tracking_uri):
+            client.set_terminated(run.run_id, status)
+        guard.communicate(b"done\n")
+
+
+def _create_run(client: "MlflowClient", config: TrackingConfig, runs_dir: Path, name: str) -> Run:
     experiment = client.get_experiment_by_name(config.experiment)
     if experiment is None:
         local = None if config.uri else (runs_dir.absolute() / "artifacts").as_uri()
@@ -135,31 +185,29 @@ def open_run(
     else:
         experiment_id = experiment.experiment_id
     run_id = client.create_run(experiment_id, run_name=name, tags=_source_tags()).info.run_id
-    guard = _start_guard(uri, run_id)
-    status = "FAILED"
-    try:
-        client.log_batch(run_id, params=[Param(k, str(v)[:6000]) for k, v in flatten(settings).items()])
-        described = Dataset(
-            dataset["name"],
-            dataset["digest"][:36],
-            "local",
-            json.dumps({"uri": dataset["source"]}),
-            profile=dataset["profile"],
-        )
-        client.log_inputs(run_id, datasets=[DatasetInput(described, [InputTag("mlflow.data.context", "training")])])
-        client.log_dict(run_id, settings, "config.json")
-        client.log_dict(run_id, environment(), "environment.json")
-        yield Run(client, run_id, experiment_id)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        try:
-            client.set_terminated(run_id, status)
-        finally:
-            # Only now may the guard go: it acts when the pipe closes without this word.
-            guard.communicate(b"done\n")
+    return Run(client, run_id, experiment_id)
+
+
+def _describe_run(run: Run, settings: dict[str, Any], dataset: dict[str, str]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    run.client.log_batch(run.run_id, params=[Param(k, str(v)[:6000]) for k, v in flatten(settings).items()])
+    context = [InputTag("mlflow.data.context", "training")]
+    run.client.log_inputs(run.run_id, datasets=[DatasetInput(Dataset(**dataset), context)])
+    run.client.log_dict(run.run_id, settings, "config.json")
+    run.client.log_dict(run.run_id, environment(), "environment.json")
+
+
+def describe_data(manifest: Manifest) -> dict[str, str]:
+    """The fields of an MLflow data set: a name, a digest (36 characters at most), where it is, how many rows of what."""
+    counts = {f"{c.part}.{c.task}": [c.observed, c.positive] for c in manifest.counts}
+    return {
+        "name": manifest.name,
+        "digest": manifest.digest[:36],
+        "source_type": "local",
+        "source": json.dumps({"uri": manifest.source}),
+        "profile": json.dumps({"rows": {part: manifest.rows(part) for part in PARTS}, "observed_positive": counts}),
+    }
 
 
 def _start_guard(uri: str, run_id: str) -> subprocess.Popen[bytes]:

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.models import ModelConfig
 from recsys_moe.pipelines.cluster import local_ray
 from recsys_moe.pipelines.prepare import Progress, prepare
-from recsys_moe.pipelines.tracking import Run, TrackingConfig, open_client, open_run
+from recsys_moe.pipelines.tracking import Run, TrackingConfig, describe_data, open_client, open_run
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig
@@ -59,35 +59,23 @@ def train(
     except OSError as error:
         raise UserError(f"runs_dir {job.runs_dir!r} can't be written ({error.strerror}); choose another folder") from None
     uri = job.tracking.resolve(runs_dir)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
         # Importing MLflow and migrating its database takes seconds: meanwhile Ray starts.
         opening = pool.submit(open_client, uri)
-        with local_ray():
-            data = prepare(job.data, runs_dir, on_prepare)
-            dataset = {
-                "name": job.data.name,
-                "digest": data.manifest.digest,
-                "source": data.manifest.source,
-                "profile": json.dumps({"counts": dump(data.manifest)["counts"]}),
-            }
-            try:
-                client = opening.result()
-            except UserError as lost:
-                on_event({"kind": "warning", "message": f"{lost}. Training goes on without it."})
-                summary = _fit(job, folder, data.folder, on_event, None)
-                raise UserError(f"{lost}; the trained bundle is kept in {summary['bundle']!r}") from None
-            with open_run(client, uri, job.tracking, runs_dir, run_name, dump(job), dataset) as run:
-                summary = _fit(job, folder, data.folder, on_event, run)
-                try:
-                    flat = {f"test.{t}.{m}": v for t, ms in summary["test"].items() for m, v in ms.items() if v is not None}
-                    version = run.log_bundle(
-                        Path(summary["bundle"]), job.tracking, job.data.name, flat, summary["train"]["steps"]
-                    )
-                except Exception as error:  # whatever MLflow's client or its server raises, the bundle is safe
-                    reason = " ".join(str(error).split())[:200]
-                    raise UserError(
-                        f"MLflow at {uri!r} did not take the bundle ({reason}); it is kept in {summary['bundle']!r}"
-                    ) from error
+        stack.enter_context(local_ray())
+        data = prepare(job.data, runs_dir, on_prepare)
+        try:
+            described = describe_data(data.manifest)
+            run = stack.enter_context(open_run(opening.result(), job.tracking, runs_dir, run_name, dump(job), described))
+        except UserError as lost:
+            on_event({"kind": "warning", "message": f"{lost}. Training goes on without it."})
+            summary = _fit(job, folder, data.folder, on_event, None)
+            raise UserError(f"{lost}; the trained bundle is kept in {summary['bundle']!r}") from None
+        summary = _fit(job, folder, data.folder, on_event, run)
+        try:
+            version = run.log_bundle(Path(summary["bundle"]), job.tracking, job.data.name, summary)
+        except UserError as lost:
+            raise UserError(f"{lost}; the trained bundle is kept in {summary['bundle']!r}") from None
     return {"model": job.model.name, "run_id": run.run_id, "version": version, **summary}
 
 
@@ -170,5 +158,5 @@ def _tell(event: Event, on_event: Callable[[Event], None], run: Run | None) -> N
         metrics |= {f"validation.{task}.{name}": value for name, value in values.items()}
     try:
         run.log(metrics, event["step"])
-    except Exception as error:  # the metrics stay in events.jsonl; training must not end with its observer
-        on_event({"kind": "warning", "message": f"MLflow did not take metrics ({' '.join(str(error).split())[:120]})"})
+    except UserError as lost:  # the metrics stay in events.jsonl; training must not end with its observer
+        on_event({"kind": "warning", "message": f"{lost}. Metrics are kept in the run's events.jsonl."})

@@ -1,7 +1,6 @@
 """What Ray Train runs in the training worker: the plain trainer, its events written to a file, checkpoints reported."""
 
 import json
-import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,8 @@ from recsys_moe.models import ModelConfig
 from recsys_moe.process import keep_freed_memory, peak_memory, use_all_cores
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
-from recsys_moe.trainer import TrainConfig, Trainer, evaluate
-from recsys_moe.typed import parse
+from recsys_moe.trainer import TrainConfig, Trainer, evaluate, single_class_warnings
+from recsys_moe.typed import parse, plain
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -63,6 +62,8 @@ def _train(config: dict[str, Any], tell: Any) -> dict[str, Any]:
     tell({"kind": "start", "total_steps": trainer.total_steps})
     result = trainer.fit()
     test = evaluate(trainer.model, data, "test")
+    for message in single_class_warnings(test, "test"):
+        tell({"kind": "warning", "message": message})
     return {
         "kind": "done",
         "test": {task: asdict(m) for task, m in test.items()},
@@ -75,12 +76,3 @@ def _train(config: dict[str, Any], tell: Any) -> dict[str, Any]:
             "seconds": round(result.seconds, 3),
         },
     }
-
-
-def plain(value: Any) -> Any:
-    """The same value with None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -61,7 +61,7 @@ def train(overrides: Overrides = None, json: Json = False) -> None:
 
         def on_event(event: dict[str, Any]) -> None:
             if event["kind"] == "warning":
-                stderr.print(f"warning: {event['message']}", style="yellow")
+                stderr.print(f"warning: {event['message']}", style="yellow", soft_wrap=True)
             elif event["kind"] == "start":
                 phases("train", 0, event["total_steps"])
             elif event["kind"] in ("step", "epoch"):
@@ -70,7 +70,10 @@ def train(overrides: Overrides = None, json: Json = False) -> None:
             if event["kind"] == "epoch":
                 aucs = "  ".join(f"{task} {number(m['auc'])}" for task, m in event["validation"].items())
                 best = "  *" if event["best"] else ""
-                stderr.print(f"epoch {event['epoch']}: validation AUC  {aucs}  mean {event['validation.mean_auc']:.4f}{best}")
+                stderr.print(
+                    f"epoch {event['epoch']}: validation AUC  {aucs}  mean {event['validation.mean_auc']:.4f}{best}",
+                    soft_wrap=True,
+                )
 
         summary = run_job(job, on_event, phases)
     if json:
@@ -141,7 +144,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a bundle on raw rows with labels: the test part of the data set it was trained on, unless told otherwise."""
-    from recsys_moe.console import metrics_table, print_json, stdout
+    from recsys_moe.console import metrics_table, print_json, stderr, stdout
     from recsys_moe.sources import PARTS
 
     if part not in PARTS:
@@ -149,10 +152,10 @@ def evaluate(
     folder, config = _resolve(model, overrides)
     from dataclasses import asdict
 
-    from recsys_moe.pipelines.worker import plain
     from recsys_moe.predictor import Predictor
     from recsys_moe.sources import DataConfig, read_part, read_rows
-    from recsys_moe.typed import parse
+    from recsys_moe.trainer import single_class_warnings
+    from recsys_moe.typed import parse, plain
 
     predictor = Predictor(folder)
     schema = predictor.bundle.schema
@@ -161,7 +164,10 @@ def evaluate(
     else:
         data = parse(DataConfig, config["data"], "data") if "data" in config else predictor.bundle.config.data
         tables = read_part(data, schema, part)
-    metrics = {task: plain(asdict(m)) for task, m in predictor.evaluate(tables).items()}
+    measured = predictor.evaluate(tables)
+    for message in single_class_warnings(measured, part if file is None else str(file)):
+        stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)
+    metrics = {task: plain(asdict(m)) for task, m in measured.items()}
     if json:
         print_json({"model": model, "bundle": str(folder), "part": part if file is None else str(file), "test": metrics})
     else:
@@ -224,7 +230,7 @@ def serve(model: Model, overrides: Overrides = None, json: Json = False) -> None
     from recsys_moe.typed import parse
 
     def ready(url: str) -> None:
-        stderr.print(f"serving {model} at {url} (docs: {url}/docs); Ctrl-C stops it")
+        stderr.print(f"serving {model} at {url} (docs: {url}/docs); Ctrl-C stops it", soft_wrap=True)
         if json:
             print_json({"url": url, "bundle": str(folder)})
 

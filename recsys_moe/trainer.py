@@ -100,6 +100,9 @@ class Trainer:
             loss = self._train_epoch(epoch, seconds)
             seconds += time.perf_counter() - start
             validation = evaluate(self.model, self.data, "validation")
+            if epoch == 0:
+                for message in single_class_warnings(validation, "validation"):
+                    self.on_event({"kind": "warning", "message": message})
             auc = mean_auc(validation)
             rate = (epoch + 1) * self.rows / seconds
             if math.isnan(auc):
@@ -218,6 +221,15 @@ def metrics_by_task(
         seen = weights[row] > 0
         out[task] = binary_metrics(scores[row][seen], labels[row][seen], group[seen] if group is not None else None)
     return out
+
+
+def single_class_warnings(metrics: dict[str, BinaryMetrics], part: str) -> list[str]:
+    """A sentence for each task whose AUC is not defined on the part."""
+    return [
+        f"task {task!r} has one class only in its {m.rows:,} {part} rows: its AUC is NaN and counts in no mean"
+        for task, m in metrics.items()
+        if math.isnan(m.auc)
+    ]
 
 
 def mean_auc(metrics: dict[str, BinaryMetrics]) -> float:

@@ -145,12 +145,14 @@ def as_number(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
     Raises:
         UserError: strings that are no numbers, or infinite values.
     """
-    kind = column.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or not _is_number(kind):
-        sample = next((v for v in column.to_pylist() if v is not None), None)
+    if not _is_number(column.type):
+        sample = next((v for v in column.to_pylist() if v is not None and not _reads_as_number(v)), None)
+        if sample is None and column.null_count < len(column):
+            sample = column.drop_null()[0].as_py()
         if sample is not None:
             raise UserError(
-                f"column {name!r} is numeric in the schema but holds {sample!r}; mend the data or declare kind: categorical"
+                f"column {name!r} is numeric in the schema but holds {sample!r} ({column.type}); mend the data or declare "
+                "kind: categorical"
             )
         return np.full(len(column), np.nan)
     x: npt.NDArray[np.float64] = pc.cast(column, pa.float64()).to_numpy().astype(np.float64, copy=False)
@@ -161,6 +163,14 @@ def as_number(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
 
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
+
+
+def _reads_as_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _log1p(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

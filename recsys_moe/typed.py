@@ -6,6 +6,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from functools import partial
@@ -44,6 +45,15 @@ def parse(kind: Any, data: Any, where: str) -> Any:
 def dump(value: Any) -> Any:
     """The plain data (dicts, lists, numbers, strings) that `parse` builds `value` from."""
     return TypeAdapter(type(value)).dump_python(value, mode="json")
+
+
+def plain(value: Any) -> Any:
+    """The same value with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _sentence(kind: Any, error: ValidationError, where: str) -> str:

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from recsys_moe.bundle import FILES, Bundle, BundleConfig, save_bundle
+from recsys_moe.bundle import FILES, FORMAT, Bundle, BundleConfig, save_bundle
 from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
@@ -34,7 +34,7 @@ MODELS = {
 def save(trainer: Trainer, folder: Path) -> Path:
     data = DataConfig(name="clicks", source="nowhere", schema="-")
     name = "mmoe" if "router.linear.weight" in trainer.model.network.state_dict() else "shared_bottom"
-    config = BundleConfig(1, MODELS[name], trainer.config.precision, data, "0" * 64)
+    config = BundleConfig(FORMAT, MODELS[name], trainer.config.precision, data, "0" * 64)
     save_bundle(folder, trainer.model, config, trainer.data.transform, {"test": {"click": {"auc": 0.5}}})
     return folder
 
@@ -192,7 +192,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
         ("config.json", lambda c: c["model"].update(name="mmeo"), "'model.name' is 'mmeo'; did you mean 'mmoe'"),
         ("config.json", lambda c: c["model"].update(experts=4), "unknown key 'model.experts'"),
         ("config.json", lambda c: c.pop("precision"), "'precision' is missing"),
-        ("config.json", lambda c: c.update(format=7), "has bundle format 7, not 1"),
+        ("config.json", lambda c: c.update(format=7), f"has bundle format 7, not {FORMAT}"),
         ("schema.json", lambda s: s["tasks"].pop(), "does not fit"),
         ("schema.json", lambda s: s["features"].pop(), "does not fit"),
         ("schema.json", lambda s: s["features"].append({"name": "size", "kind": "numeric"}), "'size'"),

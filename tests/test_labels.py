@@ -83,6 +83,11 @@ def test_a_weight_is_finite_and_not_negative(bad: float) -> None:
         labels({"label": "y", "weight": "w"}, y=[1, 0], w=[1.0, bad])
 
 
+def test_a_weight_of_strings_is_told_by_its_task() -> None:
+    with pytest.raises(UserError, match="weight 'w' of task 't0'"):
+        labels({"label": "y", "weight": "w"}, y=[1, 0], w=["heavy", "light"])
+
+
 def test_a_mask_is_true_or_false() -> None:
     with pytest.raises(UserError, match="mask 'm' of task 't0' is int64, not true or false"):
         labels({"label": "y", "mask": "m"}, y=[1, 0], m=[1, 0])

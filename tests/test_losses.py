@@ -33,6 +33,14 @@ def test_equals_the_loop() -> None:
     assert multi_task_loss(*arguments).item() == pytest.approx(naive(*arguments), rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_scale_of_the_weights_does_not_matter(scale: float) -> None:
+    # Also where a task's weights in a batch sum to less than 1.
+    logits, labels, weights, task_weights = draw()
+    before = multi_task_loss(logits, labels, weights, task_weights)
+    assert multi_task_loss(logits, labels, scale * weights, task_weights).item() == pytest.approx(before.item(), rel=1e-5)
+
+
 def test_a_task_is_averaged_over_its_own_rows() -> None:
     # Twice the rows of the same kind change nothing: a rare task is not drowned by a frequent one.
     logits, labels, weights, task_weights = draw()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import BinaryCalibrationError
 
@@ -30,6 +30,7 @@ def random_rows(n: int, seed: int = 0, rate: float = 0.3) -> tuple[np.ndarray, n
     return 1 / (1 + np.exp(-(labels + random.normal(size=n)))), labels
 
 
+@settings(max_examples=50)
 @given(rows)
 def test_auc_and_logloss_are_scikit_learns(drawn: list[Row]) -> None:
     scores, labels, _ = columns(drawn)
@@ -66,6 +67,7 @@ def naive_gauc(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> tu
     return (total / size if size else math.nan), left_out
 
 
+@settings(max_examples=50)  # scikit-learn takes a millisecond for each group
 @given(rows)
 def test_gauc_is_the_share_weighted_mean_over_groups_with_both_classes(drawn: list[Row]) -> None:
     scores, labels, groups = columns(drawn)

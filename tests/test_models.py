@@ -61,6 +61,8 @@ def test_expert_mlp_in_bf16_rounds_its_operands_and_nothing_else(shared: bool) -
     assert got.dtype == torch.float32
     # The product is written as bf16 (8 bits) once; accumulating in bf16 would be off by far more.
     torch.testing.assert_close(got, rounded, rtol=2**-7, atol=2**-5)
+    # The bias is added in fp32.
+    assert torch.equal(expert_mlp(0 * x, weight, bias, torch.bfloat16), bias.expand(9, 4, 5))
 
 
 # -- batch normalisation

@@ -157,7 +157,7 @@ BAD = {
     empty_mask: "task 'click' has no row left among the 480 training rows",
     missing_label: "label column 'clicked' is not in",
     unknown_feature: "feature column 'colour' is not in .*did you mean 'color'",
-    string_in_numeric: "column 'x' is numeric in the schema but holds '",
+    string_in_numeric: "column 'x' is numeric in the schema but holds 'five'",
     no_rows: "is empty; write at least one row",
     label_as_input: "column 'clicked' can't be a feature: it is read by the label of task 'click'",
 }

@@ -1,8 +1,10 @@
 """The whole road through its real parts: log rows → Ray → MLflow → bundle → Ray Serve, by the commands that a user types."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -261,3 +263,59 @@ def test_a_killed_run_is_marked_failed(work: Path, trained: dict[str, Any]) -> N
         time.sleep(0.2)
     assert runs()[new] == "FAILED"
     assert not processes_of("RECSYS_MOE_TEST_KILL=1")
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A real tracking server that stores artifacts itself, and its process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "kept")]
+    server = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    yield url, server
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+@pytest.mark.long
+def test_a_tracking_server_takes_the_run(work: Path, mlflow_server: tuple[str, subprocess.Popen[bytes]]) -> None:
+    url, _ = mlflow_server
+    summary, _ = run("train", *SETTINGS, "train.epochs=1", f"tracking.uri={url}", cwd=work)
+    assert summary["version"] == "models:/tiny/1"
+    evaluated, _ = run("evaluate", "models:/tiny@candidate", f"tracking.uri={url}", cwd=work)
+    assert evaluated["bundle"] != summary["bundle"]  # it came over HTTP
+    for task in TASKS:
+        assert evaluated["test"][task]["logloss"] == pytest.approx(summary["test"][task]["logloss"], abs=1e-6)
+
+
+@pytest.mark.long
+def test_a_tracking_server_lost_mid_run_leaves_the_bundle(
+    work: Path, mlflow_server: tuple[str, subprocess.Popen[bytes]]
+) -> None:
+    url, server = mlflow_server
+    process = start("train", *SETTINGS, "train.epochs=60", "train.patience=0", f"tracking.uri={url}", cwd=work)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 2:"):
+            break
+    os.killpg(server.pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    bundle = Path(json.loads(out.splitlines()[-1])["error"].split("kept in ")[1].strip("'"))
+    assert Predictor(bundle).tasks == TASKS
+    # Every epoch's metrics are still there.
+    events = [json.loads(line) for line in (bundle.parent / "events.jsonl").read_text().splitlines()]
+    assert len([e for e in events if e["kind"] == "epoch"]) == 60

@@ -127,7 +127,7 @@ def test_a_json_file_that_is_cut_short_or_missing(prepared_clicks: PreparedData,
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 99}, "has data format 99, not 1; prepare it again"),
+        ({"format": 99}, r"has data format 99, not \d; prepare it again"),
         ({"shards": [{"file": "x"}]}, "'shards.0.part' is missing"),
         ({"shard": []}, "unknown key 'shard'; did you mean 'shards'"),
     ],

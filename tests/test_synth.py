@@ -134,7 +134,7 @@ def test_best_auc_is_that_of_the_true_probabilities(feed: Path) -> None:
     for task in TASKS:
         seen = table[task].notna()
         reference = sklearn.metrics.roc_auc_score(table[task][seen], truth[task][seen])
-        assert summary["tasks"][task]["best_auc"] == pytest.approx(reference, abs=2e-4), task
+        assert summary["tasks"][task]["best_auc"] == pytest.approx(reference, abs=1e-5), task
         assert summary["tasks"][task]["observed"] == seen.sum()
         assert summary["tasks"][task]["rate"] == pytest.approx(table[task][seen].mean())
         assert 0.7 < reference < 0.9  # neither noise nor a gift

@@ -176,6 +176,35 @@ def test_equal_quantiles_give_fewer_buckets_and_no_empty_one() -> None:
     assert set(ids) == set(range(1, transform.cardinalities[0]))
 
 
+def test_a_value_that_fills_a_buckets_share_has_a_bucket_of_its_own() -> None:
+    # Zero in 90 % of the rows: plain quantiles would all be zero and tell nothing about the rest.
+    random = np.random.default_rng(3)
+    train = np.r_[np.zeros(900), random.lognormal(size=100)]
+    transform = fit(numeric(buckets=5), pa.table({"x": train}))
+    counts = np.bincount(transform(pa.table({"x": train})).ids[0])
+    assert counts.tolist() == [0, 900, 25, 25, 25, 25]
+
+
+@given(
+    st.lists(st.tuples(st.integers(-30, 30), st.integers(1, 200)), min_size=1, max_size=30, unique_by=lambda t: t[0]),
+    st.sampled_from([2, 4, 8, 16]),
+)
+def test_no_bucket_is_empty_or_mixes_a_heavy_value_with_others(counted: list[tuple[int, int]], buckets: int) -> None:
+    values, counts = (np.array(c) for c in zip(*counted, strict=True))
+    transform = fit(numeric(buckets=buckets), pa.table({"x": np.repeat(values, counts)}))
+    ids = transform(pa.table({"x": values})).ids[0]
+    assert set(ids) == set(range(1, transform.cardinalities[0]))
+    assert (np.diff(ids[np.argsort(values)]) >= 0).all()  # larger values, later buckets
+    heavy = counts >= counts.sum() / buckets
+    for bucket in set(ids):
+        inside = ids == bucket
+        assert inside.sum() == 1 or not heavy[inside].any()
+        # The light values share what is left evenly, as far as whole values allow.
+        if not heavy[inside].any():
+            shares = buckets - heavy.sum()
+            assert counts[inside].sum() <= counts[~heavy].sum() / shares + counts[inside].max() + 1e-6
+
+
 def test_two_values_are_told_apart_by_two_buckets() -> None:
     transform = fit(numeric(buckets=2), pa.table({"x": [0, 1] * 10}))
     assert transform(pa.table({"x": [0, 1]})).ids[0].tolist() == [1, 2]
