@@ -59,7 +59,10 @@ class Bundle:
         schema = parse(Schema, _read(folder / "schema.json"), str(folder / "schema.json"))
         statistics = parse(Statistics, _read(folder / "statistics.json"), str(folder / "statistics.json"))
         self.metrics: dict[str, Any] = _read(folder / "metrics.json")
-        self.transform = Transform(schema, statistics)
+        try:
+            self.transform = Transform(schema, statistics)
+        except UserError as error:
+            raise UserError(f"{str(folder)!r} does not fit together: {error}") from None
         t = self.transform
         self.model = Ranker(
             self.config.model,
@@ -102,5 +105,5 @@ def save_bundle(folder: Path, model: Ranker, config: BundleConfig, transform: Tr
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{str(path)!r} is not whole ({error.msg}); fetch or train the bundle again") from None
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not whole ({error}); fetch or train the bundle again") from None

@@ -48,6 +48,8 @@ def compose(overrides: Sequence[str], needs_data: bool = True) -> dict[str, Any]
     try:
         with initialize_config_dir(str(conf_dir()), version_base=None):
             config = hydra_compose("config", overrides=checked)
+        for key in sorted(OmegaConf.missing_keys(config)):
+            raise UserError(f"{key} is missing; add {key}=VALUE")
         resolved = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         message = str(error)
@@ -55,7 +57,7 @@ def compose(overrides: Sequence[str], needs_data: bool = True) -> dict[str, Any]
         if missing:
             group = missing[1]
             raise UserError(f"{group!r} is missing; add {group}=NAME ({nearest('', options(group))})") from None
-        raise UserError(f"configuration: {' '.join(message.split())}") from None
+        raise UserError(f"configuration ({' '.join(overrides)}): {' '.join(message.split())}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 

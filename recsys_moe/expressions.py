@@ -120,7 +120,7 @@ class Expression:
             return _COMPARE[type(op)](a, self._evaluate(right, table))
         if not (isinstance(right, (ast.List, ast.Tuple)) and all(isinstance(e, ast.Constant) for e in right.elts)):
             raise UserError(f"expression {self.text!r}: write a list of constants behind 'in', such as ['a', 'b']")
-        wanted = pa.array([e.value for e in right.elts if isinstance(e, ast.Constant)])
-        found = pc.is_in(a, value_set=wanted.cast(a.type))
+        wanted = [e.value for e in right.elts if isinstance(e, ast.Constant) and e.value is not None]
+        found = reduce(pc.or_, (pc.equal(a, pa.scalar(v)) for v in wanted), pa.scalar(False))
         found = pc.if_else(pc.is_valid(a), found, pa.scalar(None, pa.bool_()))
         return pc.invert(found) if isinstance(op, ast.NotIn) else found

@@ -24,10 +24,10 @@ def task_labels(table: pa.Table, schema: Schema) -> tuple[npt.NDArray[np.float32
         for column in Expression(task.label).columns:
             _check_finite(table, column, task)
         y = Expression(task.label)(table)
-        if not (pa.types.is_boolean(y.type) or pa.types.is_integer(y.type) or pa.types.is_floating(y.type)):
+        if not _is_number(y):
             raise UserError(f"label {task.label!r} of task {task.name!r} is {y.type}, not true or false; compare it")
         observed = pc.is_valid(y).to_numpy()
-        values = pc.fill_null(pc.cast(y, pa.float64()), 0.0).to_numpy()
+        values = pc.fill_null(pc.cast(y, pa.float64(), safe=False), 0.0).to_numpy()
         bad = values[observed & (values != 0) & (values != 1)]
         if len(bad):
             raise UserError(
@@ -35,7 +35,10 @@ def task_labels(table: pa.Table, schema: Schema) -> tuple[npt.NDArray[np.float32
             )
         weight = np.ones(table.num_rows)
         if task.weight:
-            weight = pc.fill_null(pc.cast(Expression(task.weight)(table), pa.float64()), 0.0).to_numpy()
+            w = Expression(task.weight)(table)
+            if not _is_number(w):
+                raise UserError(f"weight {task.weight!r} of task {task.name!r} is {w.type}; name a column of numbers ≥ 0")
+            weight = pc.fill_null(pc.cast(w, pa.float64(), safe=False), 0.0).to_numpy()
             if not np.isfinite(weight).all() or (weight < 0).any():
                 raise UserError(f"weight {task.weight!r} of task {task.name!r} is negative or not finite; make it ≥ 0")
         if task.mask:
@@ -53,11 +56,18 @@ def group_ids(table: pa.Table, schema: Schema) -> npt.NDArray[np.int64] | None:
     if schema.group is None:
         return None
     column = table[schema.group]
-    if pa.types.is_integer(column.type) and column.null_count == 0:
-        return np.asarray(column.to_numpy(), np.int64)
+    if pa.types.is_integer(column.type):
+        # Nulls are one more group; whether a chunk has any must not change what the others are called.
+        numbers = pc.fill_null(pc.cast(column, pa.int64(), safe=False), np.iinfo(np.int64).min)
+        return np.asarray(numbers.to_numpy(), np.int64)
     from pandas.util import hash_array
 
     return hash_array(np.asarray(column.to_pylist(), dtype=object).astype(str).astype(object)).astype(np.int64)
+
+
+def _is_number(values: pa.ChunkedArray) -> bool:
+    kind = values.type
+    return bool(pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _check_finite(table: pa.Table, column: str, task: Task) -> None:

@@ -81,7 +81,9 @@ class Rows:
 def write_shard(path: Path, part: str, rows: Rows, transform: Transform) -> Shard:
     """Write one shard and describe it."""
     tasks = transform.schema.task_names
-    columns: dict[str, npt.NDArray[np.generic]] = dict(zip(transform.sparse_names, rows.inputs.ids, strict=True))
+    columns: dict[str, npt.NDArray[np.generic]] = {
+        f"id.{name}": values for name, values in zip(transform.sparse_names, rows.inputs.ids, strict=True)
+    }
     columns |= {f"dense.{name}": values for name, values in zip(transform.dense_names, rows.inputs.dense, strict=True)}
     columns |= {f"label.{name}": values for name, values in zip(tasks, rows.labels, strict=True)}
     columns |= {f"weight.{name}": values for name, values in zip(tasks, rows.weights, strict=True)}
@@ -147,7 +149,7 @@ class MappedShard:
         def views(names: list[str]) -> list[npt.NDArray[Any]]:
             return [table[name].chunk(0).to_numpy() for name in names]
 
-        self._ids = views(transform.sparse_names)
+        self._ids = views([f"id.{name}" for name in transform.sparse_names])
         self._dense = views([f"dense.{name}" for name in transform.dense_names])
         self._labels = views([f"label.{name}" for name in tasks])
         self._weights = views([f"weight.{name}" for name in tasks])
@@ -184,5 +186,5 @@ def _read_json(path: Path) -> object:
         return json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{str(path)!r} can't be read ({error.strerror}); prepare the data again") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{str(path)!r} is not whole ({error.msg}); prepare the data again") from None
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not whole ({error}); prepare the data again") from None

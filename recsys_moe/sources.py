@@ -4,6 +4,7 @@ A source is Parquet or CSV. Its rows are numbered through all files in the order
 `train`, `validation` or `test`; a chunk is a run of rows that one worker reads, transforms and writes.
 """
 
+import csv
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -245,19 +246,42 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 
 def _open_csv(path: Path, schema: Schema, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     numeric = {f.name for f in schema.features if isinstance(f, Numeric)}
-    # Categories stay strings whatever they look like; labels and outcomes keep the type that the values suggest.
-    types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_names}
+    # Categories stay strings whatever they look like.
+    types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_names if n in columns}
     try:
         with path.open("rb") as file:
-            header = file.readline().decode(errors="replace").strip().split(",")
-        _check_columns(path, [name.strip('"') for name in header], columns, schema)
-        convert = pyarrow.csv.ConvertOptions(
-            column_types=types, include_columns=list(columns), strings_can_be_null=True, null_values=[""]
-        )
-        yield from pyarrow.csv.open_csv(path, convert_options=convert)
+            header = next(csv.reader([file.readline().decode("utf-8-sig", errors="replace")]), [])
+        _check_columns(path, header, columns, schema)
+        types |= _settle_types(path, [name for name in columns if name not in types])
+        yield from _stream_csv(path, types)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the value or its feature's kind") from None
+
+
+def _stream_csv(path: Path, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+    convert = pyarrow.csv.ConvertOptions(
+        column_types=types, include_columns=list(types), strings_can_be_null=True, null_values=[""]
+    )
+    yield from pyarrow.csv.open_csv(path, convert_options=convert)
+
+
+def _settle_types(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
+    """The narrowest type that every value of each column has, from the whole file: Arrow would guess from its beginning."""
+    possible = {name: [pa.int64(), pa.float64(), pa.bool_(), pa.string()] for name in columns}
+    if columns:
+        for batch in _stream_csv(path, dict.fromkeys(columns, pa.string())):
+            for name in columns:
+                possible[name] = [kind for kind in possible[name] if _casts(batch[name], kind)]
+    return {name: kinds[0] for name, kinds in possible.items()}
+
+
+def _casts(values: pa.Array, kind: pa.DataType) -> bool:
+    try:
+        values.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _check_columns(path: Path, present: list[str], wanted: tuple[str, ...], schema: Schema) -> None:

@@ -38,7 +38,7 @@ class TrainConfig:
     epochs: Annotated[int, Field(ge=1)] = 8
     batch_size: Annotated[int, Field(ge=1)] = 1024
     lr: Annotated[float, Field(gt=0)] = 3e-3
-    embedding_lr: Annotated[float, Field(gt=0)] = 0.05
+    embedding_lr: Annotated[float, Field(gt=0)] = 0.02
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     clip_norm: Annotated[float, Field(ge=0)] = 10.0

@@ -73,6 +73,9 @@ class Transform:
         self.schema, self.statistics = schema, statistics
         categorical = {s.name: s for s in statistics.categorical}
         numeric = {s.name: s for s in statistics.numeric}
+        for f in schema.features:
+            if f.name not in (categorical if isinstance(f, Categorical) else numeric):
+                raise UserError(f"the statistics lack feature {f.name!r} of the schema; fit them again")
         self._categorical = [
             (f, pa.array(categorical[f.name].vocabulary, pa.string())) for f in schema.features if isinstance(f, Categorical)
         ]
@@ -108,7 +111,10 @@ class Transform:
                 next_flag += 1
             x = _log1p(x) if number.log1p else x
             x = (x - fitted.mean) / fitted.std if number.standardise else x
-            dense[row] = np.where(missing, 0.0, x)
+            x = np.where(missing, 0.0, x)
+            if np.abs(x).max(initial=0) > np.finfo(np.float32).max:
+                raise UserError(f"column {number.name!r} holds a value too large for float32; replace it by null")
+            dense[row] = x
         return Inputs(ids, dense)
 
 
@@ -155,7 +161,7 @@ def as_number(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
                 "kind: categorical"
             )
         return np.full(len(column), np.nan)
-    x: npt.NDArray[np.float64] = pc.cast(column, pa.float64()).to_numpy().astype(np.float64, copy=False)
+    x: npt.NDArray[np.float64] = pc.cast(column, pa.float64(), safe=False).to_numpy().astype(np.float64, copy=False)
     if np.isinf(x).any():
         raise UserError(f"column {name!r} holds an infinite value; replace it by null or a finite number")
     return x

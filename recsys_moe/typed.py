@@ -66,6 +66,9 @@ def _sentence(kind: Any, error: ValidationError, where: str) -> str:
         return f"{where}: unknown key {'.'.join(path)!r}; {nearest(name, _field_names(owner))}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{where}: {'.'.join(path)!r} is missing; add it"
+    if first["type"] == "union_tag_not_found":
+        field = ".".join([*path, first["ctx"]["discriminator"].strip("'")])
+        return f"{where}: {field!r} is missing; add it"
     if first["type"] == "union_tag_invalid":
         tag, valid = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "").split(", ")
         field = ".".join([*path, first["ctx"]["discriminator"].strip("'")])
@@ -86,6 +89,8 @@ def _owner(kind: Any, loc: tuple[int | str, ...]) -> tuple[Any, list[str]]:
             if tagged:
                 owner = tagged[0]
                 continue
+        if isinstance(part, str) and not members:  # a plain union's member: not a key that anybody wrote
+            continue
         path.append(str(part))
         if position == len(loc) - 1:
             break

@@ -8,7 +8,8 @@ import yaml
 
 from recsys_moe.config import compose, conf_dir, options
 from recsys_moe.errors import UserError
-from recsys_moe.models import ModelConfig
+from recsys_moe.models import MMoEConfig, ModelConfig, SharedBottomConfig
+from recsys_moe.pipelines.tracking import TrackingConfig
 from recsys_moe.pipelines.train import TrainJob
 from recsys_moe.schema import load_schema
 from recsys_moe.serving.app import ServeConfig
@@ -48,6 +49,15 @@ def test_every_file_composes_and_builds(file: Path) -> None:
                 assert built.load_schema(conf_dir() / "schema").tasks
         case _:
             pytest.fail(f"conf/{file}.yaml is in no group that a test builds; add it above")
+
+
+def test_the_files_and_the_dataclasses_hold_the_same_defaults() -> None:
+    built = job("data=census_full")
+    assert built.train == TrainConfig()
+    assert built.model == MMoEConfig()
+    assert built.tracking == TrackingConfig()
+    assert job("data=census_full", "model=shared_bottom").model == SharedBottomConfig()
+    assert parse(ServeConfig, compose([], needs_data=False)["serve"], "serve") == ServeConfig()
 
 
 def test_overrides_reach_the_dataclasses() -> None:

@@ -168,10 +168,10 @@ def build(family: str, norm: Any, dtype: torch.dtype = torch.float32) -> tuple[A
     model: Any
     naive: Any
     if family == "mmoe":
-        mmoe = MMoEConfig(num_experts=4, expert_dims=(7, 5), tower_dims=(4,), norm=norm)
+        mmoe = MMoEConfig(num_experts=4, expert_dims=(7, 5), tower_dims=(4,), norm=norm, dropout=0.0)
         model, naive = MMoE(mmoe, IN_DIM, TASKS, dtype), NaiveMMoE(mmoe)
     else:
-        bottom = SharedBottomConfig(bottom_dims=(9, 5), tower_dims=(4,), norm=norm)
+        bottom = SharedBottomConfig(bottom_dims=(9, 5), tower_dims=(4,), norm=norm, dropout=0.0)
         model, naive = SharedBottom(bottom, IN_DIM, TASKS, dtype), NaiveSharedBottom(bottom)
     with torch.no_grad():
         for stacked, where, single in pairs(model, naive):

@@ -29,7 +29,7 @@ class MMoEConfig:
     expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 32)
     tower_dims: tuple[Width, ...] = (32,)
     norm: Norm = "batch"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
 
 class MMoE(nn.Module):

@@ -25,7 +25,7 @@ class SharedBottomConfig:
     bottom_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (256, 32)
     tower_dims: tuple[Width, ...] = (32,)
     norm: Norm = "batch"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
 
 class SharedBottom(nn.Module):
