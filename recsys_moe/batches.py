@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recsys_moe.shards import MappedShard, PreparedData, Rows
+from recsys_moe.shards import PreparedData, Rows
 
 BLOCK_ROWS = 32_768
 POOL_ROWS = 8 * BLOCK_ROWS
@@ -47,19 +47,44 @@ def _tensors(batch: Batch) -> tuple[Tensor, ...]:
     return batch.ids_bf, batch.dense_bd, batch.labels_bt, batch.weights_bt
 
 
-def shuffled_batches(data: PreparedData, part: str, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
-    """Every row of the part once, in batches of `batch_size`; the last one may be smaller."""
-    random = np.random.default_rng((seed, epoch))
-    rest: list[Batch] = []
-    for blocks in _pools(data.shards(part), random):
-        pool = Batch.concatenate(rest + blocks)
-        order = torch.from_numpy(random.permutation(len(pool)))
-        whole = len(pool) - len(pool) % batch_size
-        for low in range(0, whole, batch_size):
-            yield pool.take(order[low : low + batch_size])
-        rest = [pool.take(order[whole:])]
-    if rest and len(rest[0]):
-        yield rest[0]
+class ShuffledBatches:
+    """Training batches of a part: `epoch(n)` yields every row once, in batches of `batch_size`; the last may be smaller.
+
+    A part that fits into one pool is gathered once and kept: gathering it anew took a tenth of an epoch of a small model.
+    """
+
+    def __init__(self, data: PreparedData, part: str, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self._shards = data.shards(part)
+        whole = data.manifest.rows(part) <= POOL_ROWS
+        self._pool = Batch.concatenate([b for pool in self._pools(None) for b in pool]) if whole else None
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        random = np.random.default_rng((self.seed, number))
+        rest: list[Batch] = []
+        for blocks in [[self._pool]] if self._pool else self._pools(random):
+            parts = rest + blocks
+            pool = parts[0] if len(parts) == 1 else Batch.concatenate(parts)
+            order = torch.from_numpy(random.permutation(len(pool)))
+            whole = len(pool) - len(pool) % self.batch_size
+            for low in range(0, whole, self.batch_size):
+                yield pool.take(order[low : low + self.batch_size])
+            rest = [pool.take(order[whole:])]
+        if rest and len(rest[0]):
+            yield rest[0]
+
+    def _pools(self, random: np.random.Generator | None) -> Iterator[list[Batch]]:
+        """The blocks in random order (None: in the shards'), pool by pool."""
+        blocks = [(shard, low) for shard in self._shards for low in range(0, len(shard), BLOCK_ROWS)]
+        chosen: list[Batch] = []
+        for number in range(len(blocks)) if random is None else random.permutation(len(blocks)):
+            shard, low = blocks[number]
+            chosen.append(Batch.of(shard.rows(low, low + BLOCK_ROWS)))
+            if sum(map(len, chosen)) >= POOL_ROWS:
+                yield chosen
+                chosen = []
+        if chosen:
+            yield chosen
 
 
 def ordered_rows(data: PreparedData, part: str, block: int = BLOCK_ROWS) -> Iterator[Rows]:
@@ -67,16 +92,3 @@ def ordered_rows(data: PreparedData, part: str, block: int = BLOCK_ROWS) -> Iter
     for shard in data.shards(part):
         for low in range(0, len(shard), block):
             yield shard.rows(low, low + block)
-
-
-def _pools(shards: list[MappedShard], random: np.random.Generator) -> Iterator[list[Batch]]:
-    blocks = [(shard, low) for shard in shards for low in range(0, len(shard), BLOCK_ROWS)]
-    chosen: list[Batch] = []
-    for number in random.permutation(len(blocks)):
-        shard, low = blocks[number]
-        chosen.append(Batch.of(shard.rows(low, low + BLOCK_ROWS)))
-        if sum(map(len, chosen)) >= POOL_ROWS:
-            yield chosen
-            chosen = []
-    if chosen:
-        yield chosen

@@ -16,8 +16,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 def local_ray_options(object_store_mb: int) -> dict[str, Any]:
     """Options of `ray.init` for a quiet instance on this machine.
 
-    One logical CPU more than there are cores: the process that waits for the others must not starve them.
+    One logical CPU more than there are cores: the process that waits for the others must not starve them. Workers run at
+    the priority of any other process (Ray's default is nice 15): they do the work that this instance is for.
     """
+    os.environ.setdefault("RAY_worker_niceness", "0")
     return {
         "num_cpus": max(2, os.cpu_count() or 1) + 1,
         "include_dashboard": False,

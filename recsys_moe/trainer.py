@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from recsys_moe.batches import Batch, ordered_rows, shuffled_batches
+from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.errors import UserError
 from recsys_moe.losses import multi_task_loss
 from recsys_moe.metrics import BinaryMetrics, binary_metrics
@@ -81,11 +81,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.data, self.config, self.on_event = data, config, on_event
         self.model = build_ranker(data, model_config, config.precision)
-        # Fused embedding weights are updated inside the backward pass: they take no part in this optimizer.
-        fused = {id(p) for p in self.model.embeddings.parameters()} if self.model.embeddings is not None else set()
-        self.dense = [p for p in self.model.parameters() if id(p) not in fused]
+        self.dense = self.model.dense_parameters()
         self.optimizer = torch.optim.AdamW(self.dense, config.lr, weight_decay=config.weight_decay, fused=True)
         self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks])
+        self.batches = ShuffledBatches(data, "train", config.batch_size, config.seed)
         self.rows = data.manifest.rows("train")
         self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
         self.step = 0
@@ -135,7 +134,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, seconds_before: float) -> float:
         self.model.train()
         total, rows, told, start = 0.0, 0, time.perf_counter(), time.perf_counter()
-        for batch in shuffled_batches(self.data, "train", self.config.batch_size, self.config.seed, epoch):
+        for batch in self.batches.epoch(epoch):
             loss = self._train_step(batch)
             if not math.isfinite(loss):
                 raise UserError(f"the loss became {loss} at step {self.step}; lower train.lr or train.embedding_lr")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recsys_moe import batches
-from recsys_moe.batches import Batch, ordered_rows, shuffled_batches
+from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.shards import PreparedData
 
 
@@ -30,7 +30,7 @@ def row_numbers(data: PreparedData, batch: Batch) -> list[int]:
 
 
 def order(data: PreparedData, batch_size: int = 64, seed: int = 0, epoch: int = 0) -> list[int]:
-    return [row for b in shuffled_batches(data, "train", batch_size, seed, epoch) for row in row_numbers(data, b)]
+    return [row for b in ShuffledBatches(data, "train", batch_size, seed).epoch(epoch) for row in row_numbers(data, b)]
 
 
 # Small blocks and pools make the seams of big data: many pools, a rest carried between them, a last block that is short.
@@ -51,7 +51,7 @@ def test_every_row_exactly_once(numbered: PreparedData, batch_size: int) -> None
 
 @pytest.mark.usefixtures("sizes")
 def test_every_batch_but_the_last_is_full(numbered: PreparedData) -> None:
-    assert [len(b) for b in shuffled_batches(numbered, "train", 64, 0, 0)] == [64] * 16 + [9]
+    assert [len(b) for b in ShuffledBatches(numbered, "train", 64, 0).epoch(0)] == [64] * 16 + [9]
 
 
 @pytest.mark.usefixtures("sizes")
@@ -69,7 +69,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(numbered: PreparedData) -> No
 
 def test_a_pool_is_shuffled_whole(numbered: PreparedData) -> None:
     # Rows of a batch come from everywhere: the mean row number of a batch of 64 is near the middle.
-    means = [np.mean(row_numbers(numbered, b)) for b in shuffled_batches(numbered, "train", 64, 0, 0)][:16]
+    means = [np.mean(row_numbers(numbered, b)) for b in ShuffledBatches(numbered, "train", 64, 0).epoch(0)][:16]
     standard_error = 1033 / np.sqrt(12 * 64)
     assert np.abs(np.array(means) - 516).max() < 5 * standard_error
 
@@ -77,7 +77,7 @@ def test_a_pool_is_shuffled_whole(numbered: PreparedData) -> None:
 @pytest.mark.usefixtures("sizes")
 def test_a_rows_columns_stay_together(numbered: PreparedData) -> None:
     expected = Batch.concatenate([Batch.of(rows) for rows in ordered_rows(numbered, "train")])
-    for batch in shuffled_batches(numbered, "train", 100, 0, 0):
+    for batch in ShuffledBatches(numbered, "train", 100, 0).epoch(0):
         index = torch.tensor(row_numbers(numbered, batch))
         for name in ("ids_bf", "dense_bd", "labels_bt", "weights_bt"):
             assert torch.equal(getattr(batch, name), getattr(expected, name)[index]), name
@@ -91,7 +91,7 @@ def test_ordered_rows_are_in_the_files_order(numbered: PreparedData, block: int)
 
 
 def test_a_batch_is_row_major_fp32_and_int32(numbered: PreparedData) -> None:
-    batch = next(shuffled_batches(numbered, "train", 8, 0, 0))
+    batch = next(ShuffledBatches(numbered, "train", 8, 0).epoch(0))
     assert batch.ids_bf.dtype == torch.int32
     assert {t.dtype for t in (batch.dense_bd, batch.labels_bt, batch.weights_bt)} == {torch.float32}
     assert all(t.is_contiguous() for t in (batch.ids_bf, batch.dense_bd, batch.labels_bt, batch.weights_bt))

@@ -20,7 +20,7 @@ from recsys_moe.trainer import TrainConfig, Trainer, evaluate, mean_auc, metrics
 from recsys_moe.typed import dump, parse
 
 MMOE = MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8,), tower_dims=(4,), dropout=0.1)
-BOTTOM = SharedBottomConfig(embedding_dim=4, bottom_dims=(16, 8), tower_dims=(4,))
+BOTTOM = SharedBottomConfig(embedding_dim=4, bottom_dims=(16, 8), tower_dims=(4,), dropout=0.1)
 
 
 def quick(**keys: Any) -> TrainConfig:

@@ -1,0 +1,85 @@
+"""Embedding tables: torchrec's collection on fbgemm's fused table batch."""
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# torchrec's import touches a renamed torch function, which would warn on every start.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+
+class FusedEmbeddings(FusedEmbeddingBagCollection):
+    """One table per feature, all of one width, in one fused table batch whose backward pass applies Adagrad.
+
+    A `FusedEmbeddingBagCollection` that hands a `KeyedJaggedTensor` whose keys are the tables in order to the kernel as it
+    is. The parent takes every input apart by feature and puts it together again: forward and backward of 31 tables, width 4,
+    batch 4096 took 10.2 ms through it and 6.1 ms through the kernel. Ids come from `recsys_moe.transforms`, which
+    guarantees their range, so the kernel's own check of them (0.8 ms) is off.
+
+    Args:
+        names: the features, one table each.
+        cardinalities: rows of each table.
+        width: dimensions of an embedding, a multiple of 4.
+    """
+
+    def __init__(self, names: list[str], cardinalities: list[int], width: int) -> None:
+        tables = [
+            # Module names take no dots; features keep theirs.
+            EmbeddingBagConfig(
+                name=name.replace(".", "__"),
+                embedding_dim=width,
+                num_embeddings=rows,
+                feature_names=[name],
+                init_fn=_init_table,
+            )
+            for name, rows in zip(names, cardinalities, strict=True)
+        ]
+        super().__init__(tables, torch.optim.Adagrad, {"lr": 0.02, "eps": 1e-8}, device=torch.device("cpu"))
+        self._lookup._emb_module.bounds_check_mode_int = BoundsCheckMode.NONE.value
+        self._names = names
+
+    @property
+    def _lookup(self) -> Any:
+        (lookup,) = self._emb_modules  # one: the tables share width, precision and pooling
+        return lookup
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        if features.keys() != self._names:
+            raise ValueError(f"features {features.keys()} are not the tables' {self._names}")
+        values = self._lookup(features.values(), features.offsets(), None)
+        return KeyedTensor(keys=self._embedding_names, length_per_key=self._length_per_key, values=values)
+
+    def set_lr(self, rate: float) -> None:
+        """The learning rate from the next backward pass on."""
+        optimizer = self._lookup.fused_optimizer()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()  # applies nothing but the rate
+
+
+def one_id_each(names: list[str], ids_bf: Tensor) -> KeyedJaggedTensor:
+    """One id per row and feature as torchrec's jagged tensor: every bag has length 1. ids int32 `[B, F]`."""
+    rows = ids_bf.shape[0]
+    return KeyedJaggedTensor(
+        keys=names,
+        values=ids_bf.t().reshape(-1),  # feature-major, as the table batch reads them
+        offsets=_unit_offsets(len(names) * rows),
+        stride=rows,
+    )
+
+
+@lru_cache(maxsize=8)
+def _unit_offsets(bags: int) -> Tensor:
+    return torch.arange(bags + 1, dtype=torch.int32)
+
+
+def _init_table(weight: Tensor) -> Tensor:
+    return nn.init.normal_(weight, std=0.05)
