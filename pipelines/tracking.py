@@ -50,6 +50,10 @@ class TrackingConfig:
         return self.uri or f"sqlite:///{runs_dir.absolute() / 'mlflow.db'}"
 
 
+class TrackingLost(UserError):
+    """MLflow does not answer as it should."""
+
+
 @contextmanager
 def _answering(uri: str) -> Iterator[None]:
     """Turn whatever MLflow's client raises into one sentence."""
@@ -59,7 +63,7 @@ def _answering(uri: str) -> Iterator[None]:
         yield
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise TrackingLost(
             f"MLflow at {uri!r} does not answer as it should ({reason}); start the server, mend the cause or set tracking.uri"
         ) from None
 
@@ -68,7 +72,7 @@ def open_client(uri: str) -> "MlflowClient":
     """A client of the tracking server at `uri`, which has answered once (SQLite: has its tables).
 
     Raises:
-        UserError: it does not answer.
+        TrackingLost: it does not answer.
     """
     import logging
 
@@ -85,12 +89,12 @@ def open_client(uri: str) -> "MlflowClient":
 
 
 class Run:
-    """An open MLflow run. Every method raises UserError when the server does not answer."""
+    """An open MLflow run. Every method raises TrackingLost when the server does not answer."""
 
     def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str) -> None:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
         self.uri = client.tracking_uri
-        self._lost: UserError | None = None
+        self._lost = False
 
     def log(self, metrics: dict[str, float | None], step: int) -> None:
         """Metrics at a step; values that are not finite are left out. A server that was lost once is not asked again."""
@@ -99,8 +103,8 @@ class Run:
         try:
             with _answering(self.uri):
                 self.client.log_batch(self.run_id, metrics=_metrics(metrics, step))
-        except UserError as lost:
-            self._lost = lost
+        except TrackingLost:
+            self._lost = True
             raise
 
     def log_bundle(self, folder: Path, config: TrackingConfig, name: str, summary: dict[str, Any]) -> str:
@@ -155,25 +159,31 @@ def open_run(
     """Create a run with parameters, data set, revision and environment; end it FINISHED, FAILED or KILLED.
 
     Raises:
-        UserError: the server does not answer.
+        TrackingLost: the server does not answer, at the start or when the run is to be closed.
     """
     with _answering(client.tracking_uri):
         run = _create_run(client, config, runs_dir, name)
     guard = _start_guard(client.tracking_uri, run.run_id)
-    status = "FAILED"
     try:
         with _answering(client.tracking_uri):
             _describe_run(run, settings, dataset)
         yield run
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+    except BaseException as error:
+        with suppress(TrackingLost):  # the error on its way matters more
+            _close(run, guard, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+    else:
+        _close(run, guard, "FINISHED")
+
+
+def _close(run: Run, guard: subprocess.Popen[bytes], status: str) -> None:
+    """End the run and let the guard go, which acts when its pipe closes without a word."""
+    try:
+        with _answering(run.uri):
+            run.client.set_terminated(run.run_id, status)
+    except TrackingLost as lost:
+        raise TrackingLost(f"{lost}; run {run.run_id} is left open there, though it is {status}") from None
     finally:
-        # Only now may the guard go: it acts when the pipe closes without this word. If the server is gone for good, the
-        # error that said so is on its way already.
-        with suppress(UserError), _answering(client.tracking_uri):
-            client.set_terminated(run.run_id, status)
         guard.communicate(b"done\n")
 
 

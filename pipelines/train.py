@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.models import ModelConfig
 from recsys_moe.pipelines.cluster import local_ray
 from recsys_moe.pipelines.prepare import Progress, prepare
-from recsys_moe.pipelines.tracking import Run, TrackingConfig, describe_data, open_client, open_run
+from recsys_moe.pipelines.tracking import Run, TrackingConfig, TrackingLost, describe_data, open_client, open_run
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig
@@ -59,23 +59,22 @@ def train(
     except OSError as error:
         raise UserError(f"runs_dir {job.runs_dir!r} can't be written ({error.strerror}); choose another folder") from None
     uri = job.tracking.resolve(runs_dir)
-    with ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+    with ThreadPoolExecutor(1) as pool:
         # Importing MLflow and migrating its database takes seconds: meanwhile Ray starts.
         opening = pool.submit(open_client, uri)
-        stack.enter_context(local_ray())
-        data = prepare(job.data, runs_dir, on_prepare)
-        try:
+        with local_ray():
+            data = prepare(job.data, runs_dir, on_prepare)
             described = describe_data(data.manifest)
-            run = stack.enter_context(open_run(opening.result(), job.tracking, runs_dir, run_name, dump(job), described))
-        except UserError as lost:
-            on_event({"kind": "warning", "message": f"{lost}. Training goes on without it."})
-            summary = _fit(job, folder, data.folder, on_event, None)
-            raise UserError(f"{lost}; the trained bundle is kept in {summary['bundle']!r}") from None
-        summary = _fit(job, folder, data.folder, on_event, run)
-        try:
-            version = run.log_bundle(Path(summary["bundle"]), job.tracking, job.data.name, summary)
-        except UserError as lost:
-            raise UserError(f"{lost}; the trained bundle is kept in {summary['bundle']!r}") from None
+            summary = None
+            try:
+                with open_run(opening.result(), job.tracking, runs_dir, run_name, dump(job), described) as run:
+                    summary = _fit(job, folder, data.folder, on_event, run)
+                    version = run.log_bundle(Path(summary["bundle"]), job.tracking, job.data.name, summary)
+            except TrackingLost as lost:
+                if summary is None:
+                    on_event({"kind": "warning", "message": f"{lost}. Training goes on without it."})
+                    summary = _fit(job, folder, data.folder, on_event, None)
+                raise UserError(f"{lost}; the trained bundle is kept in {summary['bundle']!r}") from None
     return {"model": job.model.name, "run_id": run.run_id, "version": version, **summary}
 
 
@@ -158,5 +157,5 @@ def _tell(event: Event, on_event: Callable[[Event], None], run: Run | None) -> N
         metrics |= {f"validation.{task}.{name}": value for name, value in values.items()}
     try:
         run.log(metrics, event["step"])
-    except UserError as lost:  # the metrics stay in events.jsonl; training must not end with its observer
+    except TrackingLost as lost:  # the metrics stay in events.jsonl; training must not end with its observer
         on_event({"kind": "warning", "message": f"{lost}. Metrics are kept in the run's events.jsonl."})
