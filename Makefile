@@ -29,6 +29,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PIP_INSTALL) --constraint requirements.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --requirement requirements.txt $(FBGEMM)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m recsys_moe.kernels.cpu
 	@touch $@
 
 demo: $(VENV)/.ready  ## log rows to a served score, end to end, in minutes

@@ -1,10 +1,236 @@
-"""Fused expert operations: one public function per operation, importable as `recsys_moe.kernels` only."""
+"""Fused expert operations: one public function per operation, importable as `recsys_moe.kernels` only.
+
+Shapes: B rows, S inputs a row, G groups of experts, E experts, D inputs and H outputs of a layer, T tasks (gates) a row,
+R = B·T routed rows, K experts a routed row.
+
+Each function takes `backend=`: "reference" (obvious PyTorch, the oracle, differentiable), "cpu" (C++), "triton" (GPU), or
+"auto", which picks by device and says once why. A backend that was asked for and can't run raises.
+"""
 
 if __name__ == "kernels":
     # Two names would be two modules: operators would register twice, and `transformers` would take this folder for the
     # Hugging Face package called `kernels`.
     raise ImportError("this folder is recsys_moe.kernels: import it under that name")
 
-from recsys_moe.kernels.reference import expert_mlp, gate_mix
+import torch
+from torch import Tensor
 
-__all__ = ["expert_mlp", "gate_mix"]
+from recsys_moe.kernels import reference
+from recsys_moe.kernels.backends import Backend, implementation
+from recsys_moe.kernels.types import Activation, BatchNorm, Layer, Scoring
+
+__all__ = [
+    "Activation",
+    "Backend",
+    "BatchNorm",
+    "Layer",
+    "Scoring",
+    "expert_mlp",
+    "gate_mix",
+    "route_topk",
+    "sort_by_expert",
+    "sparse_expert_mlp",
+]
+
+
+def expert_mlp(
+    x: Tensor,
+    layer: Layer,
+    *,
+    gate_bgd: Tensor | None = None,
+    source: tuple[int, ...] | None = None,
+    invariant: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """One layer of all experts at once: y[b, e] = act(norm(W_e·(x[b, source_g] ⊙ gate[b, g]) + bias_e)), g the expert's group.
+
+    The E experts lie in G groups of E/G, one after the other. Group g reads input `source[g]`, times its gate if given
+    (HoME's feature gate); the gated input is never stored for all groups at once.
+
+    Args:
+        x: `[B, D]`, one input for all, or `[B, S, D]`.
+        layer: weight `[E, H, D]`, bias, norm, activation.
+        gate_bgd: `[B, G, D]`, multiplied into the groups' inputs; None: nothing is.
+        source: for each group, which of the S inputs it reads. Default: all read the one input, or group g reads input g.
+        invariant: a row's result is the same bits whatever rows come with it. Inference only.
+
+    Returns:
+        `[B, E, H]` in the weight's dtype.
+
+    >>> y = expert_mlp(torch.ones(2, 3), Layer(torch.ones(4, 5, 3), torch.zeros(4, 5)), backend="reference")
+    >>> y.shape, y[0, 0, 0].item()
+    (torch.Size([2, 4, 5]), 3.0)
+    """
+    inputs = 1 if x.dim() == 2 else x.shape[1]
+    if source is None:
+        groups = gate_bgd.shape[1] if gate_bgd is not None else inputs
+        source = (0,) * groups if inputs == 1 else tuple(range(inputs))
+    experts, _, width = layer.weight.shape
+    _check_layers((layer,), x.shape[-1])
+    if experts % len(source) or max(source) >= inputs or min(source) < 0:
+        raise ValueError(
+            f"source {source} does not fit {inputs} inputs and {experts} experts: name an input 0 … {inputs - 1} for each "
+            f"group, in a number of groups that divides {experts}"
+        )
+    if gate_bgd is not None and gate_bgd.shape != (x.shape[0], len(source), width):
+        raise ValueError(f"gate_bgd is {list(gate_bgd.shape)}, not [B, G, D] = {[x.shape[0], len(source), width]}")
+    out: Tensor = implementation(backend, x.device).expert_mlp(x, layer, gate_bgd, source, invariant)
+    return out
+
+
+def gate_mix(logits_bte: Tensor, experts_beh: Tensor, *, mask_te: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """Each task's mixture of the experts: z[b, t] = Σ_e softmax_e(logits[b, t])·y[b, e], over the experts that `mask_te` allows.
+
+    Args:
+        logits_bte: fp32 `[B, T, E]`.
+        experts_beh: `[B, E, H]`, fp32 or bf16.
+        mask_te: bool `[T, E]`, at least one expert a task.
+
+    Returns:
+        fp32 `[B, T, H]`. No `[B, T, E, H]` exists on the way.
+
+    >>> gate_mix(torch.zeros(1, 1, 2), torch.tensor([[[1.0], [3.0]]]), backend="reference").item()
+    2.0
+    """
+    b, t, e = logits_bte.shape
+    if experts_beh.shape[:2] != (b, e):
+        raise ValueError(f"experts_beh is {list(experts_beh.shape)}, not [B, E, H] with B = {b} and E = {e}")
+    if mask_te is not None and (mask_te.shape != (t, e) or mask_te.dtype != torch.bool):
+        raise ValueError(f"mask_te is {mask_te.dtype} {list(mask_te.shape)}, not bool [T, E] = {[t, e]}")
+    out: Tensor = implementation(backend, logits_bte.device).gate_mix(logits_bte, experts_beh, mask_te)
+    return out
+
+
+def route_topk(
+    logits_be: Tensor,
+    k: int,
+    *,
+    scoring: Scoring = "softmax",
+    renormalize: bool = False,
+    bias_e: Tensor | None = None,
+    allowed_be: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The k best experts of each row and their weights, ties to the lowest index; all in fp32.
+
+    Scores are made from the logits by `scoring`; the k largest `score + bias_e` among the experts that `allowed_be` allows
+    are chosen; the weights are the scores themselves, without the bias (DeepSeek-V3), divided by their sum + 1e-20 if
+    `renormalize`.
+
+    Args:
+        logits_be: fp32 `[B, E]`, finite.
+        bias_e: fp32 `[E]`, for the choice only.
+        allowed_be: bool `[B, E]`, at least k experts a row.
+
+    Returns:
+        expert ids int32 `[B, k]`, by falling score, and weights fp32 `[B, k]`.
+
+    Raises:
+        ValueError: k > E; logits that are not finite (it says which row).
+
+    >>> ids, weights = route_topk(torch.tensor([[0.0, 2.0, 2.0]]), 2, renormalize=True, backend="reference")
+    >>> ids.tolist(), weights.tolist()
+    ([[1, 2]], [[0.5, 0.5]])
+    """
+    if logits_be.dim() != 2 or not logits_be.is_floating_point():
+        raise ValueError(f"logits_be is {logits_be.dtype} {list(logits_be.shape)}, not floating-point [B, E]")
+    experts = logits_be.shape[1]
+    if not 1 <= k <= experts:
+        raise ValueError(f"k is {k}, but there are {experts} experts: choose 1 ≤ k ≤ {experts}")
+    if not torch.compiler.is_compiling():
+        _check_finite(logits_be)
+    out: tuple[Tensor, Tensor] = implementation(backend, logits_be.device).route_topk(
+        logits_be, k, scoring, renormalize, bias_e, allowed_be
+    )
+    return out
+
+
+def sort_by_expert(expert_ids_rk: Tensor, num_experts: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Slots (row·K + place) grouped by expert, in rising order within one; slots without an expert (id −1) come last.
+
+    Returns:
+        `order` int32 `[R·K]`, a permutation of the slots, and `offsets` int32 `[E + 1]`: expert e has the slots
+        `order[offsets[e]:offsets[e + 1]]`.
+
+    >>> [t.tolist() for t in sort_by_expert(torch.tensor([[1, 0], [-1, 1]], dtype=torch.int32), 2, backend="reference")]
+    [[1, 0, 3, 2], [0, 1, 3]]
+    """
+    out: tuple[Tensor, Tensor] = implementation(backend, expert_ids_rk.device).sort_by_expert(expert_ids_rk, num_experts)
+    return out
+
+
+def sparse_expert_mlp(
+    x_bd: Tensor,
+    layers: tuple[Layer, ...],
+    expert_ids_rk: Tensor,
+    weights_rk: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    *,
+    unit_norm: bool = False,
+    invariant: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The chosen experts of each row, and their weighted sum: y[r] = Σ_k weights[r, k]·f_{ids[r, k]}(x[r div T]).
+
+    Gather, grouped matrix product with bias, norm and activation per layer, weighted scatter in the order of k.
+
+    Args:
+        x_bd: `[B, D]`.
+        layers: one or more; SwiGLU is `(Layer(W1, activation="swiglu"), Layer(W2))`. The norm of a layer in training takes
+            its moments over the rows that its expert sees.
+        expert_ids_rk: int32 `[R, K]`, R = B·T (T routings a row, one after the other); −1: no expert.
+        weights_rk: fp32 `[R, K]`.
+        order, offsets: as `sort_by_expert` makes them from the ids.
+        unit_norm: experts' outputs are scaled to length 1 before they are summed (norm-based routing, kexue.fm 10699).
+        invariant: a row's result is the same bits whatever rows come with it. Inference only.
+
+    Returns:
+        `[R, H]` in the dtype of `x_bd`.
+
+    >>> ids = torch.tensor([[1], [0]], dtype=torch.int32)
+    >>> double = Layer(torch.tensor([[[2.0]], [[3.0]]]))
+    >>> order, offsets = sort_by_expert(ids, 2, backend="reference")
+    >>> x, ones = torch.ones(2, 1), torch.ones(2, 1)
+    >>> sparse_expert_mlp(x, (double,), ids, ones, order, offsets, backend="reference").tolist()
+    [[3.0], [2.0]]
+    """
+    _check_layers(layers, x_bd.shape[-1])
+    r, k = expert_ids_rk.shape
+    if weights_rk.shape != (r, k) or (x_bd.shape[0] and r % x_bd.shape[0]) or order.shape != (r * k,):
+        raise ValueError(
+            f"x_bd {list(x_bd.shape)}, expert_ids_rk {[r, k]}, weights_rk {list(weights_rk.shape)} and order "
+            f"{list(order.shape)} do not go together: R must be a multiple of B, order must have R·K slots"
+        )
+    if offsets.shape != (layers[0].weight.shape[0] + 1,):
+        raise ValueError(f"offsets is {list(offsets.shape)}, not [E + 1] = [{layers[0].weight.shape[0] + 1}]")
+    run = implementation(backend, x_bd.device)
+    out: Tensor = run.sparse_expert_mlp(x_bd, layers, expert_ids_rk, weights_rk, order, offsets, unit_norm, invariant)
+    return out
+
+
+def _check_layers(layers: tuple[Layer, ...], width: int) -> None:
+    """Shapes and dtypes that fit each other, from an input of `width` on."""
+    experts = layers[0].weight.shape[0]
+    for number, layer in enumerate(layers):
+        if layer.weight.dim() != 3 or layer.weight.shape[0] != experts or layer.weight.shape[2] != width:
+            raise ValueError(
+                f"the weight of layer {number} is {list(layer.weight.shape)}, not [E, H, D] with E = {experts} and D = {width}"
+            )
+        if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"the weight of layer {number} is {layer.weight.dtype}; experts run in float32 or bfloat16")
+        units = layer.weight.shape[1]
+        if layer.bias is not None and layer.bias.shape != (experts, units):
+            raise ValueError(f"the bias of layer {number} is {list(layer.bias.shape)}, not [E, H] = {[experts, units]}")
+        if layer.activation == "swiglu" and units % 2:
+            raise ValueError(f"layer {number} is swiglu with {units} units: it needs an even number, gate rows first")
+        width = units // 2 if layer.activation == "swiglu" else units
+
+
+def _check_finite(logits_be: Tensor) -> None:
+    finite = torch.isfinite(logits_be)
+    if not finite.all():
+        row = int((~finite).any(1).nonzero()[0])
+        raise ValueError(
+            f"the router's logits of row {row} are not finite ({logits_be[row].tolist()[:8]} …); look at its input"
+        )

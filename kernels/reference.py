@@ -1,39 +1,148 @@
 """The operations in plain, differentiable PyTorch: what every faster backend is held against.
 
-Shapes: B rows, D inputs, E experts, H units, T tasks.
+Shapes: B rows, S inputs a row, G groups of experts, E experts, D inputs and H outputs of a layer, T tasks (gates) a row,
+R = B·T routed rows, K experts a routed row. Tensors of fp64 are computed in fp64 throughout.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def expert_mlp(x: Tensor, weight_ehd: Tensor, bias_eh: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One linear layer of all experts at once: y[b, e] = W[e]·x[b] + bias[e], or W[e]·x[b, e] for an input per expert.
-
-    Args:
-        x: `[B, D]` shared by the experts, or `[B, E, D]` with one input for each.
-        weight_ehd: `[E, H, D]`.
-        bias_eh: `[E, H]`.
-        dtype: precision of the matrix product (fp32 or bf16); it accumulates in fp32.
-
-    Returns:
-        fp32 `[B, E, H]`.
-
-    >>> y = expert_mlp(torch.ones(2, 3), torch.ones(4, 5, 3), torch.zeros(4, 5))
-    >>> y.shape, y[0, 0, 0].item()
-    (torch.Size([2, 4, 5]), 3.0)
-    """
-    e, h, d = weight_ehd.shape
-    x, weight = x.to(dtype), weight_ehd.to(dtype)
-    if x.dim() == 2:
-        # One product [B, D] × [D, E·H] for all experts.
-        y = F.linear(x, weight.reshape(e * h, d)).view(-1, e, h)
-    else:
-        y = torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
-    return y.float() + bias_eh
+from recsys_moe.kernels.types import Activation, BatchNorm, Layer, Scoring
 
 
-def gate_mix(weights_bte: Tensor, experts_beh: Tensor) -> Tensor:
-    """Each task's mixture of the experts' outputs: z[b, t] = Σ_e w[b, t, e]·y[b, e]; fp32 `[B, T, H]`."""
-    return torch.bmm(weights_bte, experts_beh)
+def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[int, ...], invariant: bool) -> Tensor:
+    if invariant:  # row by row: nothing else is there that could matter
+        alone = [
+            expert_mlp(x[i : i + 1], layer, None if gate_bgd is None else gate_bgd[i : i + 1], source, False)
+            for i in range(x.shape[0])
+        ]
+        return torch.cat(alone) if alone else expert_mlp(x, layer, gate_bgd, source, False)
+    e, _, d = layer.weight.shape
+    dtype = layer.weight.dtype
+    x_bsd = x.unsqueeze(1) if x.dim() == 2 else x
+    x_bgd = x_bsd[:, list(source)]
+    if gate_bgd is not None:
+        x_bgd = x_bgd * gate_bgd
+    x_ebd = x_bgd.to(dtype).transpose(0, 1).repeat_interleave(e // len(source), 0)
+    z_ebh = _wide(torch.bmm(x_ebd, layer.weight.transpose(1, 2)))
+    outputs = [_finish(z_ebh[i], layer, i) for i in range(e)]
+    return torch.stack(outputs, 1).to(dtype)
+
+
+def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None) -> Tensor:
+    return torch.bmm(masked_softmax(logits_bte, mask_te), _wide(experts_beh))
+
+
+def masked_softmax(logits_bte: Tensor, mask_te: Tensor | None) -> Tensor:
+    """Softmax over the experts that the mask allows; the others get 0."""
+    logits_bte = _wide(logits_bte)
+    if mask_te is not None:
+        logits_bte = logits_bte.masked_fill(~mask_te, -torch.inf)
+    return torch.softmax(logits_bte, -1)
+
+
+def route_topk(
+    logits_be: Tensor, k: int, scoring: Scoring, renormalize: bool, bias_e: Tensor | None, allowed_be: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    logits_be = _wide(logits_be)
+    scores = logits_be
+    if scoring == "softmax":
+        scores = torch.softmax(logits_be, -1)
+    elif scoring == "sigmoid":
+        scores = torch.sigmoid(logits_be)
+    choice = scores.detach()
+    if bias_e is not None:
+        choice = choice + bias_e
+    if allowed_be is not None:
+        choice = choice.masked_fill(~allowed_be, -torch.inf)
+    # A stable sort takes the lowest index among equals; topk does not promise that.
+    ids_bk = torch.sort(choice, stable=True, dim=-1, descending=True).indices[:, :k]
+    weights_bk = scores.gather(1, ids_bk)
+    if scoring == "softmax_after":
+        weights_bk = torch.softmax(weights_bk, -1)
+    elif renormalize:
+        # The small number is DeepSeek-V3's: sigmoids may all be 0.
+        weights_bk = weights_bk / (weights_bk.sum(-1, keepdim=True) + 1e-20)
+    return ids_bk.int(), weights_bk
+
+
+def sort_by_expert(expert_ids_rk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    flat = expert_ids_rk.reshape(-1).long()
+    flat = torch.where(flat < 0, num_experts, flat)
+    order = torch.sort(flat, stable=True, dim=0).indices
+    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=flat.device).scatter_add(0, flat, torch.ones_like(flat))
+    offsets = F.pad(counts[:num_experts].cumsum(0), (1, 0))
+    return order.int(), offsets.int()
+
+
+def sparse_expert_mlp(
+    x_bd: Tensor,
+    layers: tuple[Layer, ...],
+    expert_ids_rk: Tensor,
+    weights_rk: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    unit_norm: bool,
+    invariant: bool,
+) -> Tensor:
+    r, k = expert_ids_rk.shape
+    tasks = r // x_bd.shape[0] if x_bd.shape[0] else 1
+    if invariant and x_bd.shape[0] > 1:
+        alone = []
+        for i in range(x_bd.shape[0]):
+            ids, weights = (t[i * tasks : (i + 1) * tasks] for t in (expert_ids_rk, weights_rk))
+            own = sort_by_expert(ids, offsets.shape[0] - 1)
+            alone.append(sparse_expert_mlp(x_bd[i : i + 1], layers, ids, weights, *own, unit_norm, False))
+        return torch.cat(alone)
+    bounds = offsets.tolist()
+    slots, outputs = [], []
+    for e in range(len(bounds) - 1):
+        mine = order[bounds[e] : bounds[e + 1]].long()
+        h = x_bd[mine // (k * tasks)]
+        for layer in layers:
+            h = _finish(_wide(h.to(layer.weight.dtype) @ layer.weight[e].t()), layer, e)
+        slots.append(mine)
+        outputs.append(h)
+    y = torch.cat(outputs)
+    if unit_norm:
+        y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    scattered = y.new_zeros(r * k, y.shape[-1]).index_put((torch.cat(slots),), y)
+    weights = torch.where(expert_ids_rk >= 0, _wide(weights_rk), 0)
+    return (scattered.view(r, k, -1) * weights.unsqueeze(-1)).sum(1).to(x_bd.dtype)
+
+
+def _finish(z_nh: Tensor, layer: Layer, e: int) -> Tensor:
+    """Bias, norm, activation and dropout of expert `e`."""
+    if layer.bias is not None:
+        z_nh = z_nh + layer.bias[e]
+    if layer.norm is not None:
+        z_nh = _batch_norm(z_nh, layer.norm, e)
+    return F.dropout(activate(z_nh, layer.activation), layer.dropout)
+
+
+def _batch_norm(z_nh: Tensor, norm: BatchNorm, e: int) -> Tensor:
+    mean, var = norm.running_mean[e], norm.running_var[e]
+    rows = z_nh.shape[0]
+    if norm.training and rows > 1:
+        mean, var = z_nh.mean(0), z_nh.var(0, correction=0)
+        with torch.no_grad():
+            norm.running_mean[e].lerp_(mean.detach().to(norm.running_mean.dtype), norm.momentum)
+            unbiased = var.detach() * rows / (rows - 1)
+            norm.running_var[e].lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+    return (z_nh - mean) * torch.rsqrt(var + norm.eps) * norm.scale[e] + norm.shift[e]
+
+
+def activate(z: Tensor, activation: Activation) -> Tensor:
+    """The activation of a pre-activation, in its own precision (`gelu` is the exact one)."""
+    if activation == "swiglu":
+        u, v = z.chunk(2, -1)
+        return F.silu(u) * v
+    if activation == "double_sigmoid":
+        return 2 * torch.sigmoid(z)
+    return {"none": lambda t: t, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}[activation](z)
+
+
+def _wide(t: Tensor) -> Tensor:
+    """At least fp32: half precisions are raised, fp64 stays."""
+    return t if t.dtype == torch.float64 else t.float()

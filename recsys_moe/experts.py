@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.kernels import expert_mlp
+from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
+from recsys_moe.routing import SparsePlan
 
 Norm = Literal["batch", "none"]
 
@@ -54,19 +54,40 @@ class MLPExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, D]` or `[B, E, D]` → `[B, E, H]`."""
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = expert_mlp(x, weight, bias, self.dtype)
-            if layer < self.hidden_layers:
-                if self.norms is not None:
-                    x = self.norms[layer](x)
-                x = F.relu(x)
-                if self.dropout:
-                    x = F.dropout(x, self.dropout, self.training)
-        return x
+        for layer in self._layers():
+            x = expert_mlp(x, layer, invariant=self._invariant())
+        return x.float()
+
+    def combine(self, x_bd: Tensor, plan: SparsePlan) -> Tensor:
+        """The weighted sum of the experts that a sparse plan names: x `[B, D]` → `[R, H]`, fp32. Nothing else is computed."""
+        return sparse_expert_mlp(
+            x_bd,
+            self._layers(),
+            plan.expert_ids,
+            plan.weights,
+            plan.order,
+            plan.offsets,
+            unit_norm=plan.unit_norm,
+            invariant=self._invariant(),
+        )
+
+    def _invariant(self) -> bool:
+        """At inference a row's result must not depend on the rows that come with it."""
+        return not (self.training or torch.is_grad_enabled())
+
+    def _layers(self) -> tuple[Layer, ...]:
+        return tuple(self._layer(index) for index in range(len(self.weights)))
+
+    def _layer(self, index: int) -> Layer:
+        weight, bias = self.weights[index].to(self.dtype), self.biases[index]
+        if index >= self.hidden_layers:
+            return Layer(weight, bias)
+        norm = self.norms[index].state(self.training) if self.norms is not None else None
+        return Layer(weight, bias, norm, "relu", self.dropout if self.training else 0.0)
 
 
 class StackedBatchNorm(nn.Module):
-    """Batch normalisation of each unit of each expert, `[B, E, H]` → `[B, E, H]`.
+    """The parameters and running moments of each unit of each expert's batch normalisation, `[E, H]`; the kernels apply it.
 
     A training batch of one row has no variance: it is normalised with the running statistics, which it leaves as they are.
     """
@@ -81,18 +102,9 @@ class StackedBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_experts, units))
         self.register_buffer("running_var", torch.ones(num_experts, units))
 
-    def forward(self, x_beh: Tensor) -> Tensor:
-        y = F.batch_norm(
-            x_beh.flatten(1),
-            self.running_mean.view(-1),
-            self.running_var.view(-1),
-            self.weight.view(-1),
-            self.bias.view(-1),
-            training=self.training and x_beh.shape[0] > 1,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-        return y.view_as(x_beh)
+    def state(self, training: bool) -> BatchNorm:
+        """What the kernels need to know."""
+        return BatchNorm(self.weight, self.bias, self.running_mean, self.running_var, training, self.momentum, self.eps)
 
 
 def _pairs(widths: Sequence[int]) -> list[tuple[int, int]]:

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, StackedBatchNorm
-from recsys_moe.kernels import expert_mlp, gate_mix
+from recsys_moe.kernels import Layer, expert_mlp
 from recsys_moe.models.mmoe import MMoE, MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
 from recsys_moe.ranker import Ranker
-from recsys_moe.routing import SoftRouter
 
 IN_DIM, TASKS = 6, 3
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 2e-6}
@@ -25,26 +24,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-# -- kernels against loops
-
-
-@pytest.mark.parametrize(("b", "d", "e", "h"), [(1, 1, 1, 1), (7, 5, 3, 4), (33, 17, 8, 9)])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared input", "input per expert"])
-def test_expert_mlp_is_a_linear_layer_per_expert(b: int, d: int, e: int, h: int, shared: bool) -> None:
-    leaves = [torch.randn(b, d) if shared else torch.randn(b, e, d), torch.randn(e, h, d), torch.randn(e, h)]
-    x, weight, bias = (leaf.requires_grad_() for leaf in leaves)
-    naive = torch.stack([F.linear(x if shared else x[:, i], weight[i], bias[i]) for i in range(e)], 1)
-    same_with_gradients(expert_mlp(x, weight, bias), naive, leaves)
-
-
-@pytest.mark.parametrize(("b", "t", "e", "h"), [(1, 1, 1, 1), (7, 2, 3, 4), (33, 10, 8, 9)])
-def test_gate_mix_is_the_weighted_sum_of_the_experts(b: int, t: int, e: int, h: int) -> None:
-    leaves = [torch.rand(b, t, e).requires_grad_(), torch.randn(b, e, h).requires_grad_()]
-    weights, y = leaves
-    naive = torch.stack([sum(weights[:, i, j, None] * y[:, j] for j in range(e)) for i in range(t)], 1)  # type: ignore[misc]
-    same_with_gradients(gate_mix(weights, y), naive, leaves)
-
-
 def same_with_gradients(got: Tensor, naive: Tensor, leaves: list[Tensor]) -> None:
     direction = torch.randn_like(naive)
     torch.testing.assert_close(got, naive, **CLOSE)
@@ -53,19 +32,13 @@ def same_with_gradients(got: Tensor, naive: Tensor, leaves: list[Tensor]) -> Non
     )
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared input", "input per expert"])
-def test_expert_mlp_in_bf16_rounds_its_operands_and_nothing_else(shared: bool) -> None:
-    x, weight, bias = torch.randn(9, 64) if shared else torch.randn(9, 4, 64), torch.randn(4, 5, 64), torch.randn(4, 5)
-    got = expert_mlp(x, weight, bias, torch.bfloat16)
-    rounded = expert_mlp(x.bfloat16().float(), weight.bfloat16().float(), bias)
-    assert got.dtype == torch.float32
-    # The product is written as bf16 (8 bits) once; accumulating in bf16 would be off by far more.
-    torch.testing.assert_close(got, rounded, rtol=2**-7, atol=2**-5)
-    # The bias is added in fp32.
-    assert torch.equal(expert_mlp(0 * x, weight, bias, torch.bfloat16), bias.expand(9, 4, 5))
-
-
 # -- batch normalisation
+
+
+def normalised(norm: StackedBatchNorm, x_beh: Tensor) -> Tensor:
+    """The norm alone: experts whose weights are the identity."""
+    units = x_beh.shape[2]
+    return expert_mlp(x_beh, Layer(torch.eye(units).expand(x_beh.shape[1], -1, -1), norm=norm.state(norm.training)))
 
 
 def test_stacked_batch_norm_is_batch_norm_1d_for_each_expert() -> None:
@@ -73,23 +46,23 @@ def test_stacked_batch_norm_is_batch_norm_1d_for_each_expert() -> None:
     for _ in range(3):
         x = (torch.randn(10, 3, 4) * torch.arange(1, 5) + 2).requires_grad_()
         naive = torch.stack([norm(x[:, e]) for e, norm in enumerate(singles)], 1)
-        same_with_gradients(stacked(x), naive, [x])
+        same_with_gradients(normalised(stacked, x), naive, [x])
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(getattr(stacked, name), torch.stack([getattr(norm, name) for norm in singles]))
     stacked.eval()
     x = torch.randn(1, 3, 4)
-    torch.testing.assert_close(stacked(x), torch.stack([norm.eval()(x[:, e]) for e, norm in enumerate(singles)], 1))
+    torch.testing.assert_close(normalised(stacked, x), torch.stack([norm.eval()(x[:, e]) for e, norm in enumerate(singles)], 1))
 
 
 def test_a_training_batch_of_one_row_uses_the_running_statistics_and_leaves_them() -> None:
     norm = StackedBatchNorm(2, 3)
-    norm(torch.randn(50, 2, 3) * 4 + 1)
+    normalised(norm, torch.randn(50, 2, 3) * 4 + 1)
     before = norm.running_mean.clone(), norm.running_var.clone()
     x = torch.randn(1, 2, 3)
-    in_training = norm(x)
+    in_training = normalised(norm, x)
     assert torch.equal(norm.running_mean, before[0])
     assert torch.equal(norm.running_var, before[1])
-    assert torch.equal(in_training, norm.eval()(x))
+    assert torch.equal(in_training, normalised(norm.eval(), x))
 
 
 # -- model families against a module per expert
@@ -224,13 +197,38 @@ def test_a_batch_of_one_row(family: str, train: bool) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["mmoe", "shared_bottom"])
-def test_at_inference_a_row_does_not_depend_on_its_batch(family: str) -> None:
-    model, _ = build(family, "batch")
+def test_at_inference_a_row_has_the_same_bits_in_every_batch(family: str, dtype: torch.dtype) -> None:
+    model, _ = build(family, "batch", dtype)
     model.eval()
-    x = torch.randn(9, IN_DIM)
-    torch.testing.assert_close(torch.cat([model(row[None])[0] for row in x]), model(x)[0])
-    assert SoftRouter.batch_invariant
+    x = torch.randn(90, IN_DIM)
+    with torch.no_grad():
+        assert torch.equal(torch.cat([model(row[None])[0] for row in x]), model(x)[0])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_sparse_gates_equal_softmax_gates_over_their_best_experts(top_k: int) -> None:
+    soft, naive = build("mmoe", "none")
+    config = MMoEConfig(num_experts=4, expert_dims=(7, 5), tower_dims=(4,), norm="none", dropout=0, gate="topk", top_k=top_k)
+    sparse = MMoE(config, IN_DIM, TASKS, torch.float32)
+    sparse.load_state_dict(soft.state_dict())
+    x = torch.randn(30, IN_DIM)
+    outputs = torch.stack([expert(x) for expert in naive.experts], 1)
+    expected = []
+    for gate, tower in zip(naive.gates, naive.towers, strict=True):
+        weights = torch.softmax(gate(x), 1)
+        least = weights.topk(top_k).values[:, -1:]
+        kept = torch.where(weights >= least, weights, 0)
+        expected.append(tower((kept / kept.sum(1, keepdim=True)).unsqueeze(1).bmm(outputs).squeeze(1)))
+    got, plan = sparse(x)
+    torch.testing.assert_close(got, torch.cat(expected, 1), **CLOSE)
+    assert plan.expert_ids.shape == (30 * TASKS, top_k)
+    direction = torch.randn_like(got)
+    got.backward(direction)
+    torch.cat(expected, 1).backward(direction)
+    for stacked, where, single in pairs(sparse, naive):
+        torch.testing.assert_close(stacked.grad[where], single.grad, rtol=1e-3, atol=1e-5)  # type: ignore[index]
 
 
 def test_experts_and_units_differ_after_initialisation() -> None:

@@ -73,6 +73,7 @@ def other_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheel = next(folder.glob("*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert "recsys_moe/kernels/__init__.py" in names
+    assert "recsys_moe/kernels/cpu.cpp" in names
     assert "recsys_moe/conf/schema/census_full.yaml" in names
     assert not [n for n in names if n.split("/")[0] in ("kernels", "pipelines", "serving", "conf", "tests")]
     environment = folder / "env"

@@ -1,19 +1,19 @@
 """Multi-gate Mixture-of-Experts (Ma et al., KDD 2018).
 
-    ŷ_t = h_t(f^t(x)),   f^t(x) = Σ_e g^t(x)_e · f_e(x),   g^t(x) = softmax(W_gt·x)
+    ŷ_t = h_t(f^t(x)),   f^t(x) = Σ_e g^t(x)_e · f_e(x),   g^t(x) = softmax(W_gt·x + b_gt)
 
 Shapes: B rows, D inputs, E experts, H expert units, T tasks.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, Norm
 from recsys_moe.kernels import gate_mix
-from recsys_moe.routing import RoutingPlan, SoftRouter
+from recsys_moe.routing import RoutingPlan, SoftPlan, SoftRouter, TopKRouter
 from recsys_moe.typed import typed
 
 Width = Annotated[int, Field(ge=1)]
@@ -21,7 +21,11 @@ Width = Annotated[int, Field(ge=1)]
 
 @typed
 class MMoEConfig:
-    """Number and widths of the experts, hidden widths of the towers, width of each feature's embedding."""
+    """Number and widths of the experts, hidden widths of the towers, width of each feature's embedding.
+
+    `gate="topk"`: each task uses only the `top_k` experts of its largest gate weights, divided by their sum (Shazeer et al.
+    2017), and only those are computed.
+    """
 
     name: Literal["mmoe"] = "mmoe"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
@@ -30,6 +34,14 @@ class MMoEConfig:
     tower_dims: tuple[Width, ...] = (32,)
     norm: Norm = "batch"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    gate: Literal["softmax", "topk"] = "softmax"
+    top_k: Annotated[int, Field(ge=1)] = 2
+
+    @model_validator(mode="after")
+    def _check_top_k(self) -> Self:
+        if self.gate == "topk" and self.top_k > self.num_experts:
+            raise ValueError(f"model.top_k is {self.top_k}, but there are {self.num_experts} experts: choose at most that many")
+        return self
 
 
 class MMoE(nn.Module):
@@ -43,11 +55,19 @@ class MMoE(nn.Module):
 
     def __init__(self, config: MMoEConfig, in_dim: int, num_tasks: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.router = SoftRouter(in_dim, num_tasks, config.num_experts)
-        self.experts = MLPExperts(config.num_experts, in_dim, config.expert_dims, config.norm, config.dropout, dtype=dtype)
+        experts, dropout = config.num_experts, config.dropout
+        self.router = (
+            SoftRouter(in_dim, num_tasks, experts)
+            if config.gate == "softmax"
+            else TopKRouter(in_dim, experts, config.top_k, num_tasks=num_tasks, renormalize=True, bias=True)
+        )
+        self.experts = MLPExperts(experts, in_dim, config.expert_dims, config.norm, dropout, dtype=dtype)
         self.towers = MLPExperts(num_tasks, self.experts.out_dim, config.tower_dims, config.norm, linear_out=1)
 
     def forward(self, x_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
         plan = self.router(x_bd)
-        mixed_bth = gate_mix(plan.weights, self.experts(x_bd))
+        if isinstance(plan, SoftPlan):
+            mixed_bth = gate_mix(plan.logits, self.experts(x_bd))
+        else:
+            mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], -1, self.experts.out_dim)
         return self.towers(mixed_bth).squeeze(2), plan

@@ -1,0 +1,383 @@
+"""The CPU backend: C++ operators, built once on the machine they run on, with PyTorch's BLAS for the large products.
+
+Training runs layer by layer (each step differentiable); inference runs a whole chain of sparse layers in one operator.
+"""
+
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recsys_moe.kernels.types import BatchNorm, Layer, Scoring
+
+log = logging.getLogger("recsys_moe.kernels")
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "swiglu": 4, "double_sigmoid": 5}
+# Activations whose slope their output tells, and what the backward is then told.
+FROM_OUTPUT = {0: 0, 1: 1, 5: 6}
+SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_after": 2}
+
+
+# ---- the library ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def why_not(device: str) -> str | None:
+    """Why this backend can't run on a device; None if it can (the library is then loaded)."""
+    if device != "cpu":
+        return f"the tensors are on {device!r}, not on the CPU"
+    try:
+        torch.ops.load_library(build())
+    except (OSError, subprocess.CalledProcessError) as error:
+        told = getattr(error, "stderr", "") or str(error)
+        return f"its C++ operators can't be built ({' '.join(told.split())[-300:]})"
+    _register()
+    return None
+
+
+def build() -> Path:
+    """The shared library, compiled for this machine's processor on first use and kept in the user's cache.
+
+    Raises:
+        OSError, CalledProcessError: no compiler, or it fails.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("no C++ compiler is installed: install g++ or set CXX")
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fPIC", "-shared"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-Wno-psabi"]
+    flags += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+    identity = "\0".join([SOURCE.read_text(), torch.__version__, compiler, *flags, _processor()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recsys_moe"
+    library = folder / f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    log.warning("building the CPU kernels, once (about 30 seconds)")
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made = Path(work) / "cpu.so"
+        # OpenMP without its library: PyTorch has one in the process, and two would fight for the cores.
+        libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10"]
+        command = [*shlex.split(compiler), *flags, str(SOURCE), "-o", str(made), *libraries, "-nodefaultlibs"]
+        command += ["-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What decides the instructions that `-march=native` allows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+# ---- the operations -------------------------------------------------------------------------------------------------
+
+
+def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[int, ...], invariant: bool) -> Tensor:
+    ops = torch.ops.recsys_moe
+    norm, activation = layer.norm, ACTIVATIONS[layer.activation]
+    if invariant:
+        n = norm or _NO_NORM
+        return ops.dense_forward(
+            x, gate_bgd, layer.weight, source, layer.bias, n.scale, n.shift, n.running_mean, n.running_var, n.eps, activation
+        )
+    x_bsd = x.unsqueeze(1) if x.dim() == 2 else x
+    z = ops.expert_linear(x_bsd, gate_bgd, layer.weight, source)
+    return _finish(z, layer, None)
+
+
+def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None) -> Tensor:
+    return torch.ops.recsys_moe.gate_mix(logits_bte, experts_beh, mask_te)
+
+
+def route_topk(
+    logits_be: Tensor, k: int, scoring: Scoring, renormalize: bool, bias_e: Tensor | None, allowed_be: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    ids, weights, _ = torch.ops.recsys_moe.route_topk(logits_be, k, SCORINGS[scoring], renormalize, bias_e, allowed_be)
+    return ids, weights
+
+
+def sort_by_expert(expert_ids_rk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    return torch.ops.recsys_moe.sort_by_expert(expert_ids_rk, num_experts)
+
+
+def sparse_expert_mlp(
+    x_bd: Tensor,
+    layers: tuple[Layer, ...],
+    expert_ids_rk: Tensor,
+    weights_rk: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    unit_norm: bool,
+    invariant: bool,
+) -> Tensor:
+    ops = torch.ops.recsys_moe
+    training = any(layer.dropout or (layer.norm is not None and layer.norm.training) for layer in layers)
+    if not training and (invariant or not _needs_grad(x_bd, weights_rk, *(layer.weight for layer in layers))):
+        norms = [layer.norm or _NO_NORM for layer in layers]
+        return ops.sparse_forward(
+            x_bd,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            [n.scale for n in norms],
+            [n.shift for n in norms],
+            [n.running_mean for n in norms],
+            [n.running_var for n in norms],
+            next((n.eps for n in norms if n.scale is not None), 0.0),
+            [ACTIVATIONS[layer.activation] for layer in layers],
+            weights_rk,
+            order,
+            offsets,
+            unit_norm,
+            invariant,
+        )
+    h = ops.gather_rows(x_bd, order, offsets)
+    for layer in layers:
+        h = _finish(ops.grouped_linear(h.to(layer.weight.dtype), layer.weight, offsets), layer, offsets)
+    if unit_norm:
+        h = F.normalize(h.float(), dim=-1)
+    return ops.combine(h, weights_rk, order, offsets).to(x_bd.dtype)
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _Nothing:
+    """The absence of a norm, field by field."""
+
+    scale = shift = running_mean = running_var = None
+    eps = 0.0
+
+
+_NO_NORM: Any = _Nothing
+
+
+def _finish(z: Tensor, layer: Layer, offsets: Tensor | None) -> Tensor:
+    """What follows the product: `z` is `[B, E, H]`, or `[N, H]` in segments by expert. The running moments move."""
+    y = z
+    if layer.bias is not None or layer.norm is not None or layer.activation != "none":
+        y = _bias_norm_act(z, layer, offsets)
+    return F.dropout(y, layer.dropout) if layer.dropout else y
+
+
+def _bias_norm_act(z: Tensor, layer: Layer, offsets: Tensor | None) -> Tensor:
+    norm = layer.norm or _NO_NORM
+    bias = None if layer.bias is None else layer.bias.float()
+    training = layer.norm is not None and layer.norm.training
+    blocks = layer.weight.shape[0] if offsets is None else 1
+    y, mean, var = torch.ops.recsys_moe.norm_act(
+        z, blocks, offsets, bias, norm.scale, norm.shift, norm.running_mean, norm.running_var, training, norm.eps,
+        ACTIVATIONS[layer.activation],
+    )  # fmt: skip
+    if training:
+        _move_running(norm, mean, var, bias, z.shape[0], offsets)
+    return y
+
+
+@torch.no_grad()
+def _move_running(norm: BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | None, rows: int, offsets: Tensor | None) -> None:
+    # An expert with fewer than two rows was normalised with the running moments themselves: nothing moves.
+    mean = mean.view_as(norm.running_mean)
+    norm.running_mean.lerp_(mean if bias is None else mean + bias, norm.momentum)
+    if offsets is None:
+        unbias: float | Tensor = rows / max(rows - 1, 1)
+    else:
+        count = offsets.diff().unsqueeze(1)
+        unbias = count / (count - 1).clamp_min(1)
+        unbias = torch.where(count < 2, 1.0, unbias)
+    norm.running_var.lerp_(var.view_as(norm.running_var) * unbias, norm.momentum)
+
+
+# ---- shapes and gradients, for torch.compile, torch.export and autograd -------------------------------------------------
+
+
+def _register() -> None:
+    """Tell PyTorch the operators' shapes and gradients, once the library is loaded."""
+    ops, fake, gradient = torch.ops.recsys_moe, torch.library.register_fake, torch.library.register_autograd
+
+    @fake("recsys_moe::norm_act")
+    def _(z: Tensor, blocks, offsets, bias, scale, shift, running_mean, running_var, training, eps, activation):  # type: ignore[no-untyped-def]
+        width = z.shape[-1] // 2 if activation == ACTIVATIONS["swiglu"] else z.shape[-1]
+        moment = z.new_empty(0 if scale is None else scale.numel(), dtype=torch.float32)
+        return z.new_empty(*z.shape[:-1], width), moment, torch.empty_like(moment)
+
+    @fake("recsys_moe::norm_act_backward")
+    def _(grad_y, z, blocks, offsets, bias, scale, shift, mean, var, training, eps, activation):  # type: ignore[no-untyped-def]
+        sizes = [0 if t is None else t.numel() for t in (bias, scale, scale)]
+        return torch.empty_like(z), *(z.new_empty(n, dtype=torch.float32) for n in sizes)
+
+    def save_norm_act(ctx: Any, inputs: Any, output: Any) -> None:
+        z, ctx.blocks, offsets, bias, scale, shift, _, _, ctx.training, ctx.eps, ctx.activation = inputs
+        y, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
+        # Without a norm y may say all that the gradient needs, and the next layer keeps it anyway.
+        ctx.from_output = scale is None and ctx.activation in FROM_OUTPUT
+        ctx.save_for_backward(y if ctx.from_output else z, offsets, bias, scale, shift, mean, var)
+
+    def norm_act_gradient(ctx: Any, grad_y: Tensor, _m: Any, _v: Any) -> tuple[Any, ...]:
+        z, offsets, bias, scale, shift, mean, var = ctx.saved_tensors
+        bias_seen, activation = bias, ctx.activation
+        if ctx.from_output:
+            bias_seen = None if bias is None else torch.zeros_like(bias)  # it is in y
+            activation = FROM_OUTPUT[ctx.activation]
+        grad_z, grad_bias, grad_scale, grad_shift = ops.norm_act_backward(
+            grad_y, z, ctx.blocks, offsets, bias_seen, scale, shift, mean, var, ctx.training, ctx.eps, activation
+        )
+        shaped = [None if t is None else g.view_as(t) for t, g in ((bias, grad_bias), (scale, grad_scale), (shift, grad_shift))]
+        return grad_z, None, None, *shaped, None, None, None, None, None
+
+    gradient("recsys_moe::norm_act", norm_act_gradient, setup_context=save_norm_act)
+
+    @fake("recsys_moe::expert_linear")
+    def _(x_bsd, gate_bgd, weight_ehd, source):  # type: ignore[no-untyped-def]
+        return weight_ehd.new_empty(x_bsd.shape[0], *weight_ehd.shape[:2])
+
+    @fake("recsys_moe::expert_linear_backward")
+    def _(grad_z, x_bsd, gate_bgd, weight_ehd, source, need_x):  # type: ignore[no-untyped-def]
+        none = x_bsd.new_empty(0)
+        grad_x = torch.empty_like(x_bsd) if need_x else none
+        return grad_x, none if gate_bgd is None else torch.empty_like(gate_bgd), torch.empty_like(weight_ehd)
+
+    def save_linear(ctx: Any, inputs: Any, output: Any) -> None:
+        x, gate, weight, ctx.source = inputs
+        ctx.save_for_backward(x, gate, weight)
+
+    def linear_gradient(ctx: Any, grad_z: Tensor) -> tuple[Any, ...]:
+        x, gate, weight = ctx.saved_tensors
+        need = ctx.needs_input_grad[0]
+        grad_x, grad_gate, grad_w = ops.expert_linear_backward(grad_z, x, gate, weight, ctx.source, need)
+        return grad_x if need else None, None if gate is None else grad_gate, grad_w, None
+
+    gradient("recsys_moe::expert_linear", linear_gradient, setup_context=save_linear)
+
+    @fake("recsys_moe::dense_forward")
+    def _(x, gate, weight, source, bias, scale, shift, mean, var, eps, activation):  # type: ignore[no-untyped-def]
+        width = weight.shape[1] // 2 if activation == ACTIVATIONS["swiglu"] else weight.shape[1]
+        return weight.new_empty(x.shape[0], weight.shape[0], width)
+
+    @fake("recsys_moe::sparse_forward")
+    def _(x, weights, biases, scales, shifts, means, vars, eps, activations, gate_weights, order, offsets, unit, invariant):  # type: ignore[no-untyped-def]
+        width = weights[-1].shape[1] // 2 if activations[-1] == ACTIVATIONS["swiglu"] else weights[-1].shape[1]
+        return x.new_empty(gate_weights.shape[0], width)
+
+    @fake("recsys_moe::grouped_linear")
+    def _(h, weight, offsets):  # type: ignore[no-untyped-def]
+        return weight.new_empty(h.shape[0], weight.shape[1])
+
+    @fake("recsys_moe::grouped_linear_backward")
+    def _(grad_z, h, weight, offsets):  # type: ignore[no-untyped-def]
+        return torch.empty_like(h), torch.empty_like(weight)
+
+    gradient(
+        "recsys_moe::grouped_linear",
+        lambda ctx, grad: (*ops.grouped_linear_backward(grad, *ctx.saved_tensors), None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
+    @fake("recsys_moe::gather_rows")
+    def _(x, order, offsets):  # type: ignore[no-untyped-def]
+        return x.new_empty(order.shape[0], x.shape[1])
+
+    @fake("recsys_moe::gather_backward")
+    def _(grad, order, offsets, rows):  # type: ignore[no-untyped-def]
+        return grad.new_empty(rows, grad.shape[1])
+
+    def save_gather(ctx: Any, inputs: Any, output: Any) -> None:
+        x, order, offsets = inputs
+        ctx.rows = x.shape[0]
+        ctx.save_for_backward(order, offsets)
+
+    gradient(
+        "recsys_moe::gather_rows",
+        lambda ctx, grad: (ops.gather_backward(grad, *ctx.saved_tensors, ctx.rows), None, None),
+        setup_context=save_gather,
+    )
+
+    @fake("recsys_moe::combine")
+    def _(h, weights, order, offsets):  # type: ignore[no-untyped-def]
+        return h.new_empty(weights.shape[0], h.shape[1], dtype=torch.float32)
+
+    @fake("recsys_moe::combine_backward")
+    def _(grad, h, weights, order, offsets):  # type: ignore[no-untyped-def]
+        return torch.empty_like(h), torch.empty_like(weights)
+
+    gradient(
+        "recsys_moe::combine",
+        lambda ctx, grad: (*ops.combine_backward(grad, *ctx.saved_tensors), None, None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
+    @fake("recsys_moe::gate_mix")
+    def _(logits, experts, mask):  # type: ignore[no-untyped-def]
+        return logits.new_empty(*logits.shape[:2], experts.shape[2], dtype=torch.float32)
+
+    @fake("recsys_moe::gate_mix_backward")
+    def _(grad, logits, experts, mask):  # type: ignore[no-untyped-def]
+        return torch.empty_like(logits, dtype=torch.float32), torch.empty_like(experts)
+
+    def mix_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return *ops.gate_mix_backward(grad, *ctx.saved_tensors), None
+
+    gradient(
+        "recsys_moe::gate_mix",
+        mix_gradient,
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
+    @fake("recsys_moe::route_topk")
+    def _(logits, k, scoring, renormalize, bias, allowed):  # type: ignore[no-untyped-def]
+        rows = logits.shape[0]
+        fp32 = torch.float32
+        return (
+            logits.new_empty(rows, k, dtype=torch.int32),
+            logits.new_empty(rows, k, dtype=fp32),
+            torch.empty_like(logits, dtype=fp32),
+        )
+
+    def save_topk(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, ctx.scoring, ctx.renormalize, _, _ = inputs
+        ids, weights, scores = output
+        ctx.mark_non_differentiable(ids)
+        ctx.save_for_backward(ids, weights, scores)
+
+    def topk_gradient(ctx: Any, _ids: Any, grad: Tensor, grad_scores: Tensor | None) -> tuple[Any, ...]:
+        ids, weights, scores = ctx.saved_tensors
+        if ctx.scoring == SCORINGS["softmax_after"]:
+            grad = weights * (grad - (weights * grad).sum(1, keepdim=True))
+        elif ctx.renormalize:
+            total = scores.gather(1, ids.long()).sum(1, keepdim=True) + 1e-20
+            grad = (grad - (weights * grad).sum(1, keepdim=True)) / total
+        on_scores = torch.zeros_like(scores).scatter(1, ids.long(), grad)
+        if ctx.scoring == SCORINGS["softmax"]:
+            on_scores = scores * (on_scores - (scores * on_scores).sum(1, keepdim=True))
+        elif ctx.scoring == SCORINGS["sigmoid"]:
+            on_scores = on_scores * scores * (1 - scores)
+        return on_scores, None, None, None, None, None
+
+    gradient("recsys_moe::route_topk", topk_gradient, setup_context=save_topk)
+
+    @fake("recsys_moe::sort_by_expert")
+    def _(ids, experts):  # type: ignore[no-untyped-def]
+        return ids.new_empty(ids.numel(), dtype=torch.int32), ids.new_empty(experts + 1, dtype=torch.int32)
+
+
+if __name__ == "__main__":
+    # Set-up builds ahead of first use. Without a compiler the reference backend remains: not an error here.
+    print(f"CPU kernels: {why_not('cpu') or 'ready'}")
