@@ -5,6 +5,7 @@ statistics and counts travel. The folder appears whole or not at all, under a na
 what has been prepared once is found again.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -12,11 +13,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from recsys_moe.config import conf_dir
@@ -24,7 +27,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.schema import Schema
 from recsys_moe.shards import FORMAT, Manifest, PreparedData, Rows, Shard, TaskCount, write_json, write_shard
-from recsys_moe.sources import PARTS, Chunk, DataConfig, digest_files, list_files, plan_chunks, read_chunk
+from recsys_moe.sources import CHUNK_ROWS, PARTS, Chunk, DataConfig, digest_files, list_files, plan_chunks, read_chunk
 from recsys_moe.transforms import PartialStatistics, Statistics, Transform
 from recsys_moe.typed import dump, parse
 
@@ -54,12 +57,27 @@ def prepare(
         raise UserError(f"{str(folder.parent)!r} can't be written ({error.strerror}); choose another runs_dir") from None
     try:
         _write(config, schema, digest, chunks, temporary, progress)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        _put(temporary, folder, force)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return PreparedData(folder, verify=False)
+
+
+def _put(temporary: Path, folder: Path, force: bool) -> None:
+    """Give what is whole its name. What another run has put there meanwhile is the same data: only `force` replaces it."""
+    while True:
+        try:
+            os.rename(temporary, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        if not force:
+            return
+        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+        with suppress(FileNotFoundError):  # another forced run was faster
+            os.rename(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def digest_data(config: DataConfig, schema: Schema) -> str:
@@ -156,7 +174,7 @@ class _Fit:
 
 @dataclass
 class _TransformAndWrite:
-    """Second pass over a chunk: one shard for each part that it has rows of."""
+    """Second pass over a chunk, block by block: a shard for each part that a block has rows of."""
 
     schema: dict[str, Any]
     statistics: dict[str, Any]
@@ -165,18 +183,30 @@ class _TransformAndWrite:
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
         schema: Schema = parse(Schema, self.schema, "schema")
         transform = Transform(schema, parse(Statistics, self.statistics, "statistics"))
-        pieces = list(read_chunk(chunk, schema))
-        table = pa.concat_tables([piece for piece, _ in pieces])
-        parts = np.concatenate([p for _, p in pieces])
         shards = []
-        for number, part in enumerate(PARTS):
-            rows = table.filter(pa.array(parts == number))
-            if rows.num_rows:
-                labels, weights = task_labels(rows, schema)
-                path = Path(self.folder) / f"{part}-{chunk.index:05d}.arrow"
-                prepared = Rows(transform(rows), labels, weights, group_ids(rows, schema))
-                shards.append(dump(write_shard(path, part, prepared, transform)))
+        for block, (table, parts) in enumerate(_blocks(chunk, schema)):
+            for number, part in enumerate(PARTS):
+                rows = table.filter(pa.array(parts == number))
+                if rows.num_rows:
+                    labels, weights = task_labels(rows, schema)
+                    path = Path(self.folder) / f"{part}-{chunk.index:05d}-{block:03d}.arrow"
+                    prepared = Rows(transform(rows), labels, weights, group_ids(rows, schema))
+                    shards.append(dump(write_shard(path, part, prepared, transform)))
         return {"shards": shards}
+
+
+def _blocks(chunk: Chunk, schema: Schema) -> Iterator[tuple[pa.Table, npt.NDArray[np.int8]]]:
+    """The rows of a chunk in blocks of about CHUNK_ROWS: a chunk of Parquet is one, one of CSV has any number of rows."""
+    tables: list[pa.Table] = []
+    parts: list[npt.NDArray[np.int8]] = []
+    for table, part in read_chunk(chunk, schema):
+        tables.append(table)
+        parts.append(part)
+        if sum(map(len, parts)) >= CHUNK_ROWS:
+            yield pa.concat_tables(tables), np.concatenate(parts)
+            tables, parts = [], []
+    if tables:
+        yield pa.concat_tables(tables), np.concatenate(parts)
 
 
 def _check_counts(schema: Schema, counts: np.ndarray, chunks: list[Chunk]) -> None:

@@ -32,19 +32,22 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
 
     def __init__(self, names: list[str], cardinalities: list[int], width: int) -> None:
         tables = [
-            # Module names take no dots; features keep theirs.
             EmbeddingBagConfig(
-                name=name.replace(".", "__"),
+                name=_table_name(name),
                 embedding_dim=width,
                 num_embeddings=rows,
                 feature_names=[name],
-                init_fn=_init_table,
             )
             for name, rows in zip(names, cardinalities, strict=True)
         ]
         super().__init__(tables, torch.optim.Adagrad, {"lr": 0.02, "eps": 1e-8}, device=torch.device("cpu"))
         self._lookup._emb_module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         self._names = names
+        # torchrec draws the tables from ±1/√rows and heeds no init_fn here. Missing and unknown start at zero: where training
+        # has no such row, scoring one adds nothing. (In a table of buckets, row 1 is the first bucket, which training has.)
+        with torch.no_grad():
+            for weight in self._lookup.split_embedding_weights():
+                weight[:2] = 0
 
     @property
     def _lookup(self) -> Any:
@@ -81,5 +84,7 @@ def _unit_offsets(bags: int) -> Tensor:
     return torch.arange(bags + 1, dtype=torch.int32)
 
 
-def _init_table(weight: Tensor) -> Tensor:
-    return nn.init.normal_(weight, std=0.05)
+def _table_name(feature: str) -> str:
+    # Tables are modules in a ModuleDict, whose names take no dots and no attribute of its own, such as `keys` or `type`.
+    name = feature.replace(".", "__")
+    return f"{name}__" if hasattr(nn.ModuleDict(), name) else name

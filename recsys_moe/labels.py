@@ -13,7 +13,8 @@ from recsys_moe.schema import Schema, Task
 def task_labels(table: pa.Table, schema: Schema) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Labels (0 or 1) and weights (0 = not part of the task's rows), each float32 `[T, N]`.
 
-    A row counts for a task where its label is not null and its mask, if any, is true.
+    A row counts for a task where its label is not null, its mask, if any, is true, and its weight, if any, is neither 0 nor
+    null: for the loss, the counts and the metrics alike.
 
     Raises:
         UserError: a label that is NaN, infinite or neither 0 nor 1; a negative weight; names the task and the remedy.
@@ -33,14 +34,22 @@ def task_labels(table: pa.Table, schema: Schema) -> tuple[npt.NDArray[np.float32
             raise UserError(
                 f"label {task.label!r} of task {task.name!r} gives {bad[0]:g}; a binary label is 0 or 1, so compare it"
             )
-        weight = np.ones(table.num_rows)
+        weight = np.ones(table.num_rows, np.float32)
         if task.weight:
             w = Expression(task.weight)(table)
             if not _is_number(w):
                 raise UserError(f"weight {task.weight!r} of task {task.name!r} is {w.type}; name a column of numbers ≥ 0")
-            weight = pc.fill_null(pc.cast(w, pa.float64(), safe=False), 0.0).to_numpy()
-            if not np.isfinite(weight).all() or (weight < 0).any():
+            exact = pc.fill_null(pc.cast(w, pa.float64(), safe=False), 0.0).to_numpy()
+            if not np.isfinite(exact).all() or (exact < 0).any():
                 raise UserError(f"weight {task.weight!r} of task {task.name!r} is negative or not finite; make it ≥ 0")
+            with np.errstate(over="ignore"):
+                weight = exact.astype(np.float32)
+            lost = exact[np.isinf(weight) | ((weight == 0) & (exact > 0))]
+            if len(lost):
+                raise UserError(
+                    f"weight {task.weight!r} of task {task.name!r} is {lost[0]:g}, which float32 can't hold; scale it"
+                )
+            observed &= weight > 0
         if task.mask:
             mask = Expression(task.mask)(table)
             if not pa.types.is_boolean(mask.type):

@@ -59,8 +59,13 @@ def score_file(
     """Score every row of a Parquet or CSV file into `target`, one fp32 column per task, in order; returns the rows.
 
     Raises:
-        UserError: a source that can't be read, a target that can't be written. An older target is then still whole.
+        UserError: a source that can't be read, a target that can't be written or is the source. An older target is then
+            still whole.
     """
+    if target.is_dir():
+        raise UserError(f"OUT {str(target)!r} is a folder; name a Parquet file to write")
+    if source.exists() and target.exists() and target.samefile(source):
+        raise UserError(f"OUT {str(target)!r} is the file that is to be scored; choose another OUT")
     predictor = Predictor(folder)
     schema = pa.schema([(task, pa.float32()) for task in predictor.tasks])
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")

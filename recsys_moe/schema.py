@@ -19,16 +19,22 @@ from recsys_moe.errors import UserError, nearest
 from recsys_moe.expressions import Expression
 from recsys_moe.typed import parse, typed
 
+BUCKET_SUFFIX, MISSING_SUFFIX = ".bucket", ".missing"
+"""What the names of a numeric feature's further inputs end in."""
+
+Name = Annotated[str, Field(min_length=1)]
+
 
 @typed
 class Categorical:
     """One of many values: id 0 is missing (null), 1 is out-of-vocabulary, 2… follow the vocabulary.
 
     The vocabulary holds the values of the training part, most frequent first, that occur at least `min_count` times, at
-    most `max_size` of them. Values are compared as strings; whole numbers lose no digit on the way.
+    most `max_size` of them. Values are compared as strings; whole numbers lose no digit on the way, and `272`, `272.0` and
+    `"272"` are one value, as are `true` and `True`. An empty string is missing.
     """
 
-    name: str
+    name: Name
     kind: Literal["categorical"]
     min_count: Annotated[int, Field(ge=1)] = 1
     max_size: Annotated[int, Field(ge=1)] = 1_000_000
@@ -43,7 +49,7 @@ class Numeric:
     the buckets between the training part's quantiles; a value that alone fills a bucket's share gets its own bucket.
     """
 
-    name: str
+    name: Name
     kind: Literal["numeric"]
     log1p: bool = False
     standardise: bool = True
@@ -59,7 +65,8 @@ class Task:
     """A binary task: `label` is an expression that is true, false or (where null) unobserved.
 
     `mask` selects the rows that the task is trained and measured on; `weight` (a column or expression ≥ 0) weighs its
-    rows in the loss; `loss_weight` weighs the task against the others; `category` groups tasks (watch time, …).
+    rows in the loss, and leaves out rows of weight 0 or null as the mask does; `loss_weight` weighs the task against the
+    others; `category` groups tasks (watch time, …).
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -76,7 +83,8 @@ class Schema:
     """Features and tasks of a data set.
 
     Raises:
-        UserError: a name used twice, a label or outcome column among the features, an expression that can't be read.
+        UserError: a name used twice or by two inputs, a label or outcome column among the features, an expression that
+            can't be read.
     """
 
     features: Annotated[tuple[Feature, ...], Field(min_length=1)]
@@ -89,6 +97,7 @@ class Schema:
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"{what} {name!r} is declared twice; keep one of them")
+        self._check_input_names()
         outcomes = dict.fromkeys(self.outcomes, "listed under outcomes")
         for task in self.tasks:
             outcomes |= dict.fromkeys(Expression(task.label).columns, f"read by the label of task {task.name!r}")
@@ -101,6 +110,21 @@ class Schema:
                     f"column {name!r} can't be a feature: it is {outcomes[name]}, which a served row does not have; "
                     "take it out of features"
                 )
+
+    def _check_input_names(self) -> None:
+        numeric = [f for f in self.features if isinstance(f, Numeric)]
+        embedded = [(f.name, f.name) for f in self.features if isinstance(f, Categorical)]
+        embedded += [(f.name + BUCKET_SUFFIX, f.name) for f in numeric if f.buckets]
+        # An embedding table's name takes no dots.
+        embedded = [(name.replace(".", "__"), feature) for name, feature in embedded]
+        dense = [(f.name, f.name) for f in numeric]
+        dense += [(f.name + MISSING_SUFFIX, f.name) for f in numeric if f.missing_indicator]
+        for inputs in (embedded, dense):
+            owners: dict[str, str] = {}
+            for name, feature in inputs:
+                other = owners.setdefault(name, feature)
+                if other != feature:
+                    raise ValueError(f"features {other!r} and {feature!r} both have an input {name!r}; rename one of them")
 
     @property
     def feature_names(self) -> tuple[str, ...]:

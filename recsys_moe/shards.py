@@ -2,7 +2,7 @@
 
     manifest.json               what is here, with row counts and a SHA-256 for each shard
     schema.json statistics.json the features and tasks, and what was fitted
-    train-00000.arrow …         Arrow IPC, uncompressed: one int32 column per embedded feature, one float32 column per
+    train-00000-000.arrow …     Arrow IPC, uncompressed: one int32 column per embedded feature, one float32 column per
                                 dense input, `label.<task>` and `weight.<task>` as float32, `group` as int64
 
 A folder is written under a temporary name and renamed when it is whole: a half-written one is never taken for data.
@@ -24,7 +24,7 @@ from recsys_moe.schema import Schema
 from recsys_moe.transforms import Inputs, Statistics, Transform
 from recsys_moe.typed import parse, typed
 
-FORMAT = 1
+FORMAT = 2
 
 T = TypeVar("T", np.int32, np.float32)
 
@@ -42,7 +42,7 @@ class Shard:
 
 @typed
 class TaskCount:
-    """Rows of a part that a task is observed in, and how many of them are positive."""
+    """Rows of a part that count for a task, and how many of them are positive."""
 
     task: str
     part: str

@@ -1,11 +1,13 @@
 """Log files and the protocol that splits their rows: read in chunks, so that size does not matter.
 
-A source is Parquet or CSV. Its rows are numbered through all files in the order given; the protocol gives each row to
-`train`, `validation` or `test`; a chunk is a run of rows that one worker reads, transforms and writes.
+A source is Parquet or CSV (`.csv`, `.csv.gz`; every other name is taken for Parquet). Its rows are numbered through all
+files in the order given; the protocol gives each row to `train`, `validation` or `test`; a chunk is a run of rows that one
+worker reads, transforms and writes.
 """
 
 import csv
 import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +50,14 @@ class Split:
 class DataConfig:
     """A data set: where its rows are, its schema and its protocol.
 
-    `source` is a folder or a file; `files` are glob patterns below it. `schema` is a file, or the name of one in
-    `conf/schema`. `tasks` picks some of the schema's tasks; empty means all.
+    `source` is a folder or a file; `files` and `held_out` are glob patterns below a folder. A file that both match is held
+    out. `schema` is a file, or the name of one in `conf/schema`. `tasks` picks some of the schema's tasks; empty means all.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     source: str
     schema: str
-    files: tuple[str, ...] = ("*.parquet", "*.csv")
+    files: tuple[str, ...] = ("*.parquet", "*.csv", "*.csv.gz", "*.CSV")
     held_out: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     split: Split = Split()
@@ -90,32 +92,53 @@ class Chunk:
 
 
 def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
-    """The data files and the held-out files, each in the order of the patterns, then by name.
+    """The data files and the held-out files, each file once, in the order of the patterns, then by name.
 
     Raises:
-        UserError: nothing there, or nothing that a pattern matches.
+        UserError: nothing there, nothing that a pattern matches, or a file that is to be trained on and held out.
     """
     source = Path(config.source).absolute()
     if source.is_file():
+        if config.held_out:
+            raise UserError(
+                f"data.held_out {list(config.held_out)} needs a folder, but data.source {str(source)!r} is a file; name the "
+                "folder, or share out the file's rows with data.split"
+            )
         return [source], []
     if not source.is_dir():
         raise UserError(f"data.source {str(source)!r} does not exist; name the folder or file with the log rows")
-
-    def matches(key: str, patterns: tuple[str, ...], together: bool) -> list[Path]:
-        found = [sorted(source.glob(pattern)) for pattern in patterns]
-        for pattern, paths in zip(patterns, found, strict=True):
-            if not paths and not together:
-                raise UserError(f"{key}: no file matches {pattern!r} in {str(source)!r}; check data.source and {key}")
-        flat = [path for paths in found for path in paths]
-        if patterns and not flat:
-            raise UserError(f"{key}: no file in {str(source)!r} matches any of {', '.join(patterns)}; check data.source")
-        return flat
-
     default = DataConfig.__dataclass_fields__["files"].default
-    return (
-        matches("data.files", config.files, together=config.files == default),
-        matches("data.held_out", config.held_out, together=False),
-    )
+    files = _matches(source, "data.files", config.files, together=config.files == default)
+    held_out = _matches(source, "data.held_out", config.held_out, together=False)
+    for path, pattern in files.values():
+        # A pattern that spells a file out means just that file; a wildcard means whatever is not spoken for.
+        if path.resolve() in held_out and not any(sign in pattern for sign in "*?["):
+            raise UserError(f"data.files names {pattern!r}, which data.held_out matches too; take it out of one of them")
+    training = [path for path, _ in files.values() if path.resolve() not in held_out]
+    if held_out and not training:
+        raise UserError("data.held_out matches every file that data.files matches, which leaves none to train on; narrow it")
+    return training, [path for path, _ in held_out.values()]
+
+
+def _matches(source: Path, key: str, patterns: tuple[str, ...], together: bool) -> dict[Path, tuple[Path, str]]:
+    """The files that the patterns match, each under its real path so that it counts once, with the pattern that found it."""
+    found: dict[Path, tuple[Path, str]] = {}
+    for pattern in patterns:
+        try:
+            paths = sorted(source.glob(pattern))
+        except (NotImplementedError, ValueError):  # what pathlib says to an absolute or an empty pattern
+            raise UserError(f"{key}: {pattern!r} is no pattern below {str(source)!r}; write one such as '*.parquet'") from None
+        if not paths and not together:
+            raise UserError(f"{key}: no file matches {pattern!r} in {str(source)!r}; check data.source and {key}")
+        for path in paths:
+            if path.is_dir():
+                raise UserError(
+                    f"{key}: {pattern!r} matches the folder {str(path)!r}; name the files in it, as 'folder/*.parquet'"
+                )
+            found.setdefault(path.resolve(), (path, pattern))
+    if patterns and not found:
+        raise UserError(f"{key}: no file in {str(source)!r} matches any of {', '.join(patterns)}; check data.source")
+    return found
 
 
 def digest_files(paths: list[Path]) -> str:
@@ -143,8 +166,8 @@ def plan_chunks(config: DataConfig, schema: Schema, chunk_rows: int = CHUNK_ROWS
     chunks: list[Chunk] = []
     start = 0
     for path, rows in zip((*files, *held_out), counts, strict=True):
-        # A CSV file can only be read from its beginning: it is one chunk, streamed.
-        step = rows if path.suffix == ".csv" else chunk_rows
+        # A CSV file can only be read from its beginning: it is one chunk, which its reader takes in blocks.
+        step = rows if _is_csv(path) else chunk_rows
         for offset in range(0, rows, step):
             size = min(step, rows - offset)
             chunks.append(Chunk(len(chunks), path, offset, start, parts[start : start + size]))
@@ -172,8 +195,17 @@ def _share_out(split: Split, rows: int, part_numbers: tuple[int, ...]) -> npt.ND
 
 
 def read_rows(path: Path, schema: Schema, labels: bool = True) -> Iterator[pa.Table]:
-    """All rows of a file, in order, with the schema's columns only; without `labels`, the feature columns only."""
-    yield from _read(path, schema.columns if labels else schema.feature_names, schema)
+    """All rows of a file, in order, with the schema's columns only; without `labels`, the feature columns only.
+
+    Raises:
+        UserError: it is not there, empty or damaged, or lacks a column.
+    """
+    rows = 0
+    for table in _read(path, schema.columns if labels else schema.feature_names, schema):
+        rows += table.num_rows
+        yield table
+    if not rows:
+        raise _empty(path)
 
 
 def count_rows(path: Path, schema: Schema, labels: bool = False) -> int:
@@ -183,11 +215,8 @@ def count_rows(path: Path, schema: Schema, labels: bool = False) -> int:
         UserError: it is not there, empty or damaged, or lacks a column.
     """
     columns = schema.columns if labels else schema.feature_names
-    if not path.exists():
-        raise UserError(f"{str(path)!r} does not exist; name a Parquet or CSV file")
-    if not path.stat().st_size:
-        raise _empty(path)
-    if path.suffix == ".csv":
+    _check_there(path)
+    if _is_csv(path):
         rows = sum(batch.num_rows for batch in _open_csv(path, schema, columns))
     else:
         file = _open_parquet(path)
@@ -216,7 +245,8 @@ def read_part(config: DataConfig, schema: Schema, part: str) -> Iterator[pa.Tabl
 
 
 def _read(path: Path, columns: tuple[str, ...], schema: Schema, offset: int = 0, rows: int | None = None) -> Iterator[pa.Table]:
-    if path.suffix == ".csv":
+    _check_there(path)
+    if _is_csv(path):
         for batch in _open_csv(path, schema, columns):
             yield pa.Table.from_batches([batch])
         return
@@ -249,8 +279,8 @@ def _open_csv(path: Path, schema: Schema, columns: tuple[str, ...]) -> Iterator[
     # Categories stay strings whatever they look like.
     types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_names if n in columns}
     try:
-        with path.open("rb") as file:
-            header = next(csv.reader([file.readline().decode("utf-8-sig", errors="replace")]), [])
+        with _bytes_of(path) as stream:
+            header = next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")), [])
         _check_columns(path, header, columns, schema)
         types |= _settle_types(path, [name for name in columns if name not in types])
         yield from _stream_csv(path, types)
@@ -263,7 +293,16 @@ def _stream_csv(path: Path, types: dict[str, pa.DataType]) -> Iterator[pa.Record
     convert = pyarrow.csv.ConvertOptions(
         column_types=types, include_columns=list(types), strings_can_be_null=True, null_values=[""]
     )
-    yield from pyarrow.csv.open_csv(path, convert_options=convert)
+    with _bytes_of(path) as stream:
+        yield from pyarrow.csv.open_csv(stream, convert_options=convert)
+
+
+def _bytes_of(path: Path) -> pa.NativeFile:
+    return pa.input_stream(str(path), compression="gzip" if path.suffix.lower() == ".gz" else None)
+
+
+def _is_csv(path: Path) -> bool:
+    return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
 def _settle_types(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
@@ -282,6 +321,14 @@ def _casts(values: pa.Array, kind: pa.DataType) -> bool:
     except pa.ArrowInvalid:
         return False
     return True
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{str(path)!r} {what}; name a Parquet or CSV file")
+    if not path.stat().st_size:
+        raise _empty(path)
 
 
 def _check_columns(path: Path, present: list[str], wanted: tuple[str, ...], schema: Schema) -> None:

@@ -7,6 +7,7 @@ Fitting is a sum over chunks: `PartialStatistics.of(table)` anywhere, `merge` in
 """
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_moe.errors import UserError
-from recsys_moe.schema import Categorical, Numeric, Schema
+from recsys_moe.schema import BUCKET_SUFFIX, MISSING_SUFFIX, Categorical, Numeric, Schema
 from recsys_moe.typed import typed
 
 MISSING, UNKNOWN = 0, 1
 """Ids of a category that is null and of one that the training part does not have; the vocabulary follows."""
 
-BUCKET_SUFFIX = ".bucket"
+_WHOLE = re.compile(r"-?[0-9]+\.0+|-0")
+_LARGE = re.compile(r"-?[0-9](\.[0-9]+)?e\+[0-9]+", re.IGNORECASE)
+_NOT_CANONICAL = rf"(?i)^(|true|false|{_WHOLE.pattern}|{_LARGE.pattern})$"
 
 _SKETCH = 4096
 """Quantile points kept per chunk and column: exact while a chunk has no more distinct values than that."""
@@ -84,7 +87,7 @@ class Transform:
         self.sparse_names = [f.name for f, _ in self._categorical] + [f.name + BUCKET_SUFFIX for f, _ in bucketed]
         self.cardinalities = [len(v) + 2 for _, v in self._categorical] + [len(s.boundaries) + 2 for _, s in bucketed]
         self.dense_names = [f.name for f, _ in self._numeric]
-        self.dense_names += [f.name + ".missing" for f, _ in self._numeric if f.missing_indicator]
+        self.dense_names += [f.name + MISSING_SUFFIX for f, _ in self._numeric if f.missing_indicator]
 
     def __call__(self, table: pa.Table) -> Inputs:
         """Transform the rows of `table`, which has at least the feature columns.
@@ -118,8 +121,8 @@ class Transform:
         return Inputs(ids, dense)
 
 
-def as_category(column: pa.ChunkedArray, name: str) -> pa.Array:
-    """The values of a categorical column as strings; whole floats (ids that passed through pandas) as whole numbers.
+def as_category(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
+    """The values of a categorical column as strings in the form of `category_text`, null where missing.
 
     Raises:
         UserError: a column of fractions, lists or structures.
@@ -128,21 +131,49 @@ def as_category(column: pa.ChunkedArray, name: str) -> pa.Array:
     if isinstance(array, pa.ChunkedArray):  # more than one piece is left only where offsets would overflow
         array = pa.concat_arrays(array.chunks)
     if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
+        return as_category(array.dictionary, name).take(array.indices)
     if pa.types.is_floating(array.type):
         array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
         try:
             array = array.cast(pa.int64())
         except pa.ArrowInvalid:
             raise UserError(
-                f"column {name!r} is categorical but holds fractions ({array.type}); declare it kind: numeric with buckets"
+                f"column {name!r} is categorical but holds fractions or numbers beyond 64 bits ({array.type}); declare it "
+                "kind: numeric with buckets"
             ) from None
     if pa.types.is_nested(array.type):
         raise UserError(f"column {name!r} is {array.type}, but a categorical feature holds one value a row; leave it out")
     try:
-        return array.cast(pa.string())
+        texts = array.cast(pa.string())
     except pa.ArrowException:
         raise UserError(f"column {name!r} is {array.type}, which has no text form; leave the feature out") from None
+    if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
+        return texts
+    # Patterns are matched against each text once, not against each row.
+    distinct = texts.dictionary_encode()
+    if not pc.any(pc.match_substring_regex(distinct.dictionary, _NOT_CANONICAL)).as_py():
+        return texts
+    canonical = [None if text is None else category_text(text) for text in distinct.dictionary.to_pylist()]
+    return pa.array(canonical, pa.string()).take(distinct.indices)
+
+
+def category_text(text: str) -> str | None:
+    """The one form of a category: JSON's, which is Parquet's too; None where it is missing.
+
+    CSV files hold what was in memory when they were written: pandas turns whole numbers with a gap into `272.0`, from 1e16
+    on into `1.76e+18`, and booleans into `True`. An empty text is missing, since CSV has no other form for that.
+
+    >>> category_text("272.0"), category_text("True"), category_text("007"), category_text("")
+    ('272', 'true', '007', None)
+    """
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    if _WHOLE.fullmatch(text):
+        number = text.partition(".")[0]
+        return "0" if number == "-0" else number
+    if _LARGE.fullmatch(text) and float(text).is_integer():
+        return str(int(float(text)))
+    return text or None
 
 
 def as_number(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:

@@ -1,6 +1,9 @@
 """The scoring service: FastAPI on Ray Serve around the plain predictor."""
 
+import hashlib
 import logging
+import math
+import reprlib
 import signal
 import time
 from collections.abc import Callable
@@ -11,16 +14,21 @@ from typing import Annotated, Any
 import pyarrow as pa
 import ray
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recsys_moe import __version__
 from recsys_moe.errors import UserError
 from recsys_moe.process import keep_freed_memory, local_ray_options, neutral_directory, use_all_cores
 from recsys_moe.schema import Numeric, Schema
+from recsys_moe.transforms import category_text
 from recsys_moe.typed import typed
+
+log = logging.getLogger(__name__)
 
 
 @typed
@@ -41,10 +49,16 @@ class ScoreRequest(BaseModel):
 
 
 class ScoreResponse(BaseModel):
-    """One probability per task and row, in the rows' order."""
+    """One probability per task and row, in the rows' order. `model` is its family and a digest of its weights."""
 
     model: str
     scores: dict[str, list[float]]
+
+
+class ErrorResponse(BaseModel):
+    """Why there is no other answer, in one sentence."""
+
+    error: str
 
 
 def rows_to_table(rows: list[dict[str, Any]], schema: Schema) -> pa.Table:
@@ -59,21 +73,49 @@ def rows_to_table(rows: list[dict[str, Any]], schema: Schema) -> pa.Table:
         for number, row in enumerate(rows):
             if feature.name not in row:
                 raise UserError(f"row {number} has no feature {feature.name!r}; add it, or null if it is not known")
-            value = row[feature.name]
-            if value is not None and isinstance(feature, Numeric) and isinstance(value, str | bool):
-                raise UserError(f"row {number} has {feature.name!r} = {value!r}, which is not a number; send a number or null")
-            values.append(value if isinstance(feature, Numeric) else as_text(value))
+            try:
+                values.append((as_float if isinstance(feature, Numeric) else as_text)(row[feature.name]))
+            except UserError as error:
+                raise UserError(f"row {number} has {feature.name!r} = {reprlib.repr(row[feature.name])}, {error}") from None
         columns[feature.name] = pa.array(values, pa.float64() if isinstance(feature, Numeric) else pa.string())
     return pa.table(columns)
 
 
+def as_float(value: Any) -> float | None:
+    """A number as preparation reads it: whole numbers beyond 2^53 are rounded.
+
+    Raises:
+        UserError: no number, or one that float64 does not reach.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str | bool):
+        raise UserError("which is not a number; send a number or null")
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError("which is too large a number; send one below 1e308 or null") from None
+
+
 def as_text(value: Any) -> str | None:
-    """A category as the transforms write it: whole numbers without a point, booleans in lower case."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(int(value)) if float(value).is_integer() else str(value)
+    """A category in the form that the vocabulary has it in.
+
+    Raises:
+        UserError: an infinite number, or a text that UTF-8 can't hold.
+    """
+    if value is None:
+        return None
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if math.isinf(value):
+            raise UserError("which is no category; send a string, a number or null")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair
+            raise UserError("which is not Unicode text; send whole characters or null") from None
+    return category_text(str(value))
 
 
 class LimitBody:
@@ -95,7 +137,7 @@ class LimitBody:
             more = message.get("more_body", False)
             if len(body) > self.max_bytes:
                 text = f"the body is larger than {self.max_bytes:,} bytes; send fewer rows or raise serve.max_body_mb"
-                await JSONResponse({"error": text}, 413)(scope, receive, send)
+                await _refuse(413, text)(scope, receive, send)
                 return
 
         async def replay() -> Message:
@@ -106,29 +148,75 @@ class LimitBody:
         await self.app(scope, replay, send)
 
 
+class AnswerFailures:
+    """ASGI middleware: whatever goes wrong inside is logged, and answered without a word of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        except Exception:
+            if started or scope["type"] != "http":
+                raise
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            await _refuse(500, "the service failed on this request through an error of its own; its log tells more")(
+                scope, receive, send
+            )
+
+
+def _refuse(status: int, sentence: str, headers: Any = None) -> Response:
+    return JSONResponse({"error": sentence}, status, headers)
+
+
+def _sentence(error: RequestValidationError) -> str:
+    first = error.errors()[0]
+    loc = first["loc"]
+    if loc[:2] == ("body", "rows") and len(loc) > 3:
+        value = reprlib.repr(first["input"])
+        return f"row {loc[2]} has {loc[3]!r} = {value}, which is not one value; send a string, a number, true, false or null"
+    return f"{'.'.join(str(part) for part in loc)}: {first['msg']}; see /docs for the request's form"
+
+
 def build_api(folder: Path, config: ServeConfig) -> FastAPI:
     """The HTTP interface over a bundle, independent of Ray."""
     from recsys_moe.predictor import Predictor
 
     predictor = Predictor(folder)
-    name = f"{predictor.bundle.config.model.name}:{predictor.bundle.config.data_digest[:12]}"
+    with (folder / "model.safetensors").open("rb") as file:
+        name = f"{predictor.bundle.config.model.name}:{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
     api = FastAPI(title="recsys-moe", version=__version__, description="Scores rows with a trained multi-task model.")
     api.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 2**20))
+    api.add_middleware(AnswerFailures)  # the last one added is the outermost
 
     @api.exception_handler(UserError)
     async def user_error(request: Request, error: UserError) -> Response:
-        return JSONResponse({"error": str(error)}, 422)
-
-    from fastapi.exceptions import RequestValidationError
+        return _refuse(422, str(error))
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return JSONResponse({"error": f"{where}: {first['msg']}; see /docs for the request's form"}, 422)
+        return _refuse(422, _sentence(error))
+
+    @api.exception_handler(HTTPException)
+    async def not_served(request: Request, error: HTTPException) -> Response:
+        if error.status_code in (404, 405):
+            text = f"{request.method} {reprlib.repr(request.url.path)} is not part of this service; see /docs"
+        else:  # the only other one that is raised: for a body that the JSON parser gives up on
+            text = "the body can't be read as JSON (UTF-8, no deep nesting, numbers below 4,300 digits); see /docs"
+        return _refuse(error.status_code, text, error.headers)
+
+    errors: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 413, 422, 500)}
 
     # A plain function: FastAPI runs it in a thread, so that scoring does not block the event loop.
-    @api.post("/v1/score", summary="Score rows")
+    @api.post("/v1/score", summary="Score rows", responses=errors)
     def score(request: ScoreRequest) -> ScoreResponse:
         if len(request.rows) > config.max_rows:
             raise UserError(f"{len(request.rows):,} rows are more than serve.max_rows = {config.max_rows:,}; send fewer")

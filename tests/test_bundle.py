@@ -22,7 +22,7 @@ from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
 from recsys_moe.predictor import Predictor, score_file
 from recsys_moe.shards import write_json
-from recsys_moe.sources import DataConfig
+from recsys_moe.sources import DataConfig, read_rows
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 
 MODELS = {
@@ -236,6 +236,39 @@ def test_a_failed_scoring_keeps_the_older_output(bundle: Path, clicks: Any, tmp_
         score_file(bundle, source, target)
     assert target.read_text() == "older"
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_input_is_never_overwritten(bundle: Path, clicks: Any, tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(clicks(5), source)
+    before = source.read_bytes()
+    (tmp_path / "soft.parquet").symlink_to(source)
+    (tmp_path / "hard.parquet").hardlink_to(source)
+    (tmp_path / "folder").symlink_to(tmp_path)
+    for target in (source, tmp_path / "soft.parquet", tmp_path / "hard.parquet", tmp_path / "folder" / "in.parquet"):
+        with pytest.raises(UserError, match=r"OUT '.*' is the file that is to be scored; choose another OUT"):
+            score_file(bundle, source, target)
+        assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [".", "..", "folder", "/"])
+def test_an_output_that_is_a_folder(
+    bundle: Path, clicks: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    pq.write_table(clicks(5), "in.parquet")
+    with pytest.raises(UserError, match=f"OUT '{name}' is a folder; name a Parquet file to write"):
+        score_file(bundle, Path("in.parquet"), Path(name))
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_file_without_rows_cannot_be_evaluated(bundle: Path, clicks: Any, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"zero.{suffix}"
+    (pyarrow.csv.write_csv if suffix == "csv" else pq.write_table)(clicks(0), path)
+    predictor = Predictor(bundle)
+    with pytest.raises(UserError, match=f"zero.{suffix}' is empty; write at least one row"):
+        predictor.evaluate(read_rows(path, predictor.bundle.schema))
 
 
 def test_an_output_that_cannot_be_written(bundle: Path, clicks: Any, tmp_path: Path) -> None:

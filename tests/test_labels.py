@@ -42,8 +42,21 @@ def test_the_mask_selects_rows_and_a_null_in_it_does_not() -> None:
 
 
 def test_the_weight_counts_where_the_label_is_observed() -> None:
-    columns: dict[str, Any] = {"y": [1, 0, None, 1], "w": [0.5, 2, 7, None], "m": [True, True, True, True]}
-    assert labels({"label": "y", "weight": "w * 2", "mask": "m"}, **columns) == ([1, 0, 0, 1], [1, 4, 0, 0])
+    columns: dict[str, Any] = {"y": [1, 0, None, 1], "w": [0.5, 2, 7, 1], "m": [True, True, True, False]}
+    assert labels({"label": "y", "weight": "w * 2", "mask": "m"}, **columns) == ([1, 0, 0, 0], [1, 4, 0, 0])
+
+
+def test_a_weight_of_zero_or_null_takes_the_row_out_of_the_task() -> None:
+    # Exactly as a mask would: what the loss does not see is not counted or measured either.
+    columns: dict[str, Any] = {"y": [1, 1, 1, 0], "w": [2, 0, None, 1]}
+    assert labels({"label": "y", "weight": "w"}, **columns) == ([1, 0, 0, 0], [2, 0, 0, 1])
+
+
+@pytest.mark.parametrize("weight", [1e-60, 1e300])
+def test_a_weight_that_float32_cannot_hold(weight: float) -> None:
+    # The loss would be infinite, or the row would vanish without a word.
+    with pytest.raises(UserError, match=r"weight 'w' of task 't0' is 1e.*, which float32 can't hold; scale it"):
+        labels({"label": "y", "weight": "w"}, y=[1, 0], w=[1.0, weight])
 
 
 def test_tasks_stand_in_the_schemas_order() -> None:

@@ -17,8 +17,10 @@ from recsys_moe.errors import UserError
 from recsys_moe.pipelines import prepare as prepare_module
 from recsys_moe.pipelines.cluster import local_ray
 from recsys_moe.pipelines.prepare import prepare
-from recsys_moe.sources import DataConfig, Split
-from recsys_moe.transforms import Transform
+from recsys_moe.shards import FORMAT, Manifest, PreparedData, Shard, write_json
+from recsys_moe.sources import PARTS, DataConfig, Split
+from recsys_moe.transforms import PartialStatistics, Transform
+from recsys_moe.typed import dump, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA: dict[str, Any] = {
@@ -84,6 +86,58 @@ def test_shards_hold_the_transformed_rows(tmp_path: Path, monkeypatch: pytest.Mo
     assert x.std == pytest.approx(train["x"].std(ddof=0), rel=1e-12)
     (color,) = data.transform.statistics.categorical
     assert list(color.vocabulary) == list(train["color"].value_counts().index)
+
+
+def test_csv_is_written_in_shards_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One chunk, since it can only be read from its start: yet it must never be in memory whole.
+    frame = rows(60_000)
+    config = data_set(tmp_path / "source", frame)
+    frame.to_csv(tmp_path / "source" / "rows.csv", index=False)
+    schema = config.load_schema(Path())
+    statistics = PartialStatistics.of(pa.Table.from_pandas(frame), schema).finish(schema)
+    monkeypatch.setattr(prepare_module, "CHUNK_ROWS", 20_000)
+    found = {}
+    for kind in ("parquet", "csv"):
+        (tmp_path / kind).mkdir()
+        write = prepare_module._TransformAndWrite(dump(schema), dump(statistics), str(tmp_path / kind))
+        chunks = prepare_module.plan_chunks(replace(config, files=(f"rows.{kind}",)), schema)
+        assert len(chunks) == 1
+        shards = [parse(Shard, shard, "shard") for shard in write(chunks[0])["shards"]]
+        assert len({shard.file for shard in shards}) == len(shards)
+        manifest = Manifest(FORMAT, "d", "0" * 64, "nowhere", tuple(shards), ())
+        for name, content in (("schema", schema), ("statistics", statistics), ("manifest", manifest)):
+            write_json(tmp_path / kind / f"{name}.json", dump(content))
+        data = PreparedData(tmp_path / kind)
+        found[kind] = [np.concatenate([r.inputs.ids for r in ordered_rows(data, part)], 1) for part in PARTS]
+        # A block of CSV is a megabyte, some 30,000 of these rows: what comes in pieces may be half as large again.
+        sizes = [shard.rows for shard in shards if shard.part == "train"]
+        assert len(sizes) >= 2
+        assert max(sizes) < 40_000
+    for parquet, csv in zip(found["parquet"], found["csv"], strict=True):
+        np.testing.assert_array_equal(parquet, csv)
+
+
+def test_a_folder_that_another_run_has_finished_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two runs prepare the same data: the first may already be reading what the second would replace.
+    config = data_set(tmp_path / "source", rows())
+    write = prepare_module._write
+    others: list[int] = []
+
+    def slower(*arguments: Any) -> None:
+        monkeypatch.setattr(prepare_module, "_write", write)
+        others.append(prepare(config, tmp_path / "runs").folder.stat().st_ino)
+        write(*arguments)
+
+    monkeypatch.setattr(prepare_module, "_write", slower)
+    mine = prepare(config, tmp_path / "runs")
+    assert [mine.folder.stat().st_ino] == others
+    assert [path.name for path in mine.folder.parent.iterdir()] == [mine.folder.name]
+    # Asked to prepare again, it replaces it, even if another run does the same meanwhile.
+    monkeypatch.setattr(prepare_module, "_write", slower)
+    again = prepare(config, tmp_path / "runs", force=True)
+    assert again.folder.stat().st_ino not in others
+    assert [path.name for path in again.folder.parent.iterdir()] == [mine.folder.name]
+    assert PreparedData(again.folder).manifest == mine.manifest
 
 
 def test_statistics_come_from_the_training_part_only(tmp_path: Path) -> None:

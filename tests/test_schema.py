@@ -29,6 +29,10 @@ def feature(**keys: Any) -> dict[str, Any]:
     return {"features": [{"name": "age", "kind": "numeric"} | keys]}
 
 
+def two(age: dict[str, Any], name: str, kind: str = "categorical") -> dict[str, Any]:
+    return {"features": [{"name": "age", "kind": "numeric"} | age, {"name": name, "kind": kind}]}
+
+
 def task(**keys: Any) -> dict[str, Any]:
     return {"tasks": [{"name": "income", "label": "income == 1"} | keys]}
 
@@ -97,6 +101,11 @@ def test_load_schema_reads_yaml(tmp_path: Path) -> None:
         ({"tasks": GOOD["tasks"][:1] * 2}, "task 'income' is declared twice"),
         ({"features": GOOD["features"][:1] * 2}, "feature 'age' is declared twice"),
         (feature(name="degree"), "column 'degree' can't be a feature: it is read by the label of task 'college'"),
+        (feature(name=""), "'features.0.name' is ''"),
+        (two({"buckets": 8}, "age.bucket"), "features 'age.bucket' and 'age' both have an input 'age__bucket'; rename one"),
+        (two({"buckets": 8}, "age__bucket"), "features 'age__bucket' and 'age' both have an input 'age__bucket'; rename one"),
+        (two({"missing_indicator": True}, "age.missing", "numeric"), "both have an input 'age.missing'; rename one"),
+        (two({"name": "a.b", "kind": "categorical"}, "a__b"), "features 'a.b' and 'a__b' both have an input 'a__b'; rename"),
         ({"outcomes": ["age"]}, "column 'age' can't be a feature: it is listed under outcomes"),
     ],
 )
@@ -107,6 +116,14 @@ def test_a_mistake_is_one_sentence_with_the_key(changes: dict[str, Any], sentenc
     assert message.startswith("schema: ")
     assert sentence in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("kind", ["categorical", "numeric"])
+def test_names_that_only_look_alike_are_kept(kind: str) -> None:
+    # Without buckets or an indicator, nothing else is called so.
+    assert schema(**two({}, "age.bucket", kind)).feature_names == ("age", "age.bucket")
+    assert schema(**two({"buckets": 8}, "age.bucket", "numeric")).feature_names == ("age", "age.bucket")
+    assert schema(**two({"missing_indicator": True}, "age__missing", kind)).feature_names == ("age", "age__missing")
 
 
 def test_schema_files_that_cannot_be_read(tmp_path: Path) -> None:

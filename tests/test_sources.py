@@ -1,5 +1,6 @@
 """Reading log files and sharing out their rows, against naive numpy and pandas."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from recsys_moe import sources
 from recsys_moe.errors import UserError
 from recsys_moe.schema import Schema
-from recsys_moe.sources import PARTS, DataConfig, Split, count_rows, digest_files, plan_chunks, read_part, read_rows
+from recsys_moe.sources import PARTS, DataConfig, Split, count_rows, digest_files, list_files, plan_chunks, read_part, read_rows
 from recsys_moe.typed import parse
 
 SCHEMA: Schema = parse(
@@ -74,6 +75,53 @@ def test_held_out_files_are_shared_out_and_files_are_the_training_part_whole(par
     assert rows_of(config, "train") == list(range(100))
     assert rows_of(config, "validation") == sorted(order[:19])  # 18.5 rounds up
     assert rows_of(config, "test") == sorted(order[19:])
+
+
+def test_a_held_out_file_is_never_trained_on(parquet: Path) -> None:
+    # The default `files` matches everything in the folder, the held-out file too.
+    config = data(parquet, held_out=("b.parquet",), split=Split(validation=0.5, test=0.5))
+    assert rows_of(config, "train") == list(range(100))
+    assert sorted(rows_of(config, "validation") + rows_of(config, "test")) == list(range(100, 137))
+    (parquet / "link.parquet").symlink_to("b.parquet")
+    assert rows_of(config, "train") == list(range(100))
+
+
+def test_a_file_that_two_patterns_match_counts_once(parquet: Path) -> None:
+    (parquet / "link.parquet").symlink_to("a.parquet")
+    files, held_out = list_files(data(parquet, files=("b.parquet", "*.parquet", "a*", f"../{parquet.name}/a.parquet")))
+    assert [path.name for path in files] == ["b.parquet", "a.parquet"]
+    assert held_out == []
+    files, held_out = list_files(data(parquet, files=("a.parquet",), held_out=("b*", "b.parquet")))
+    assert [path.name for path in held_out] == ["b.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"files": ("*.parquet",), "held_out": ("*",)}, "data.held_out matches every file that data.files matches"),
+        (
+            {"files": ("b.parquet", "a*"), "held_out": ("b.parquet",)},
+            "data.files names 'b.parquet', which data.held_out matches",
+        ),
+        ({"files": ("b.parquet",), "held_out": ("*.parquet",)}, "data.files names 'b.parquet', which data.held_out matches"),
+    ],
+)
+def test_files_that_are_named_for_training_and_held_out(parquet: Path, keys: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        plan_chunks(data(parquet, **keys), SCHEMA)
+
+
+def test_held_out_needs_a_folder(parquet: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"data.held_out \['b.parquet'\] needs a folder, but data.source .*a.parquet' is a file"
+    ):
+        list_files(data(parquet / "a.parquet", held_out=("b.parquet",)))
+
+
+def test_a_pattern_that_matches_a_folder(parquet: Path) -> None:
+    (parquet / "written_by_spark.parquet").mkdir()
+    with pytest.raises(UserError, match=r"'\*.parquet' matches the folder .*written_by_spark.parquet'; name the files in it"):
+        list_files(data(parquet))
 
 
 @given(
@@ -149,6 +197,31 @@ def test_csv_is_one_chunk_and_split_like_parquet(tmp_path: Path, parquet: Path) 
         assert rows_of(data(csv, split=split), part) == rows_of(data(parquet, split=split), part)
 
 
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.CSV", "A.Csv.GZ"])
+def test_csv_is_known_by_its_suffix(tmp_path: Path, name: str) -> None:
+    frame = table(137).to_pandas()
+    frame.to_csv(tmp_path / "plain.csv", index=False)
+    content = (tmp_path / "plain.csv").read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    (expected,), (read,) = read_rows(tmp_path / "plain.csv", SCHEMA), read_rows(tmp_path / name, SCHEMA)
+    assert read.equals(expected)
+    assert count_rows(tmp_path / name, SCHEMA) == 137
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "A.CSV"])
+def test_every_suffix_of_csv_is_looked_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert [path.name for path in list_files(data(tmp_path))[0]] == [name]
+
+
+@pytest.mark.parametrize("harm", [lambda b: b[: len(b) // 2], lambda b: b[:10] + b"no deflate", lambda b: b"code,x,y,row"])
+def test_a_damaged_gzip_file(tmp_path: Path, harm: Any) -> None:
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(harm(gzip.compress(table(5000).to_pandas().to_csv(index=False).encode())))
+    with pytest.raises(UserError, match=r"a.csv.gz' can't be read as CSV \(.*\)"):
+        plan_chunks(data(tmp_path), SCHEMA)
+
+
 def test_csv_header_with_quotes_and_a_byte_order_mark(tmp_path: Path) -> None:
     # As spreadsheets export it.
     (tmp_path / "a.csv").write_bytes('\ufeff"code","x","y","row"\r\n"a, b",1.5,1,0\r\n'.encode())
@@ -213,6 +286,17 @@ def test_an_empty_file(tmp_path: Path, suffix: str, header: bool) -> None:
         pq.write_table(table(0), path)
     with pytest.raises(UserError, match=f"a.{suffix}' is empty"):
         plan_chunks(data(tmp_path), SCHEMA)
+    with pytest.raises(UserError, match=f"a.{suffix}' is empty"):
+        list(read_rows(path, SCHEMA))
+
+
+@pytest.mark.parametrize("name", ["absent.parquet", "absent.csv"])
+def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}' does not exist; name a Parquet or CSV file"):
+        list(read_rows(tmp_path / name, SCHEMA))
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}' is a folder; name a Parquet or CSV file"):
+        list(read_rows(tmp_path / name, SCHEMA))
 
 
 def test_a_truncated_parquet_file(parquet: Path) -> None:
@@ -243,6 +327,8 @@ def test_a_string_in_a_numeric_csv_column(tmp_path: Path) -> None:
     [
         ({"files": ("z*.parquet",)}, r"data.files: no file matches 'z\*.parquet'"),
         ({"held_out": ("z.parquet",)}, "data.held_out: no file matches 'z.parquet'"),
+        ({"files": ("/z.parquet",)}, "data.files: '/z.parquet' is no pattern below"),
+        ({"files": ("",)}, "data.files: '' is no pattern below"),
         ({"split": Split(train=100, validation=30, test=30)}, r"asks for 100 \+ 30 \+ 30 of 137 rows"),
         ({"split": Split(train=0.9, validation=0.001, test=0.099)}, "leaves a part empty"),
     ],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from recsys_moe.errors import UserError
 from recsys_moe.schema import Schema
-from recsys_moe.transforms import PartialStatistics, Transform, as_category, as_number
+from recsys_moe.transforms import PartialStatistics, Transform, as_category, as_number, category_text
 from recsys_moe.typed import parse
 
 
@@ -82,15 +82,64 @@ def test_a_column_without_values_still_transforms() -> None:
         pa.array([7.0, 40.0, float("nan")]),  # what pandas makes of whole numbers with a gap
         pa.array(["7", "40", None]),
         pa.array(["7", "40", None], pa.large_string()),
+        pa.array(["7.0", "40.0", None]),  # what pandas writes of them into CSV
         pa.array(["7", "40", None]).dictionary_encode(),
+        pa.array([7.0, 40.0, float("nan")]).dictionary_encode(),
+        pa.DictionaryArray.from_arrays([0, 1, 2], ["7.0", "40", None]),
         pa.array([7, 40, None]).dictionary_encode(),
         pa.array([7, 40, None], pa.decimal128(10, 0)),
+        pa.array([7, 40, None], pa.decimal128(10, 2)),
     ],
-    ids=lambda a: str(a.type)[:20],
+    ids=lambda a: str(a.type)[:40],
 )
 def test_ids_are_the_same_in_every_type_they_arrive_in(values: pa.Array) -> None:
     # Logs say int64, pandas makes floats of them, JSON sends strings: one user must stay one user.
     assert as_category(pa.chunked_array([values]), "c").to_pylist() == ["7", "40", None]
+
+
+CANONICAL = {
+    "272.0": "272",
+    "-3.00": "-3",
+    "-0.0": "0",
+    "-0": "0",
+    "1.76e+18": "1760000000000000000",  # how a whole number of 64 bits is written once it has been a float
+    "1E+16": "10000000000000000",
+    "True": "true",
+    "FALSE": "false",
+    "": None,  # CSV can't tell an empty text from a missing one
+}
+
+
+@pytest.mark.parametrize(("text", "canonical"), CANONICAL.items())
+def test_a_category_has_one_text_however_it_was_written(text: str, canonical: str | None) -> None:
+    assert category_text(text) == canonical
+    assert as_category(pa.chunked_array([[text, "other", None]]), "c").to_pylist() == [canonical, "other", None]
+
+
+@pytest.mark.parametrize(
+    "text", ["007", "1.5", "1.0.0", "1.", ".0", "v1.0", "truely", "12e5", "nan", " 1.0", "1.0\n", "١.0", "1e+999"]
+)
+def test_other_texts_stay_as_they_are(text: str) -> None:
+    assert category_text(text) == text
+    assert as_category(pa.chunked_array([[text]]), "c").to_pylist() == [text]
+
+
+@given(st.lists(st.none() | st.text("01e+.-TRUEtrue", max_size=8) | st.sampled_from(list(CANONICAL)), max_size=8))
+def test_columns_and_single_values_have_the_same_text(texts: list[str | None]) -> None:
+    expected = [None if text is None else category_text(text) for text in texts]
+    column = pa.chunked_array([pa.array(texts, pa.string())])
+    assert as_category(column, "c").to_pylist() == expected
+    assert as_category(column.dictionary_encode(), "c").to_pylist() == expected
+    assert [text and category_text(text) for text in expected] == expected
+
+
+def test_forms_of_one_value_are_counted_as_one() -> None:
+    transform = fit(
+        categorical(min_count=3), pa.table({"c": ["1", "1.0", "1.00", "True"]}), pa.table({"c": ["true", "TRUE", ""]})
+    )
+    assert transform.statistics.categorical[0].vocabulary == ("1", "true")
+    assert category_ids(transform, [1, 1, None]) == [2, 2, 0]
+    assert category_ids(transform, [True, False, None]) == [3, 1, 0]
 
 
 def test_large_ids_lose_no_digit() -> None:
