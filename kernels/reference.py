@@ -50,7 +50,9 @@ def route_topk(
     if scoring == "softmax":
         scores = torch.softmax(logits_be, -1)
     elif scoring == "sigmoid":
-        scores = torch.sigmoid(logits_be)
+        # As a softmax against 0: torch.sigmoid rounds a tensor's last few elements in another way than the rest, so that a
+        # row's bits would depend on where it lies.
+        scores = torch.softmax(F.pad(logits_be.unsqueeze(-1), (0, 1)), -1)[..., 0]
     choice = scores.detach()
     if bias_e is not None:
         choice = choice + bias_e

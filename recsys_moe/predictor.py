@@ -14,6 +14,7 @@ from recsys_moe.bundle import Bundle
 from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.metrics import BinaryMetrics
+from recsys_moe.routing import sigmoid
 from recsys_moe.sources import count_rows, read_rows
 from recsys_moe.trainer import metrics_by_task
 
@@ -44,7 +45,8 @@ class Predictor:
         inputs = self.bundle.transform(table)
         with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
             logits, plan = self.bundle.model(torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous())
-            return torch.sigmoid(logits).t().contiguous().numpy(), None if plan is None else plan.weights.numpy()
+            gates = None if plan is None else plan.dense_weights.view(*logits.shape, -1).numpy()
+            return sigmoid(logits).t().contiguous().numpy(), gates
 
     def evaluate(self, tables: Iterable[pa.Table]) -> dict[str, BinaryMetrics]:
         """Metrics of each task over raw rows that have the label columns too."""

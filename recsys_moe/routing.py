@@ -45,6 +45,11 @@ class SoftPlan:
         """`[B, T, E]` fp32, non-negative, sum to 1 over the experts."""
         return torch.softmax(self.masked_logits, dim=-1)
 
+    @property
+    def dense_weights(self) -> Tensor:
+        """fp32 `[B·T, E]`: each routed row's weight on each expert, as a sparse plan has it."""
+        return self.weights.flatten(0, 1)
+
 
 @dataclass(frozen=True, eq=False)
 class SparsePlan:
@@ -93,7 +98,7 @@ class SparsePlan:
             raise ValueError("this plan has no logits (a hash or random router made it), so there is nothing to balance")
         if self.scoring == "softmax":
             return torch.softmax(self.logits, dim=-1)
-        scores = _sigmoid(self.logits) if self.scoring == "sigmoid" else _softplus(self.logits)
+        scores = sigmoid(self.logits) if self.scoring == "sigmoid" else softplus(self.logits)
         return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
     @property
@@ -183,11 +188,13 @@ class Gate(nn.Linear):
 # the vector loop), so a row's bits would depend on where it lies. Softmax and logsumexp go row by row.
 
 
-def _sigmoid(x: Tensor) -> Tensor:
+def sigmoid(x: Tensor) -> Tensor:
+    """1/(1 + e^−x) of each element, whose bits depend on it alone."""
     return torch.softmax(F.pad(x.unsqueeze(-1), (0, 1)), dim=-1)[..., 0]
 
 
-def _softplus(x: Tensor) -> Tensor:
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) of each element, whose bits depend on it alone."""
     return torch.logsumexp(F.pad(x.unsqueeze(-1), (0, 1)), dim=-1)
 
 
@@ -327,7 +334,7 @@ class TopKRouter(nn.Module):
         """bool `[R, E]`: the experts of the groups that are open to a row."""
         scores_re = logits_re
         if self.scoring != "softmax_after":
-            scores_re = _sigmoid(logits_re) if self.scoring == "sigmoid" else torch.softmax(logits_re, dim=-1)
+            scores_re = sigmoid(logits_re) if self.scoring == "sigmoid" else torch.softmax(logits_re, dim=-1)
         if self.correction_bias is not None:
             scores_re = scores_re + self.correction_bias
         by_group_rge = scores_re.unflatten(1, (self.num_groups, -1))
@@ -389,7 +396,7 @@ class NoisyTopKRouter(nn.Module):
         logits_re = noisy_re = self.linear(x_bd)
         chance_re = None
         if self.training:
-            std_re = _softplus(self.noise(x_bd))
+            std_re = softplus(self.noise(x_bd))
             noisy_re = logits_re + torch.randn_like(logits_re) * std_re
             chance_re = self._chance(logits_re, noisy_re, std_re)
         ids_rk, weights_rk = route_topk(noisy_re, self.k, scoring="softmax_after")
@@ -552,7 +559,7 @@ class NormRouter(nn.Module):
         logits_re = self.linear(x_bd)
         # Softplus rises, so the largest logits are the largest lengths.
         ids_rk, _ = route_topk(logits_re, self.k, scoring="softmax_after")
-        lengths_rk = _softplus(logits_re.gather(1, ids_rk.long()))
+        lengths_rk = softplus(logits_re.gather(1, ids_rk.long()))
         return sparse_plan(ids_rk, lengths_rk, self.linear.num_experts, logits=logits_re, scoring="softplus", unit_norm=True)
 
 
