@@ -3,15 +3,17 @@
 The run is opened and closed here, in the driver. A guard process marks it failed should the driver be killed.
 """
 
+import fcntl
 import json
 import math
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +36,7 @@ VERSIONS_OF = ("recsys-moe", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu"
 
 @typed
 class TrackingConfig:
-    """Where runs go. `uri`: an MLflow server, or None for SQLite and artifacts below the runs folder.
+    """Where runs go. `uri`: an MLflow server, a SQLite file, or None for SQLite and artifacts below the runs folder.
 
     A trained bundle becomes a version of the registered model `register` (None: the data set's name), and `alias` moves
     to it.
@@ -46,33 +48,76 @@ class TrackingConfig:
     alias: str = "candidate"
 
     def resolve(self, runs_dir: Path) -> str:
-        """The tracking URI; SQLite at an absolute path, since workers change their working directory."""
-        return self.uri or f"sqlite:///{runs_dir.absolute() / 'mlflow.db'}"
+        """The tracking URI; a local one at an absolute path, since the guard and later commands may stand elsewhere.
+
+        Raises:
+            UserError: a database in memory, which would be gone with the process.
+        """
+        if self.uri is None:
+            return f"sqlite:///{runs_dir.absolute() / 'mlflow.db'}"
+        if self.uri.startswith("sqlite:"):
+            scheme, _, path = self.uri.partition(":///")
+            path, mark, options = path.partition("?")
+            if not path or path.startswith((":memory:", "file:")):
+                raise UserError(f"tracking.uri {self.uri!r} names no file; write sqlite:///runs/mlflow.db, or a server's URL")
+            return f"{scheme}:///{Path(path).expanduser().absolute()}{mark}{options}"
+        path = self.uri.removeprefix("file://").removeprefix("file:")
+        if self.uri.startswith("file:") or path.startswith(("/", ".", "~")):
+            return Path(path).expanduser().absolute().as_uri()
+        return self.uri
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a resolved SQLite URI; None for any other store."""
+    return Path(uri.partition(":///")[2].partition("?")[0]) if uri.startswith("sqlite:") else None
 
 
 class TrackingLost(UserError):
-    """MLflow does not answer as it should."""
+    """MLflow can't be used: its server does not answer, or its files can't be read or written."""
 
 
 @contextmanager
 def _answering(uri: str) -> Iterator[None]:
     """Turn whatever MLflow's client raises into one sentence."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise TrackingLost(
-            f"MLflow at {uri!r} does not answer as it should ({reason}); start the server, mend the cause or set tracking.uri"
-        ) from None
+        if _is_local(error):
+            sentence = f"a file for MLflow at {uri!r} can't be read or written ({reason}); mend the cause or set tracking.uri"
+        elif uri.startswith(("sqlite:", "file:")):
+            sentence = f"MLflow's store {uri!r} can't be used ({reason}); mend the cause or set tracking.uri"
+        else:
+            sentence = (
+                f"MLflow at {uri!r} does not answer as it should ({reason}); start the server, mend the cause or set "
+                "tracking.uri"
+            )
+        raise TrackingLost(sentence) from None
+
+
+def _is_local(error: Exception) -> bool:
+    """Whether a file of this machine is to blame. A lost server is an OSError too, but not one of a file's."""
+    network = isinstance(error, (ConnectionError, TimeoutError, socket.gaierror))
+    return isinstance(error, OSError) and error.errno is not None and not network
+
+
+@contextmanager
+def _alone_with(database: Path) -> Iterator[None]:
+    """Let one process at a time in: two that make MLflow's tables at once fail on each other's."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f".{database.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def open_client(uri: str) -> "MlflowClient":
     """A client of the tracking server at `uri`, which has answered once (SQLite: has its tables).
 
     Raises:
-        TrackingLost: it does not answer.
+        TrackingLost: it does not answer, or its file can't be made.
     """
     import logging
 
@@ -80,16 +125,15 @@ def open_client(uri: str) -> "MlflowClient":
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    with _answering(uri):
+    database = sqlite_file(uri)
+    with _answering(uri), _alone_with(database) if database else nullcontext():
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     return client
 
 
 class Run:
-    """An open MLflow run. Every method raises TrackingLost when the server does not answer."""
+    """An open MLflow run. Every method raises TrackingLost when MLflow can't be used."""
 
     def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str) -> None:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
@@ -151,7 +195,6 @@ def _metrics(values: dict[str, float | None], step: int, model_id: str | None = 
 def open_run(
     client: "MlflowClient",
     config: TrackingConfig,
-    runs_dir: Path,
     name: str,
     settings: dict[str, Any],
     dataset: dict[str, str],
@@ -159,10 +202,13 @@ def open_run(
     """Create a run with parameters, data set, revision and environment; end it FINISHED, FAILED or KILLED.
 
     Raises:
-        TrackingLost: the server does not answer, at the start or when the run is to be closed.
+        TrackingLost: MLflow can't be used, at the start or when the run is to be closed.
     """
+    tags = _source_tags()
     with _answering(client.tracking_uri):
-        run = _create_run(client, config, runs_dir, name)
+        experiment_id = _experiment_id(client, config.experiment)
+        run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+    run = Run(client, run_id, experiment_id)
     guard = _start_guard(client.tracking_uri, run.run_id)
     try:
         with _answering(client.tracking_uri):
@@ -187,15 +233,23 @@ def _close(run: Run, guard: subprocess.Popen[bytes], status: str) -> None:
         guard.communicate(b"done\n")
 
 
-def _create_run(client: "MlflowClient", config: TrackingConfig, runs_dir: Path, name: str) -> Run:
-    experiment = client.get_experiment_by_name(config.experiment)
+def _experiment_id(client: "MlflowClient", name: str) -> str:
+    """The experiment of that name, made now if need be, by us or by another run in the same moment."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+
+    experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        local = None if config.uri else (runs_dir.absolute() / "artifacts").as_uri()
-        experiment_id = client.create_experiment(config.experiment, artifact_location=local)
-    else:
-        experiment_id = experiment.experiment_id
-    run_id = client.create_run(experiment_id, run_name=name, tags=_source_tags()).info.run_id
-    return Run(client, run_id, experiment_id)
+        # Beside the database: MLflow's own choice would be whatever folder this process stands in.
+        database = sqlite_file(client.tracking_uri)
+        artifacts = (database.parent / "artifacts").as_uri() if database else None
+        try:
+            return str(client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        experiment = client.get_experiment_by_name(name)
+    return str(experiment.experiment_id)
 
 
 def _describe_run(run: Run, settings: dict[str, Any], dataset: dict[str, str]) -> None:
@@ -251,9 +305,10 @@ def _source_tags() -> dict[str, str]:
     tags = {"mlflow.source.name": "recsys-moe train", "mlflow.source.type": "LOCAL"}
     # The revision of the code that runs, not of whatever repository the user stands in.
     folder = Path(__file__).resolve().parent
-    revision = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if revision.returncode == 0:
-        tags["mlflow.source.git.commit"] = revision.stdout.strip()
+    with suppress(OSError):  # a machine without git: the run has no revision then
+        revision = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        if revision.returncode == 0:
+            tags["mlflow.source.git.commit"] = revision.stdout.strip()
     return tags
 
 
@@ -289,7 +344,7 @@ def resolve_model(name: str, runs_dir: Path, uri: str) -> Path:
                 raise UserError(f"model {name!r} names no version; write models:/{model}@candidate or models:/{model}/1")
             source = client.get_model_version_download_uri(model, found.version)
         return Path(download_artifacts(artifact_uri=source, tracking_uri=uri, registry_uri=uri))
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model {name!r} is not to be had from {uri!r} ({reason}); check the name or set tracking.uri"

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,8 @@ def train(
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_name = f"{job.data.name}-{job.model.name}-seed{job.train.seed}"
     folder = runs_dir / "train" / f"{stamp}-{run_name}-{uuid.uuid4().hex[:6]}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"runs_dir {job.runs_dir!r} can't be written ({error.strerror}); choose another folder") from None
     uri = job.tracking.resolve(runs_dir)
-    with ThreadPoolExecutor(1) as pool:
+    with _run_folder(folder, job.runs_dir), ThreadPoolExecutor(1) as pool:
         # Importing MLflow and migrating its database takes seconds: meanwhile Ray starts.
         opening = pool.submit(open_client, uri)
         with local_ray():
@@ -67,7 +63,7 @@ def train(
             described = describe_data(data.manifest)
             summary = None
             try:
-                with open_run(opening.result(), job.tracking, runs_dir, run_name, dump(job), described) as run:
+                with open_run(opening.result(), job.tracking, run_name, dump(job), described) as run:
                     summary = _fit(job, folder, data.folder, on_event, run)
                     version = run.log_bundle(Path(summary["bundle"]), job.tracking, job.data.name, summary)
             except TrackingLost as lost:
@@ -78,17 +74,45 @@ def train(
     return {"model": job.model.name, "run_id": run.run_id, "version": version, **summary}
 
 
+@contextmanager
+def _run_folder(folder: Path, runs_dir: str) -> Iterator[None]:
+    """The folder of a run, which goes again when the run ends before it has finished an epoch."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"runs_dir {runs_dir!r} can't be written ({error.strerror}); choose another folder") from None
+    try:
+        yield
+    except BaseException:
+        events = folder / "events.jsonl"
+        if not (events.exists() and '"kind": "epoch"' in events.read_text()):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # other runs are in it
+                folder.parent.rmdir()
+        raise
+
+
 def _fit(job: TrainJob, folder: Path, data: Path, on_event: Callable[[Event], None], run: Run | None) -> dict[str, Any]:
-    """Train through Ray; returns the bundle's place, test metrics and the training's own figures."""
+    """Train through Ray; returns the bundle's place, its metrics and the training's own figures.
+
+    Raises:
+        UserError: training failed; names the bundle of the best epoch if there was one before.
+    """
 
     from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from recsys_moe.pipelines.worker import train_worker
 
+    class InterruptibleTrainer(TorchTrainer):
+        """Ray's own handler of Ctrl-C ends in SystemExit or in an actor's error; without it, KeyboardInterrupt comes."""
+
+        def _register_sigint_handler(self, controller: Any) -> None:
+            pass
+
     events = folder / "events.jsonl"
     events.touch()
-    trainer = TorchTrainer(
+    trainer = InterruptibleTrainer(
         train_worker,
         train_loop_config={
             "prepared": str(data),
@@ -109,16 +133,30 @@ def _fit(job: TrainJob, folder: Path, data: Path, on_event: Callable[[Event], No
     with _following(events, lambda event: _tell(event, on_event, run)):
         result = trainer.fit()
     final = json.loads(events.read_text().splitlines()[-1])
+    bundle = folder / "bundle"
     if final["kind"] == "error":
-        raise UserError(final["message"])
+        if result.checkpoint is None:
+            raise UserError(final["message"])
+        _keep_bundle(result.checkpoint, bundle)
+        raise UserError(f"{final['message']}; the bundle of the best epoch before is kept in {str(bundle)!r}")
     if result.checkpoint is None:
         raise RuntimeError("training ended without a checkpoint")
-    # Only an epoch that is the best so far leaves a checkpoint: the last one is the best.
-    bundle = folder / "bundle"
-    with result.checkpoint.as_directory() as best:
-        shutil.copytree(best, bundle)
-    write_json(bundle / "metrics.json", {"test": final["test"], "train": final["train"]})
-    return {"bundle": str(bundle), "test": final["test"], "train": final["train"]}
+    measured = {key: final[key] for key in ("validation", "test", "train")}
+    _keep_bundle(result.checkpoint, bundle, measured)
+    return {"bundle": str(bundle), **measured}
+
+
+def _keep_bundle(checkpoint: Any, bundle: Path, metrics: dict[str, Any] | None = None) -> None:
+    """Copy a checkpoint to its place, whole or not at all; `metrics` replace its validation metrics.
+
+    Only an epoch that is the best so far leaves a checkpoint: the last one is the best.
+    """
+    temporary = bundle.with_name(f".{bundle.name}.tmp")
+    with checkpoint.as_directory() as best:
+        shutil.copytree(best, temporary)
+    if metrics:
+        write_json(temporary / "metrics.json", metrics)
+    temporary.rename(bundle)
 
 
 @contextmanager

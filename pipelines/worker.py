@@ -66,6 +66,7 @@ def _train(config: dict[str, Any], tell: Any) -> dict[str, Any]:
         tell({"kind": "warning", "message": message})
     return {
         "kind": "done",
+        "validation": {task: asdict(m) for task, m in result.validation.items()},
         "test": {task: asdict(m) for task, m in test.items()},
         "train": {
             "samples_per_s": round(result.samples_per_s, 1),

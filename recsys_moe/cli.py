@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from recsys_moe.errors import UserError
+from recsys_moe.process import interrupt_once
 
 # Before Ray, MLflow or torch are imported anywhere below.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -50,10 +51,9 @@ def root() -> None:
 @app.command(epilog="Example: `recsys-moe train data=census_full model=mmoe train.seed=1 train.epochs=4 --json`")
 def train(overrides: Overrides = None, json: Json = False) -> None:
     """Prepare the data if need be, train a model, track the run in MLflow, leave a bundle."""
-    from recsys_moe.config import compose
-    from recsys_moe.console import PhaseProgress, metrics_table, number, print_json, progress, stderr, stdout
+    from recsys_moe.console import PhaseProgress, number, print_json, print_metrics, progress, stderr, stdout
 
-    job = _job(compose(overrides or []))
+    job = _job(_compose(overrides))
     from recsys_moe.pipelines.train import train as run_job
 
     with progress() as display:
@@ -79,9 +79,10 @@ def train(overrides: Overrides = None, json: Json = False) -> None:
     if json:
         print_json(summary)
         return
-    stdout.print(metrics_table(f"Test metrics of {job.model.name} on {job.data.name}", summary["test"]))
+    print_metrics(f"Test metrics of {job.model.name} on {job.data.name}", summary["test"])
     stdout.print(f"{summary['train']['samples_per_s']:,.0f} samples/s over {summary['train']['epochs']} epochs")
-    stdout.print(f"bundle      {summary['bundle']}\nregistered  {summary['version']}\nrun         {summary['run_id']}")
+    for name, key in (("bundle", "bundle"), ("registered", "version"), ("run", "run_id")):
+        stdout.print(f"{name:10s}  {summary[key]}", soft_wrap=True)
     stdout.print(f"look at it  mlflow ui --backend-store-uri {job.tracking.resolve(Path(job.runs_dir))}", soft_wrap=True)
 
 
@@ -92,13 +93,12 @@ def prepare(
     json: Json = False,
 ) -> None:
     """Fit statistics on the training part and write memory-mappable shards; reused by every later run."""
-    from recsys_moe.config import compose
     from recsys_moe.console import PhaseProgress, print_json, progress, stdout
     from recsys_moe.sources import PARTS, DataConfig
-    from recsys_moe.typed import dump, parse
+    from recsys_moe.typed import dump
 
-    config = compose(overrides or [])
-    data: DataConfig = parse(DataConfig, config["data"], "data")
+    config = _compose(overrides)
+    data: DataConfig = _section(config, "data")
     from recsys_moe.pipelines.cluster import local_ray
     from recsys_moe.pipelines.prepare import prepare as run_prepare
 
@@ -130,7 +130,7 @@ def synth(
     if json:
         print_json(summary)
         return
-    stdout.print(f"{folder}: {rows:,} rows, digest {summary['digest'][:12]}")
+    stdout.print(f"{folder}: {rows:,} rows, digest {summary['digest'][:12]}", soft_wrap=True)
     for task, values in summary["tasks"].items():
         stdout.print(f"  {task:15s} rate {values['rate']:.4f}  best reachable AUC {number(values['best_auc'])}")
 
@@ -144,7 +144,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a bundle on raw rows with labels: the test part of the data set it was trained on, unless told otherwise."""
-    from recsys_moe.console import metrics_table, print_json, stderr, stdout
+    from recsys_moe.console import print_json, print_metrics, stderr
     from recsys_moe.sources import PARTS
 
     if part not in PARTS:
@@ -152,26 +152,37 @@ def evaluate(
     folder, config = _resolve(model, overrides)
     from dataclasses import asdict
 
+    from recsys_moe.pipelines.prepare import digest_data
     from recsys_moe.predictor import Predictor
-    from recsys_moe.sources import DataConfig, read_part, read_rows
+    from recsys_moe.sources import read_part, read_rows
     from recsys_moe.trainer import single_class_warnings
-    from recsys_moe.typed import parse, plain
+    from recsys_moe.typed import plain
 
     predictor = Predictor(folder)
-    schema = predictor.bundle.schema
+    schema, trained_on = predictor.bundle.schema, predictor.bundle.config.data
+    same_data = None
     if file is not None:
         tables = read_rows(file, schema)
     else:
-        data = parse(DataConfig, config["data"], "data") if "data" in config else predictor.bundle.config.data
+        data = _section(config, "data") if "data" in config else trained_on
+        same_data = digest_data(data, schema) == predictor.bundle.config.data_digest
+        if not same_data and Path(data.source).absolute() == Path(trained_on.source):
+            stderr.print(
+                f"warning: {data.source!r} or its split has changed since the bundle was trained: these {part} rows are not "
+                "the run's, and some may have been trained on",
+                style="yellow",
+                soft_wrap=True,
+            )
         tables = read_part(data, schema, part)
     measured = predictor.evaluate(tables)
     for message in single_class_warnings(measured, part if file is None else str(file)):
         stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)
     metrics = {task: plain(asdict(m)) for task, m in measured.items()}
+    rows = part if file is None else str(file)
     if json:
-        print_json({"model": model, "bundle": str(folder), "part": part if file is None else str(file), "test": metrics})
+        print_json({"model": model, "bundle": str(folder), "part": rows, "same_data": same_data, "test": metrics})
     else:
-        stdout.print(metrics_table(f"{model} on {part if file is None else file}", metrics))
+        print_metrics(f"{model} on {rows}", metrics)
 
 
 @app.command(epilog="Example: `recsys-moe score models:/census_full@candidate new_rows.parquet scores.parquet`")
@@ -194,7 +205,7 @@ def score(
     if json:
         print_json({"model": model, "bundle": str(folder), "rows": rows, "out": str(target)})
     else:
-        stdout.print(f"{rows:,} rows scored into {target}")
+        stdout.print(f"{rows:,} rows scored into {target}", soft_wrap=True)
 
 
 @app.command(epilog="Example: `recsys-moe promote models:/census_full/3 --alias champion`")
@@ -204,20 +215,16 @@ def promote(
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Give a registered version an alias, which serving follows."""
-    from recsys_moe.config import compose
+    """Give a registered version an alias; `serve` looks it up when it starts, so restart it to serve another version."""
     from recsys_moe.console import print_json, stdout
-    from recsys_moe.pipelines.tracking import TrackingConfig
     from recsys_moe.pipelines.tracking import promote as move
-    from recsys_moe.typed import parse
 
-    config = compose(overrides or [], needs_data=False)
-    tracking: TrackingConfig = parse(TrackingConfig, config["tracking"], "tracking")
-    version = move(model, alias, tracking.resolve(Path(config["runs_dir"])))
+    config = _compose(overrides, needs_data=False)
+    version = move(model, alias, _section(config, "tracking").resolve(Path(config["runs_dir"])))
     if json:
         print_json({"version": version, "alias": alias})
     else:
-        stdout.print(f"{version} is now @{alias}")
+        stdout.print(f"{version} is now @{alias}", soft_wrap=True)
 
 
 @app.command(epilog="Example: `recsys-moe serve models:/census_full@champion serve.port=8000`")
@@ -226,15 +233,14 @@ def serve(model: Model, overrides: Overrides = None, json: Json = False) -> None
     from recsys_moe.console import print_json, stderr
 
     folder, config = _resolve(model, overrides)
-    from recsys_moe.serving.app import ServeConfig, serve_forever
-    from recsys_moe.typed import parse
+    from recsys_moe.serving.app import serve_forever
 
     def ready(url: str) -> None:
         stderr.print(f"serving {model} at {url} (docs: {url}/docs); Ctrl-C stops it", soft_wrap=True)
         if json:
             print_json({"url": url, "bundle": str(folder)})
 
-    serve_forever(folder, parse(ServeConfig, config["serve"], "serve"), ready)
+    serve_forever(folder, _section(config, "serve"), ready)
 
 
 @app.command(epilog="Example: `recsys-moe demo --rows 200000`")
@@ -262,27 +268,75 @@ def _job(config: dict[str, Any]) -> Any:
 
 def _resolve(model: str, overrides: list[str] | None) -> tuple[Path, dict[str, Any]]:
     """The bundle's folder, and the configuration."""
-    from recsys_moe.config import compose
-    from recsys_moe.pipelines.tracking import TrackingConfig, resolve_model
-    from recsys_moe.typed import parse
+    from recsys_moe.pipelines.tracking import resolve_model
 
-    config = compose(overrides or [], needs_data=False)
-    tracking: TrackingConfig = parse(TrackingConfig, config["tracking"], "tracking")
-    folder = resolve_model(model, Path(config["runs_dir"]), tracking.resolve(Path(config["runs_dir"])))
-    return folder, config
+    config = _compose(overrides, needs_data=False)
+    runs_dir = Path(config["runs_dir"])
+    return resolve_model(model, runs_dir, _section(config, "tracking").resolve(runs_dir)), config
+
+
+# The dataclass of each section, in the room that it configures.
+SECTIONS = {
+    "data": ("recsys_moe.sources", "DataConfig"),
+    "model": ("recsys_moe.models", "ModelConfig"),
+    "train": ("recsys_moe.trainer", "TrainConfig"),
+    "serve": ("recsys_moe.serving.app", "ServeConfig"),
+    "tracking": ("recsys_moe.pipelines.tracking", "TrackingConfig"),
+    "runs_dir": ("builtins", "str"),
+}
+
+
+def _compose(overrides: list[str] | None, needs_data: bool = True) -> dict[str, Any]:
+    """The configuration, checked wherever the command line touches it, whether this command reads that section or not.
+
+    The sections that nobody touches are files of the package, which are tested; to open the rooms of all of them would
+    cost every command seconds.
+    """
+    from recsys_moe.config import compose
+    from recsys_moe.errors import nearest
+
+    config = compose(overrides or [], needs_data)
+    for key in config:
+        if key not in SECTIONS:
+            raise UserError(f"unknown key {key!r}; {nearest(key, SECTIONS)}")
+    touched = {override.partition("=")[0].split(".")[0] for override in overrides or []}
+    for key in config if "experiment" in touched else [key for key in config if key in touched]:
+        _section(config, key)
+    return config
+
+
+def _section(config: dict[str, Any], name: str) -> Any:
+    """A section of the configuration as its dataclass; mistakes are named by their whole key."""
+    from dataclasses import make_dataclass
+    from importlib import import_module
+
+    from recsys_moe.typed import parse, typed
+
+    module, kind = SECTIONS[name]
+    whole: Any = typed(make_dataclass("Configuration", [(name, getattr(import_module(module), kind))], frozen=True))
+    return getattr(parse(whole, {name: config[name]}, "configuration"), name)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence on standard error and exit code 2."""
+    """Entry point: a mistake is one sentence on standard error and exit code 2, an interrupt one word and 130."""
+    interrupt_once()
+    message = ""
     try:
-        app(standalone_mode=True)
+        # Typer ends an interrupted command with 130, and `--help` with 0.
+        code = app(standalone_mode=False) or 0
+        if code == 130:
+            print(message := "interrupted", file=sys.stderr)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if "--json" in sys.argv:
-            import json
+        code, message = 2, str(error)
+        print(f"error: {message}", file=sys.stderr)
+    except typer.TyperException as error:  # an option or an argument is wrong; without any, the help has been shown
+        code, message = error.exit_code, error.format_message()
+        context = getattr(error, "ctx", None)
+        if message:
+            message = message.rstrip(".") + (f"; see {context.command_path} --help" if context else "")
+            print(f"error: {message}", file=sys.stderr)
+    if code and "--json" in sys.argv:
+        import json
 
-            print(json.dumps({"error": str(error)}), flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(json.dumps({"error": message}), flush=True)
+    sys.exit(code)

@@ -3,6 +3,7 @@
 What comes out is plain data; the typed dataclasses beside the classes that they configure check it (`recsys_moe.typed`).
 """
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ def options(group: str) -> list[str]:
 def compose(overrides: Sequence[str], needs_data: bool = True) -> dict[str, Any]:
     """Compose the configuration: `data=census_full model=mmoe train.seed=1`.
 
-    A group takes a file's name, every other key a value in Hydra's grammar. A key that no file mentions is passed on: the
+    A group takes a file's name, every other key a value: a number, `true`, `null`, a `[list]`, a `{dictionary: 1}`, or else
+    text as it stands (`~/` is the home folder; quotes keep `"5"` text). A key that no file mentions is passed on: the
     dataclass that it is meant for knows whether it exists. Without `needs_data` the `data` group may be left out.
 
     Raises:
@@ -64,14 +66,46 @@ def compose(overrides: Sequence[str], needs_data: bool = True) -> dict[str, Any]
 
 def _check(override: str) -> str:
     key, separator, value = override.partition("=")
-    if not separator or not re.fullmatch(r"[\w.]+", key):
+    if not separator or not re.fullmatch(r"[A-Za-z_]\w*(\.([A-Za-z_]\w*|\d+))*", key):
         raise UserError(f"{override!r} is not an override; write key=value, such as model=mmoe or train.seed=1")
     if key in GROUPS:
         if value not in options(key):
             raise UserError(f"{key} {value!r} is unknown; {nearest(value, options(key))}")
         return override
     section = key.split(".")[0]
-    sections = [name for name in yaml.safe_load((conf_dir() / "config.yaml").read_text()) if name != "defaults"]
-    if section not in (*GROUPS, *sections):
-        raise UserError(f"unknown key {key!r}; {nearest(section, (*GROUPS, *sections))}")
-    return f"++{override}"
+    if section not in sections():
+        raise UserError(f"unknown key {key!r}; {nearest(section, sections())}")
+    return f"++{key}={_value(key, value)}"
+
+
+def sections() -> list[str]:
+    """What the composed configuration consists of: the groups (an experiment only changes the others) and the root's own."""
+    root = yaml.safe_load((conf_dir() / "config.yaml").read_text())
+    return [name for name in (*GROUPS, *root) if name not in ("experiment", "defaults")]
+
+
+def _value(key: str, text: str) -> str:
+    """A value in Hydra's grammar: numbers, lists and the like as they stand, any other text quoted.
+
+    To Hydra, a path with a comma is a choice, one with a parenthesis a function, and one with an equals sign a mistake.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if text.startswith("~"):
+        text = os.path.expanduser(text)
+    try:
+        parsed = OverridesParser.create().parse_override(f"{key}={text}")
+        simple = not parsed.is_sweep_override()
+    except HydraException:
+        simple = False
+    if simple and not re.match(r"\w+\(", text):
+        return text
+    if text.startswith(("[", "{", "'", '"')):
+        raise UserError(
+            f"{key} is {text!r}, which is not one whole list, dictionary or quoted text; close what is open, or quote it "
+            f"for the shell and for us: '{key}=\"…\"'"
+        )
+    # Backslashes are plain characters but before a quote, where each must be doubled.
+    quoted = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{quoted}'"

@@ -2,16 +2,26 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+# What is no terminal has no width to keep to: a file or a pipe gets every line whole.
+_ENDLESS = 10_000
+
+# Paths and messages are data: brackets in them are no markup, `:x:` is no picture.
+stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, width=None if sys.stderr.isatty() else _ENDLESS)
+stdout = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else _ENDLESS)
+
+# Eight figures and a task's name fit into 80 columns.
+_HEADERS = {"gauc_left_out": "left\nout", "calibration": "calib."}
 
 
 @contextmanager
@@ -19,11 +29,11 @@ def progress() -> Iterator[Progress]:
     """A progress display on standard error."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=stderr, refresh_per_second=4) as display:
         yield display
@@ -42,16 +52,19 @@ class PhaseProgress:
         self._display.update(self._tasks[phase], completed=done, total=total, note=note)
 
 
-def metrics_table(title: str, metrics: dict[str, dict[str, Any]]) -> Table:
-    """Tasks down, metrics across."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("task")
-    names = list(next(iter(metrics.values())))
+def print_metrics(title: str, metrics: dict[str, dict[str, Any]], console: Console = stdout) -> None:
+    """Tasks down, metrics across; whole even where the terminal is too narrow for it. GAUC only where one is known."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    table.add_column("task", no_wrap=True)
+    grouped = any(values["gauc"] is not None or values["gauc_left_out"] for values in metrics.values())
+    names = [name for name in next(iter(metrics.values())) if grouped or not name.startswith("gauc")]
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(_HEADERS.get(name, name), justify="right", vertical="bottom", no_wrap=True)
     for task, values in metrics.items():
         table.add_row(task, *(number(values[name]) for name in names))
-    return table
+    table.width = Measurement.get(console, console.options.update(width=_ENDLESS), table).maximum
+    console.print(title, style="bold", soft_wrap=True)
+    console.print(table, crop=False)
 
 
 def number(value: Any) -> str:

@@ -2,12 +2,16 @@
 
 import ctypes
 import logging
+import math
 import os
+import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -21,6 +25,8 @@ def local_ray_options(object_store_mb: int) -> dict[str, Any]:
     """
     os.environ.setdefault("RAY_worker_niceness", "0")
     return {
+        # Not the cluster that RAY_ADDRESS names or that happens to run here: this instance goes with its command.
+        "address": "local",
         "num_cpus": max(2, os.cpu_count() or 1) + 1,
         "include_dashboard": False,
         "log_to_driver": False,
@@ -38,6 +44,42 @@ def neutral_directory() -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="recsys-moe-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
+
+
+def interrupt_once() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, and ignore it for ten seconds then: impatience must not cut the tidying up off.
+
+    A process that was started with interrupts ignored is left alone.
+    """
+    last = -math.inf
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > 10:
+            last = time.monotonic()
+            raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let a Ctrl-C within the block take effect at its end.
+
+    For what forks: Python drops an exception that rises in its hooks around a fork, and leaves a lock taken there.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is ever interrupted
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held and callable(before):
+            before(signal.SIGINT, None)
 
 
 def use_all_cores() -> None:

@@ -1,11 +1,13 @@
 """The command line: examples in the help, one sentence for a mistake, JSON on the last line."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 COMMANDS = [
     ("train",),
@@ -50,6 +52,17 @@ MISTAKES = {
     "unknown model": (["train", "data=census_full", "model=mmeo"], "model 'mmeo' is unknown; did you mean 'mmoe'?"),
     "unknown section": (["train", "data=census_full", "trian.seed=1"], "unknown key 'trian.seed'; did you mean 'train'?"),
     "unknown key": (["train", "data=census_full", "train.sed=1"], "unknown key 'train.sed'; did you mean 'seed'?"),
+    # A section that the command does not read is checked all the same.
+    "unread key": (["train", "data=census_full", "serve.prot=1"], "unknown key 'serve.prot'; did you mean 'port'?"),
+    "unread section": (
+        ["data", "prepare", "data=census_full", "train.sead=3"],
+        "unknown key 'train.sead'; did you mean 'seed'?",
+    ),
+    "unread type": (["promote", "models:/a/1", "train.seed=one"], "'train.seed' is 'one'; input should be a valid integer"),
+    "unread before the model": (["serve", "nowhere", "train.sed=1"], "unknown key 'train.sed'; did you mean 'seed'?"),
+    "runs_dir": (["promote", "models:/a/1", "runs_dir=[]"], "'runs_dir' is []; input should be a valid string"),
+    "option": (["data", "synth", "x", "--rosw", "10"], "No such option: --rosw (Possible options: --rows); see "),
+    "argument": (["score", "m"], "Missing argument 'IN'; see "),
     "wrong type": (["train", "data=census_full", "train.seed=one"], "'train.seed' is 'one'; input should be a valid integer"),
     "fraction": (["train", "data=census_full", "train.epochs=1.5"], "'train.epochs' is 1.5"),
     "out of range": (["train", "data=census_full", "train.lr=-1"], "'train.lr' is -1; input should be greater than 0"),
@@ -75,8 +88,56 @@ def test_a_mistake_is_one_sentence(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistyped_option_is_named() -> None:
-    done = cli("data", "synth", "x", "--rosw", "10")
+def test_no_command_shows_the_help() -> None:
+    done = cli()
     assert done.returncode == 2
-    assert "--rows" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "recsys-moe train data=census_full model=mmoe" in done.stdout
+    assert done.stderr == ""
+
+
+def test_promote_promises_what_serving_does() -> None:
+    help_text = " ".join(cli("promote", "--help").stdout.split())
+    assert "follows" not in help_text
+    assert "restart" in help_text
+
+
+FIGURES = {
+    "auc": 0.9999,
+    "gauc": 0.6123,
+    "gauc_left_out": 12345,
+    "logloss": 0.6851,
+    "ne": 0.9884,
+    "calibration": 1.0408,
+    "ece": 0.0464,
+    "rows": 123456,
+}
+
+
+@pytest.mark.parametrize("width", [30, 80, 10_000])
+def test_figures_are_never_cut(width: int) -> None:
+    from recsys_moe.console import print_metrics
+
+    out = io.StringIO()
+    print_metrics(
+        "Test metrics of [old]", {"effective_view": FIGURES, "like": FIGURES}, Console(file=out, width=width, markup=False)
+    )
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "Test metrics of [old]"
+    for task, line in zip(("effective_view", "like"), lines[-2:], strict=True):
+        assert line.split() == [task, "0.9999", "0.6123", "12,345", "0.6851", "0.9884", "1.0408", "0.0464", "123,456"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_what_has_no_groups_has_no_gauc() -> None:
+    from recsys_moe.console import print_metrics
+
+    out = io.StringIO()
+    print_metrics("x", {"like": FIGURES | {"gauc": None, "gauc_left_out": 0}}, Console(file=out, width=80))
+    assert "gauc" not in out.getvalue()
+
+
+def test_a_pipe_gets_whole_lines_and_brackets_are_text() -> None:
+    path = "/tmp/[/x]/[old]/:smile:/" + "long" * 60
+    program = f"from recsys_moe.console import stderr, stdout; stdout.print({path!r}); stderr.print({path!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"COLUMNS": "80"})
+    assert done.stdout == done.stderr == path + "\n"

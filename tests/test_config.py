@@ -115,7 +115,11 @@ def test_the_census_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
         (["data.split.train=1.5"], "'data.split.train' is 1.5; "),
         (["data.split.train=0"], "'data.split.train' is 0; "),
         (["tracking.ali=x"], "unknown key 'tracking.ali'; did you mean 'alias'?"),
-        (["train.seed=[1"], "train.seed=[1"),
+        (["train.seed=[1"], "train.seed is '[1', which is not one whole list, dictionary or quoted text; close what is open"),
+        (["data.source=[old]/x"], "data.source is '[old]/x', which is not one whole list"),
+        (["data.tasks=[like],[finish]"], "data.tasks is '[like],[finish]', which is not one whole list"),
+        (["data..source=x"], "'data..source=x' is not an override; write key=value"),
+        (["experiment.seed=1"], "unknown key 'experiment.seed'; valid: data, model, "),
     ],
 )
 def test_a_mistake_is_one_sentence_with_the_key(overrides: list[str], sentence: str) -> None:
@@ -124,6 +128,37 @@ def test_a_mistake_is_one_sentence_with_the_key(overrides: list[str], sentence: 
     message = str(caught.value)
     assert sentence in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/tmp/date=2024",
+        "a,b",
+        "a (1)",
+        "choice(a)",
+        "it's",
+        'say "x"',
+        "ä/ö",
+        "a;b#c",
+        "a[1]",
+        "a{1}",
+        "a,b\\",
+        "a\\'b",
+        "a:b",
+        "x y",
+    ],
+)
+def test_a_path_is_taken_as_it_stands(text: str) -> None:
+    assert job("data=feed_synth", f"data.source={text}").data.source == text
+
+
+def test_values_keep_their_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    built = job("data=feed_synth", "data.source=~/a,b", "data.tasks=['like', finish]", "train.lr=1e-3", 'tracking.register="5"')
+    assert (built.data.source, built.data.tasks) == ("/home/me/a,b", ("like", "finish"))
+    assert (built.train.lr, built.tracking.register) == (0.001, "5")
+    assert job("data=feed_synth", "data.source=${runs_dir}/a=b", "tracking.uri=null").data.source == "runs/a=b"
 
 
 def test_missing_names() -> None:

@@ -32,14 +32,23 @@ SETTINGS = [
 ]
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+def start(*arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """A command in a process group of its own, as a terminal would start it."""
     command = [sys.executable, "-m", "recsys_moe", *arguments, "--json"]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
 
 
-def run(*arguments: str, cwd: Path, code: int = 0) -> tuple[dict[str, Any], str]:
+def run(*arguments: str, cwd: Path, code: int = 0, **environment: str) -> tuple[dict[str, Any], str]:
     """A command's JSON and its standard error."""
-    process = start(*arguments, cwd=cwd)
+    process = start(*arguments, cwd=cwd, **environment)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err
     assert "Traceback" not in err
@@ -131,6 +140,26 @@ def test_evaluation_equals_training_time(trained: dict[str, Any], work: Path) ->
             assert summary["test"][task][name] == pytest.approx(value, abs=1e-6), (task, name)
 
 
+def test_evaluation_tells_when_the_data_has_changed(trained: dict[str, Any], work: Path, feed: pa.Table) -> None:
+    same, err = run("evaluate", trained["bundle"], cwd=work)
+    assert same["same_data"] is True
+    assert "warning" not in err
+    more = work / "runs" / "feed_synth" / "logs" / "part-00001.parquet"
+    pq.write_table(feed.slice(0, 1000), more)
+    try:
+        changed, err = run("evaluate", trained["bundle"], cwd=work)
+    finally:
+        more.unlink()
+    assert changed["same_data"] is False
+    assert "has changed since the bundle was trained: these test rows are not the run's" in err
+    split, err = run("evaluate", trained["bundle"], *SETTINGS[:3], "data.split.test=0.05", cwd=work)
+    assert split["same_data"] is False
+    assert "has changed" in err
+    other, err = run("evaluate", trained["bundle"], "--file", "runs/feed_synth/logs/part-00000.parquet", cwd=work)
+    assert other["same_data"] is None
+    assert "warning" not in err
+
+
 @pytest.fixture(scope="module")
 def feed(work: Path) -> pa.Table:
     return pq.read_table(work / "runs" / "feed_synth" / "logs")
@@ -158,9 +187,8 @@ def test_an_unwritable_output_leaves_nothing(trained: dict[str, Any], work: Path
 def served(trained: dict[str, Any], work: Path) -> Iterator[str]:
     """The URL of a served model; afterwards no process of it is left."""
     marker = "RECSYS_MOE_TEST_SERVE=1"
-    os.environ["RECSYS_MOE_TEST_SERVE"] = "1"
-    process = start("serve", "models:/tiny@candidate", "serve.port=0", "serve.max_rows=1000", cwd=work)
-    del os.environ["RECSYS_MOE_TEST_SERVE"]
+    settings = ("serve.port=0", "serve.max_rows=1000")
+    process = start("serve", "models:/tiny@candidate", *settings, cwd=work, RECSYS_MOE_TEST_SERVE="1")
     assert process.stdout is not None
     assert process.stderr is not None
     line = process.stdout.readline()
@@ -232,6 +260,35 @@ def test_the_service_documents_itself(served: str) -> None:
         assert "/v1/score" in json.load(response)["paths"]
 
 
+@pytest.mark.parametrize("uri", ["sqlite:///own/rel.db", "sqlite:///{}/own/abs.db"])
+def test_a_database_of_ones_own_keeps_the_run(uri: str, work: Path) -> None:
+    setting = f"tracking.uri={uri.format(work)}"
+    summary, _ = run("train", *SETTINGS, "train.epochs=1", setting, cwd=work)
+    evaluated, _ = run("evaluate", "models:/tiny@candidate", setting, cwd=work)
+    assert Path(evaluated["bundle"]).is_relative_to(work / "own" / "artifacts")
+    for task in TASKS:
+        assert evaluated["test"][task]["logloss"] == pytest.approx(summary["test"][task]["logloss"], abs=1e-6)
+
+
+def test_another_cluster_is_left_alone(work: Path) -> None:
+    summary, _ = run("data", "prepare", *SETTINGS[:3], "--force", cwd=work, RAY_ADDRESS="127.0.0.1:1")
+    assert summary["rows"]["train"] == 6400
+
+
+def test_workers_do_not_find_the_checkout_under_bare_names(work: Path) -> None:
+    program = """
+import ray, sys, threading
+from recsys_moe.pipelines.cluster import local_ray
+with local_ray():
+    print([p for p in ray.get(ray.remote(lambda: sys.path).remote())])
+"""
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=True)
+    assert str(work) not in done.stdout
+    assert "site-packages" in done.stdout
+
+
 def test_a_lost_mlflow_leaves_the_bundle(work: Path) -> None:
     # Nothing listens on the discard port.
     result, err = run("train", *SETTINGS, "train.epochs=1", "tracking.uri=http://127.0.0.1:9", cwd=work, code=2)
@@ -241,28 +298,93 @@ def test_a_lost_mlflow_leaves_the_bundle(work: Path) -> None:
     assert "Training goes on without it" in " ".join(err.split())
 
 
+def runs(work: Path) -> dict[str, str]:
+    """Every run's status by its id."""
+    with sqlite3.connect(work / "runs" / "mlflow.db") as connection:
+        return dict(connection.execute("select run_uuid, status from runs").fetchall())
+
+
 def test_a_killed_run_is_marked_failed(work: Path, trained: dict[str, Any]) -> None:
-    database = work / "runs" / "mlflow.db"
-
-    def runs() -> dict[str, str]:
-        with sqlite3.connect(database) as connection:
-            return dict(connection.execute("select run_uuid, status from runs").fetchall())
-
-    before = runs()
-    os.environ["RECSYS_MOE_TEST_KILL"] = "1"
-    process = start("train", *SETTINGS, "train.epochs=100000", "train.patience=0", cwd=work)
-    del os.environ["RECSYS_MOE_TEST_KILL"]
+    before = runs(work)
+    settings = [*SETTINGS, "train.epochs=100000", "train.patience=0"]
+    process = start("train", *settings, cwd=work, RECSYS_MOE_TEST_KILL="1")
     deadline = time.monotonic() + 120
-    while len(runs()) == len(before) and time.monotonic() < deadline:
+    while len(runs(work)) == len(before) and time.monotonic() < deadline:
         time.sleep(0.2)
-    (new,) = set(runs()) - set(before)
-    assert runs()[new] == "RUNNING"
+    (new,) = set(runs(work)) - set(before)
+    assert runs(work)[new] == "RUNNING"
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    while (runs()[new] == "RUNNING" or processes_of("RECSYS_MOE_TEST_KILL=1")) and time.monotonic() < deadline:
+    while (runs(work)[new] == "RUNNING" or processes_of("RECSYS_MOE_TEST_KILL=1")) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert runs()[new] == "FAILED"
+    assert runs(work)[new] == "FAILED"
     assert not processes_of("RECSYS_MOE_TEST_KILL=1")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let commands be interrupted, also where this process is in a shell's background, which has interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible", "trained")
+@pytest.mark.parametrize("whom", ["the group", "the driver"])
+def test_an_interrupted_run_is_marked_killed(whom: str, work: Path) -> None:
+    before = runs(work)
+    settings = [*SETTINGS, "train.epochs=100000", "train.patience=0"]
+    process = start("train", *settings, cwd=work, RECSYS_MOE_TEST_INTERRUPT="1")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 1:"):
+            break
+    if whom == "the group":  # a terminal's Ctrl-C
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)  # impatience must not cut the tidying up off
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "interrupted"
+    assert json.loads(out.splitlines()[-1]) == {"error": "interrupted"}
+    (new,) = set(runs(work)) - set(before)
+    assert runs(work)[new] == "KILLED"
+    deadline = time.monotonic() + 10
+    while processes_of("RECSYS_MOE_TEST_INTERRUPT=1") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes_of("RECSYS_MOE_TEST_INTERRUPT=1")
+
+
+@pytest.mark.usefixtures("interruptible", "trained")
+def test_a_run_that_is_interrupted_early_leaves_no_folder(work: Path) -> None:
+    before = set((work / "runs" / "train").iterdir())
+    process = start("train", *SETTINGS, cwd=work)
+    deadline = time.monotonic() + 60
+    while set((work / "runs" / "train").iterdir()) == before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted"
+    assert set((work / "runs" / "train").iterdir()) == before
+
+
+def test_a_run_that_fails_early_leaves_no_folder(work: Path) -> None:
+    run("train", *SETTINGS, "data.source=nowhere", "runs_dir=failed", cwd=work, code=2)
+    assert not (work / "failed" / "train").exists()
+
+
+def test_a_loss_that_explodes_late_leaves_the_bundle(work: Path) -> None:
+    # The weight decay is harmless while the learning rate rises and multiplies the weights once it is high.
+    settings = ["train.epochs=20", "train.patience=0", "train.weight_decay=5000"]
+    result, _ = run("train", *SETTINGS, *settings, cwd=work, code=2)
+    assert "the loss became" in result["error"]
+    bundle = Path(result["error"].split("kept in ")[1].strip("'"))
+    assert Predictor(bundle).tasks == TASKS
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "events.jsonl", "ray"]
 
 
 @pytest.fixture
