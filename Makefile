@@ -14,7 +14,7 @@ export PYTHONSAFEPATH := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-long check lint types imports bench clean
+.PHONY: help setup demo test test-long check lint types imports bench bench-kernels kernels-aot gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,15 @@ imports: $(VENV)/.ready
 bench: $(VENV)/.ready  ## training rate beside the peers', and start-up beside a trivial fit, in the same minutes
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_startup.py
+
+bench-kernels: $(VENV)/.ready  ## the expert kernels beside their peers, in the same minutes
+	$(BIN)/recsys-moe bench kernels --figure docs/scaling.png
+
+kernels-aot: $(VENV)/.ready  ## compile every Triton kernel for every target, no GPU needed: registers, spills, shared memory
+	$(BIN)/python -m recsys_moe.kernels.aot
+
+gpu-check: $(VENV)/.ready  ## on a GPU: correctness, shares of the peaks, training on cuda
+	$(BIN)/python benchmarks/gpu_check.py
 
 clean:  ## remove what was built, not what was trained
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare log rows, or make synthetic ones.")
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(no_args_is_help=True, help="Time the project's parts beside what people would use instead.")
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on standard output.")]
 Overrides = Annotated[
@@ -206,6 +208,32 @@ def score(
         print_json({"model": model, "bundle": str(folder), "rows": rows, "out": str(target)})
     else:
         stdout.print(f"{rows:,} rows scored into {target}", soft_wrap=True)
+
+
+@bench_app.command("kernels", epilog="Example: `recsys-moe bench kernels layer loop --json`")
+def bench_kernels(
+    cases: Annotated[list[str] | None, typer.Argument(help="layer, loop, home, scaling; all if none is named.")] = None,
+    peers: Annotated[Path | None, typer.Option(help="The folder of the peers' scripts [default: $RECSYS_MOE_PEERS].")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw cost against tokens and experts into this PNG.")] = None,
+    json: Json = False,
+) -> None:
+    """Time the expert kernels beside transformers' layer and module lists, in the same minutes, against measured ceilings."""
+    from recsys_moe.bench import CASES, as_dicts, plot_scaling
+    from recsys_moe.bench import bench as measure
+    from recsys_moe.console import print_json, stderr, stdout
+
+    rows = []
+    for row in measure(tuple(cases or CASES), peers):
+        rows.append(row)
+        beside = "" if row.ratio is None else f"   {row.peer} {row.peer_ms:.3f}   {row.ratio:.2f}×"
+        shares = "" if row.of_read is None else f"   {row.of_read:.2f} of read   {row.of_matrix:.2f} of matrix"
+        (stderr if json else stdout).print(
+            f"{row.case:46s} {row.backend:14s} {row.ms:9.3f}{beside}{shares}", soft_wrap=True, highlight=False
+        )
+    if figure:
+        plot_scaling(rows, figure)
+    if json:
+        print_json({"rows": as_dicts(rows)})
 
 
 @app.command(epilog="Example: `recsys-moe promote models:/census_full/3 --alias champion`")

@@ -82,7 +82,11 @@ class MLPExperts(nn.Module):
         weight, bias = self.weights[index].to(self.dtype), self.biases[index]
         if index >= self.hidden_layers:
             return Layer(weight, bias)
-        norm = self.norms[index].state(self.training) if self.norms is not None else None
+        norm = None
+        if self.norms is not None:
+            module = self.norms[index]
+            assert isinstance(module, StackedBatchNorm)
+            norm = module.state(self.training)
         return Layer(weight, bias, norm, "relu", self.dropout if self.training else 0.0)
 
 

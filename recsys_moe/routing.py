@@ -98,7 +98,7 @@ class SparsePlan:
             raise ValueError("this plan has no logits (a hash or random router made it), so there is nothing to balance")
         if self.scoring == "softmax":
             return torch.softmax(self.logits, dim=-1)
-        scores = sigmoid(self.logits) if self.scoring == "sigmoid" else softplus(self.logits)
+        scores = torch.sigmoid(self.logits) if self.scoring == "sigmoid" else F.softplus(self.logits)
         return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
     @property

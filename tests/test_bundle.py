@@ -21,6 +21,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
 from recsys_moe.predictor import Predictor, score_file
+from recsys_moe.routing import sigmoid
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig, read_rows
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
@@ -65,7 +66,7 @@ def test_a_loaded_bundle_scores_bit_for_bit_the_same(
         logits, _ = trainer.model(torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous())
     scores = Predictor(save(trainer, tmp_path / "bundle")).score(table)
     assert scores.dtype == np.float32
-    assert np.array_equal(scores, torch.sigmoid(logits).numpy().T)
+    assert np.array_equal(scores, sigmoid(logits).numpy().T)
 
 
 def test_what_was_saved_is_loaded(train: Any, tmp_path: Path) -> None:
