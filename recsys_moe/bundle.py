@@ -4,7 +4,7 @@
     schema.json         features and tasks
     statistics.json     vocabularies and moments of the feature transforms
     model.safetensors   the weights
-    metrics.json        how it did on the test part
+    metrics.json        how it did on the validation part, which chose the epoch, and on the test part
 
 No pickle: loading a bundle runs no code from it.
 """

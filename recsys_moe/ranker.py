@@ -1,11 +1,13 @@
 """A whole model: torchrec embeddings in front, a family's network behind."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recsys_moe.embeddings import FusedEmbeddings, one_id_each
+from recsys_moe.experts import MLPExperts
 from recsys_moe.models import MODELS
 from recsys_moe.routing import RoutingPlan
 
@@ -16,7 +18,8 @@ class Ranker(nn.Module):
     """ids int32 `[B, F]` and dense inputs `[B, D]` → logits `[B, T]`.
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
-    optimizer of one's own, `set_embedding_lr` sets the embeddings' rate.
+    optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `prior_rates` are the tasks' positive rates, in
+    (0, 1), that a fresh model starts at (None: the weights are loaded).
     """
 
     def __init__(
@@ -27,12 +30,27 @@ class Ranker(nn.Module):
         num_dense: int,
         num_tasks: int,
         precision: str = "fp32",
+        prior_rates: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.sparse_names = sparse_names
         width = config.embedding_dim
         self.embeddings = FusedEmbeddings(sparse_names, cardinalities, width) if sparse_names else None
         self.network = MODELS[type(config)](config, len(sparse_names) * width + num_dense, num_tasks, PRECISIONS[precision])
+        if prior_rates is not None:
+            self._start_at(prior_rates)
+
+    def _start_at(self, rates: Sequence[float]) -> None:
+        """Set the towers' last biases to the tasks' rates.
+
+        A bias moves by a learning rate a step at most: from its usual 0 (a half) it would not come down to a rate of 0.3 %
+        within a short training, nor ever where few rows observe the task. Scores would stay too high, most of all in rows
+        like those that no label ever pulled down.
+        """
+        towers = self.network.towers
+        assert isinstance(towers, MLPExperts)
+        with torch.no_grad():
+            towers.biases[-1].copy_(torch.logit(torch.tensor(rates)).unsqueeze(1))
 
     def forward(self, ids_bf: Tensor, dense_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
         """Logits and, where the family has gates, their plan."""

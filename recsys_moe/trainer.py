@@ -27,9 +27,10 @@ Event = dict[str, Any]
 class TrainConfig:
     """How a model is trained.
 
-    Adam (AdamW with `weight_decay`) for the dense part and Adagrad for the embeddings, both on the same `schedule`: a
-    `one_cycle` (Smith 2018) over all epochs, or `constant`. `clip_norm` bounds the dense gradient's norm (0: off; the fused
-    embedding optimizer applies its update inside the backward pass, where no norm over all parameters is known yet).
+    Adam (AdamW with `weight_decay`, biases and norms spared) for the dense part and Adagrad for the embeddings, both on the
+    same `schedule`: a `one_cycle` (Smith 2018) over all epochs, or `constant`. `clip_norm` bounds the dense gradient's norm
+    (0: off; the fused embedding optimizer applies its update inside the backward pass, where no norm over all parameters is
+    known yet).
     Training stops when the mean validation AUC has not risen for `patience` epochs (0: never) and keeps the best epoch.
     `precision` is the experts' (`bf16`: their matrix products; gates, norms, towers and losses stay fp32).
     """
@@ -38,8 +39,8 @@ class TrainConfig:
     epochs: Annotated[int, Field(ge=1)] = 8
     batch_size: Annotated[int, Field(ge=1)] = 1024
     lr: Annotated[float, Field(gt=0)] = 3e-3
-    embedding_lr: Annotated[float, Field(gt=0)] = 0.02
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    embedding_lr: Annotated[float, Field(gt=0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 1.0
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     clip_norm: Annotated[float, Field(ge=0)] = 10.0
     patience: Annotated[int, Field(ge=0)] = 3
@@ -82,7 +83,11 @@ class Trainer:
         self.data, self.config, self.on_event = data, config, on_event
         self.model = build_ranker(data, model_config, config.precision)
         self.dense = self.model.dense_parameters()
-        self.optimizer = torch.optim.AdamW(self.dense, config.lr, weight_decay=config.weight_decay, fused=True)
+        # Decay is for what multiplies the inputs: a bias holds its task's rate, and a norm's scale belongs at 1, not at 0.
+        spared = [p for name, p in self.model.network.named_parameters() if "bias" in name or "norms." in name]
+        multiplying = [p for p in self.dense if all(p is not other for other in spared)]
+        groups: list[dict[str, Any]] = [{"params": multiplying}, {"params": spared, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
         self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks])
         self.batches = ShuffledBatches(data, "train", config.batch_size, config.seed)
         self.rows = data.manifest.rows("train")
@@ -93,6 +98,9 @@ class Trainer:
         """Train, stop early, and leave the best epoch's weights in `self.model`."""
         best: TrainResult | None = None
         best_weights: dict[str, Tensor] = {}
+        if self.config.precision == "bf16" and not has_bf16():
+            message = "this CPU has no bf16 instructions: train.precision=bf16 will be slower here than fp32"
+            self.on_event({"kind": "warning", "message": message})
         seconds = 0.0
         for epoch in range(self.config.epochs):
             start = time.perf_counter()
@@ -191,9 +199,34 @@ def schedule(kind: str, progress: float) -> float:
 
 
 def build_ranker(data: PreparedData, model_config: Any, precision: str) -> Ranker:
-    """A freshly initialised model for prepared data."""
+    """A freshly initialised model for prepared data, which scores every task near its training rate."""
     t = data.transform
-    return Ranker(model_config, t.sparse_names, t.cardinalities, len(t.dense_names), len(t.schema.tasks), precision=precision)
+    return Ranker(
+        model_config,
+        t.sparse_names,
+        t.cardinalities,
+        len(t.dense_names),
+        len(t.schema.tasks),
+        precision,
+        prior_rates(data),
+    )
+
+
+def prior_rates(data: PreparedData) -> list[float]:
+    """Each task's positive rate in the training rows that observe it: (positive + ½) / (observed + 1).
+
+    Half a row of each class keeps the rate of a task without positives (or negatives) off 0 and 1, and gives ½ where
+    nothing is observed.
+    """
+    counts = {c.task: c for c in data.manifest.counts if c.part == "train"}
+    pairs = [(counts[task].positive, counts[task].observed) if task in counts else (0, 0) for task in data.schema.task_names]
+    return [(positive + 0.5) / (observed + 1) for positive, observed in pairs]
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 by instructions of its own (x86: AVX-512 or AMX; Arm: BF16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, BinaryMetrics]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ from recsys_moe.errors import UserError
 from recsys_moe.metrics import BinaryMetrics
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
-from recsys_moe.shards import PreparedData
-from recsys_moe.trainer import TrainConfig, Trainer, evaluate, mean_auc, metrics_by_task, schedule
+from recsys_moe.shards import PreparedData, TaskCount
+from recsys_moe.trainer import TrainConfig, Trainer, evaluate, has_bf16, mean_auc, metrics_by_task, prior_rates, schedule
 from recsys_moe.typed import dump, parse
 
 MMOE = MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8,), tower_dims=(4,), dropout=0.1)
@@ -61,7 +62,35 @@ def test_learns_what_can_be_learnt(prepared_clicks: PreparedData, clicks: Any, m
     assert metrics["click"].auc > best_click - 0.03
     assert metrics["buy"].auc > best_buy - 0.05
     # The epoch is chosen by AUC, early in so short a training: well below 1 is enough.
-    assert metrics["click"].ne < 0.9
+    assert metrics["click"].ne < 0.95
+
+
+def with_counts(data: PreparedData, **observed_positive: tuple[int, int]) -> PreparedData:
+    """The same data, with a manifest that counts these training rows."""
+    counts = [TaskCount(task, "train", *pair) for task, pair in observed_positive.items()]
+    elsewhere = [TaskCount(task, part, 100, 50) for task in observed_positive for part in ("validation", "test")]
+    data.manifest = replace(data.manifest, counts=tuple(counts + elsewhere))
+    return data
+
+
+def test_the_prior_is_the_training_rate_and_never_0_or_1(prepared_clicks: PreparedData) -> None:
+    assert prior_rates(with_counts(prepared_clicks, buy=(9999, 29), click=(999, 499))) == pytest.approx([0.4995, 0.00295])
+    none, all_of_them = prior_rates(with_counts(prepared_clicks, click=(1000, 0), buy=(1000, 1000)))
+    assert 0 < none < 0.001 < 0.999 < all_of_them < 1
+    # Nothing observed, or nothing counted: nothing is known.
+    assert prior_rates(with_counts(prepared_clicks, click=(0, 0))) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("model", [MMOE, BOTTOM], ids=["mmoe", "bottom"])
+def test_a_fresh_model_scores_each_task_near_its_training_rate(prepared_clicks: PreparedData, model: Any) -> None:
+    data = with_counts(prepared_clicks, click=(100_000, 300), buy=(1000, 0))
+    ranker = Trainer(data, model, quick()).model.eval()
+    with torch.no_grad():
+        logits, _ = ranker(torch.zeros(1, 2, dtype=torch.int32), torch.zeros(1, len(data.transform.dense_names)))
+    click, buy = torch.sigmoid(logits[0]).tolist()
+    # The last layer's random weights add what they add.
+    assert 0.0005 < click < 0.02
+    assert 0 < buy < 0.005
 
 
 def test_metrics_are_over_the_rows_that_a_task_observes(prepared_clicks: PreparedData, clicks: Any) -> None:
@@ -140,7 +169,17 @@ def test_all_parameters_are_trained_once(prepared_clicks: PreparedData) -> None:
         assert (id(parameter) in dense) == (not name.startswith("embeddings.")), name
     trainer.fit()
     for name, tensor in trainer.model.state_dict().items():
-        assert not torch.equal(tensor, before[name]), name
+        # A bias in front of a batch norm changes nothing: its gradient is 0.
+        assert name.endswith("biases.0") or not torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("model", [MMOE, BOTTOM], ids=["mmoe", "bottom"])
+def test_weight_decay_spares_biases_and_norms(prepared_clicks: PreparedData, model: Any) -> None:
+    trainer = Trainer(prepared_clicks, model, quick(weight_decay=0.5))
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.model.network.named_parameters():
+        is_product = name == "router.linear.weight" or ".weights." in name
+        assert decay[id(parameter)] == (0.5 if is_product else 0), name
 
 
 def test_the_gradient_is_clipped(prepared_clicks: PreparedData) -> None:
@@ -181,6 +220,37 @@ def test_schedule_ends() -> None:
     assert schedule("one_cycle", 0.0) == pytest.approx(0.04)
     assert schedule("one_cycle", 1.0) == pytest.approx(0)
     assert {schedule("constant", p) for p in (0.0, 0.5, 1.0)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "warned"),
+    [
+        ("bf16", {"avx512_f": True, "avx512_bf16": False}, True),
+        ("bf16", {"avx512_bf16": True}, False),
+        ("bf16", {"amx_bf16": True}, False),
+        ("bf16", {"architecture": "aarch64", "bf16": True}, False),
+        ("fp32", {}, False),
+    ],
+    ids=str,
+)
+def test_warns_once_of_bf16_on_a_cpu_without_it(
+    prepared_clicks: PreparedData,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Any,
+    capabilities: dict[str, Any],
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    events: list[dict[str, Any]] = []
+    Trainer(prepared_clicks, MMOE, quick(precision=precision), events.append).fit()
+    told = [event["message"] for event in events if event["kind"] == "warning"]
+    assert told == (["this CPU has no bf16 instructions: train.precision=bf16 will be slower here than fp32"] if warned else [])
+
+
+def test_bf16_is_known_by_its_name_in_cpuinfo() -> None:
+    with open("/proc/cpuinfo") as file:
+        flags = set(file.read().split())
+    assert has_bf16() == bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def test_loss_weights_of_the_schema_weigh_the_tasks(
