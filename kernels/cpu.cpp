@@ -48,6 +48,16 @@ inline Vec load(const bf16* p) {
   std::memcpy(&half, p, sizeof half);
   return std::bit_cast<Vec>(__builtin_convertvector(half, Bits) << 16);
 }
+inline void store(Vec v, float* p) { std::memcpy(p, &v, sizeof v); }
+
+// The sum of the lanes, in one fixed tree.
+inline float add_lanes(Vec v) {
+  const auto halves = std::bit_cast<std::array<V8, 2>>(v);
+  const auto quarters = std::bit_cast<std::array<V4, 2>>(halves[0] + halves[1]);
+  const V4 s = quarters[0] + quarters[1];
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
 template <typename T>
 inline Vec load_first(const T* p, int64_t count) {  // the first `count` values, zeros behind
   T part[kLanes] = {};
@@ -135,6 +145,29 @@ template <typename T>
 T* data(const Tensor& t) { return reinterpret_cast<T*>(t.data_ptr()); }
 
 const float* maybe(const OptionalTensor& t) { return t.has_value() && t->defined() ? t->const_data_ptr<float>() : nullptr; }
+
+// ---- large products ------------------------------------------------------------------------------------------------------
+//
+// PyTorch's, but bf16 only where the processor multiplies it: elsewhere it would add up in bf16, slowly and roughly.
+
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16)
+constexpr bool kHalfProducts = true;
+#else
+constexpr bool kHalfProducts = false;
+#endif
+
+Tensor product(const Tensor& a, const Tensor& b) {
+  if (kHalfProducts || a.scalar_type() != at::kBFloat16) return at::mm(a, b);
+  return at::mm(a.to(at::kFloat), b.to(at::kFloat)).to(at::kBFloat16);
+}
+
+void product_into(Tensor out, const Tensor& a, const Tensor& b) {
+  if (kHalfProducts || a.scalar_type() != at::kBFloat16) {
+    at::mm_out(out, a, b);
+  } else {
+    out.copy_(product(a, b));
+  }
+}
 
 // ---- norm and activation over segments of rows ------------------------------------------------------------------------
 //
@@ -464,12 +497,7 @@ inline void rows_kernel(const float* A, int64_t lda, const W* const* w, int64_t 
     }
   }
   for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NR; ++n) {
-      const auto halves = std::bit_cast<std::array<V8, 2>>(sum[m][n]);
-      const auto quarters = std::bit_cast<std::array<V4, 2>>(halves[0] + halves[1]);
-      const V4 s = quarters[0] + quarters[1];
-      C[m * NR + n] = (s[0] + s[2]) + (s[1] + s[3]);
-    }
+    for (int n = 0; n < NR; ++n) C[m * NR + n] = add_lanes(sum[m][n]);
 }
 
 constexpr int kRowTile = 4, kUnitTile = 6;
@@ -645,7 +673,8 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
         pieces.push_back({e, h.data_ptr<float>() + off[e] * width, rows, width, y.data_ptr<float>() + off[e] * out, out});
         continue;
       }
-      const Tensor z = at::mm(h.slice(0, off[e], off[e + 1]).to(w.scalar_type()), w[e].t());
+      const auto precision = kHalfProducts ? w.scalar_type() : at::kFloat;
+      const Tensor z = at::mm(h.slice(0, off[e], off[e + 1]).to(precision), w[e].to(precision).t());
       Tensor mine = y.slice(0, off[e], off[e + 1]);
       std::vector<float> ones;
       const float* a = f.scaled ? f.a.data() + e * units : (ones.assign(units, 1.0f), ones.data());
@@ -770,12 +799,12 @@ Tensor expert_linear(const Tensor& x_bsd, const OptionalTensor& gate_bgd, const 
   const int64_t e = weight_ehd.size(0), h = weight_ehd.size(1), d = weight_ehd.size(2), b = x_bsd.size(0);
   const Tensor w = weight_ehd.reshape({e * h, d});
   if (one_product(gate_bgd, source))
-    return at::mm(group_input(x_bsd, gate_bgd, source[0], 0, w.scalar_type()), w.t()).view({b, e, h});
+    return product(group_input(x_bsd, gate_bgd, source[0], 0, w.scalar_type()), w.t()).view({b, e, h});
   const int64_t g = source.size(), width = e / g * h;
   Tensor z = at::empty({b, e * h}, w.options());
   for (int64_t i = 0; i < g; ++i) {
     Tensor out = z.narrow(1, i * width, width);
-    at::mm_out(out, group_input(x_bsd, gate_bgd, source[i], i, w.scalar_type()), w.narrow(0, i * width, width).t());
+    product_into(out, group_input(x_bsd, gate_bgd, source[i], i, w.scalar_type()), w.narrow(0, i * width, width).t());
   }
   return z.view({b, e, h});
 }
@@ -786,9 +815,9 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z, 
   const Tensor w = weight_ehd.reshape({e * h, d}), gz = grad_z.reshape({b, e * h});
   Tensor grad_x = at::empty({0}, x_bsd.options()), grad_gate = at::empty({0}, x_bsd.options());
   if (one_product(gate_bgd, source)) {
-    const Tensor grad_w = at::mm(gz.t(), group_input(x_bsd, gate_bgd, source[0], 0, w.scalar_type())).view({e, h, d});
+    const Tensor grad_w = product(gz.t(), group_input(x_bsd, gate_bgd, source[0], 0, w.scalar_type())).view({e, h, d});
     if (need_x) {
-      grad_x = at::mm(gz, w).to(x_bsd.scalar_type()).unsqueeze(1);
+      grad_x = product(gz, w).to(x_bsd.scalar_type()).unsqueeze(1);
       if (x_bsd.size(1) > 1) {
         Tensor all = at::zeros_like(x_bsd);
         all.select(1, source[0]).copy_(grad_x.squeeze(1));
@@ -804,9 +833,9 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z, 
   for (int64_t i = 0; i < g; ++i) {
     const Tensor mine = gz.narrow(1, i * width, width);
     Tensor out = grad_w.narrow(0, i * width, width);
-    at::mm_out(out, mine.t(), group_input(x_bsd, gate_bgd, source[i], i, w.scalar_type()));
+    product_into(out, mine.t(), group_input(x_bsd, gate_bgd, source[i], i, w.scalar_type()));
     if (!need_x && !gate_bgd.has_value()) continue;
-    const Tensor grad_in = at::mm(mine, w.narrow(0, i * width, width)).to(x_bsd.scalar_type());
+    const Tensor grad_in = product(mine, w.narrow(0, i * width, width)).to(x_bsd.scalar_type());
     if (gate_bgd.has_value()) {
       Tensor target = grad_gate.select(1, i);
       at::mul_out(target, grad_in, x_bsd.select(1, source[i]));
@@ -826,7 +855,7 @@ Tensor grouped_linear(const Tensor& h, const Tensor& weight, const Tensor& offse
   for (int64_t e = 0; e < weight.size(0); ++e) {
     if (off[e] == off[e + 1]) continue;
     Tensor out = z.slice(0, off[e], off[e + 1]);
-    at::mm_out(out, h.slice(0, off[e], off[e + 1]), weight[e].t());
+    product_into(out, h.slice(0, off[e], off[e + 1]), weight[e].t());
   }
   z.slice(0, off[weight.size(0)]).zero_();
   return z;
@@ -844,8 +873,8 @@ std::tuple<Tensor, Tensor> grouped_linear_backward(const Tensor& grad_z, const T
     }
     const Tensor gz = grad_z.slice(0, off[e], off[e + 1]);
     Tensor gh = grad_h.slice(0, off[e], off[e + 1]);
-    at::mm_out(gh, gz, weight[e]);
-    at::mm_out(gw, gz.t(), h.slice(0, off[e], off[e + 1]));
+    product_into(gh, gz, weight[e]);
+    product_into(gw, gz.t(), h.slice(0, off[e], off[e + 1]));
   }
   grad_h.slice(0, off[weight.size(0)]).zero_();
   return {grad_h, grad_w};
@@ -968,90 +997,103 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_, const Tensor& h
 
 // ---- gates ----------------------------------------------------------------------------------------------------------------
 
-// Softmax over the allowed experts of one gate; the others get 0.
-inline void softmax_row(const float* logits, const bool* mask, float* w, int64_t e) {
-  float top = -INFINITY;
-  for (int64_t i = 0; i < e; ++i)
-    if (!mask || mask[i]) top = std::max(top, logits[i]);
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
+// Softmax over the allowed experts of one gate; the others get 0. `scratch` holds E rounded up to whole vectors: the
+// exponentials of a few experts then cost one vector's, not one each.
+inline void softmax_row(const float* logits, const bool* mask, float* w, int64_t e, float* scratch) {
+  const int64_t padded = (e + kLanes - 1) / kLanes * kLanes;
+  float top = -INFINITY, sum = 0;
   for (int64_t i = 0; i < e; ++i) {
-    w[i] = expf(logits[i] - top);
-    if (mask && !mask[i]) w[i] = 0;
-    sum += w[i];
+    scratch[i] = !mask || mask[i] ? logits[i] : -INFINITY;
+    top = std::max(top, scratch[i]);
+  }
+  for (int64_t i = e; i < padded; ++i) scratch[i] = -INFINITY;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < padded; ++i) {
+    scratch[i] = expf(scratch[i] - top);
+    sum += scratch[i];
   }
   const float inverse = 1.0f / sum;
-  for (int64_t i = 0; i < e; ++i) w[i] *= inverse;
+  for (int64_t i = 0; i < e; ++i) w[i] = scratch[i] * inverse;
 }
 
-Tensor gate_mix(const Tensor& logits_, const Tensor& experts_, const OptionalTensor& mask_) {
+int64_t padded(int64_t e) { return (e + kLanes - 1) / kLanes * kLanes; }
+
+// The mixtures and the weights (which the backward needs).
+std::tuple<Tensor, Tensor> gate_mix(const Tensor& logits_, const Tensor& experts_, const OptionalTensor& mask_) {
   const Tensor logits = logits_.to(at::kFloat).contiguous(), experts = experts_.contiguous();
   const Tensor mask = mask_.has_value() ? mask_->contiguous() : Tensor();
   const int64_t b = logits.size(0), t = logits.size(1), e = logits.size(2), h = experts.size(2);
-  Tensor z = at::empty({b, t, h}, logits.options());
+  Tensor z = at::empty({b, t, h}, logits.options()), weights = at::empty(logits.sizes(), logits.options());
   const bool* mp = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
+  const float* lp = logits.const_data_ptr<float>();
+  float *zp = z.data_ptr<float>(), *wp = weights.data_ptr<float>();
   with_type(experts, [&](auto type) {
     using Y = decltype(type);
-    at::parallel_for(0, b, std::max<int64_t>(1, 16384 / std::max<int64_t>(t * e * h, 1)), [&](int64_t from, int64_t to) {
-      std::vector<float> w(e);
-      for (int64_t row = from; row < to; ++row) {
-        const Y* y = data<Y>(experts) + row * e * h;
-        for (int64_t g = 0; g < t; ++g) {
-          softmax_row(logits.const_data_ptr<float>() + (row * t + g) * e, mp ? mp + g * e : nullptr, w.data(), e);
-          float* out = z.data_ptr<float>() + (row * t + g) * h;
-          std::fill(out, out + h, 0.0f);
-          for (int64_t i = 0; i < e; ++i) {
-            if (w[i] == 0) continue;
-            const float wi = w[i];
-            const Y* yi = y + i * h;
-#pragma omp simd
-            for (int64_t j = 0; j < h; ++j) out[j] += wi * wide(yi[j]);
-          }
+    const Y* yp = data<Y>(experts);
+    at::parallel_for(0, b, grain(t * e * h), [&](int64_t from, int64_t to) {
+      std::vector<float> scratch(padded(e));
+      for (int64_t i = from * t; i < to * t; ++i) {
+        float *w = wp + i * e, *out = zp + i * h;
+        const Y* y = yp + i / t * e * h;
+        softmax_row(lp + i * e, mp ? mp + i % t * e : nullptr, w, e, scratch.data());
+        int64_t j = 0;
+        for (; j + kLanes <= h; j += kLanes) {
+          Vec sum = {};
+          for (int64_t k = 0; k < e; ++k) sum += w[k] * load(y + k * h + j);
+          store(sum, out + j);
+        }
+        for (; j < h; ++j) {
+          out[j] = 0;
+          for (int64_t k = 0; k < e; ++k) out[j] += w[k] * wide(y[k * h + j]);
         }
       }
     });
   });
-  return z;
+  return {z, weights};
 }
 
-std::tuple<Tensor, Tensor> gate_mix_backward(const Tensor& grad_, const Tensor& logits_, const Tensor& experts_,
-                                             const OptionalTensor& mask_) {
-  const Tensor grad = grad_.contiguous(), logits = logits_.to(at::kFloat).contiguous(), experts = experts_.contiguous();
-  const Tensor mask = mask_.has_value() ? mask_->contiguous() : Tensor();
-  const int64_t b = logits.size(0), t = logits.size(1), e = logits.size(2), h = experts.size(2);
-  Tensor grad_logits = at::empty(logits.sizes(), logits.options()), grad_experts = at::empty(experts.sizes(), experts.options());
-  const bool* mp = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
+std::tuple<Tensor, Tensor> gate_mix_backward(const Tensor& grad_, const Tensor& weights_, const Tensor& experts_) {
+  const Tensor grad = grad_.contiguous(), weights = weights_.contiguous(), experts = experts_.contiguous();
+  const int64_t b = weights.size(0), t = weights.size(1), e = weights.size(2), h = experts.size(2);
+  Tensor grad_logits = at::empty(weights.sizes(), weights.options()), grad_experts = at::empty(experts.sizes(), experts.options());
+  const float *gp = grad.const_data_ptr<float>(), *wp = weights.const_data_ptr<float>();
+  float* lp = grad_logits.data_ptr<float>();
   with_type(experts, [&](auto type) {
     using Y = decltype(type);
-    at::parallel_for(0, b, std::max<int64_t>(1, 16384 / std::max<int64_t>(t * e * h, 1)), [&](int64_t from, int64_t to) {
-      std::vector<float> w(t * e), dw(t * e), sum(h);
+    const Y* yp = data<Y>(experts);
+    Y* gy = data<Y>(grad_experts);
+    at::parallel_for(0, b, grain(t * e * h), [&](int64_t from, int64_t to) {
+      std::vector<float> sum(h);
       for (int64_t row = from; row < to; ++row) {
-        const Y* y = data<Y>(experts) + row * e * h;
-        const float* gz = grad.const_data_ptr<float>() + row * t * h;
-        for (int64_t g = 0; g < t; ++g)
-          softmax_row(logits.const_data_ptr<float>() + (row * t + g) * e, mp ? mp + g * e : nullptr, w.data() + g * e, e);
-        for (int64_t i = 0; i < e; ++i) {
-          const Y* yi = y + i * h;
-          std::fill(sum.begin(), sum.end(), 0.0f);
-          for (int64_t g = 0; g < t; ++g) {
-            const float wi = w[g * e + i];
+        const float *gz = gp + row * t * h, *w = wp + row * t * e;
+        float *dl = lp + row * t * e, *s = sum.data();
+        for (int64_t k = 0; k < e; ++k) {
+          const Y* yk = yp + (row * e + k) * h;
+          for (int64_t g = 0; g < t; ++g) {  // ∂logit before the softmax: ⟨grad z, y⟩
             const float* gr = gz + g * h;
+            Vec dots = {};
             float dot = 0;
-            float* s = sum.data();
-#pragma omp simd reduction(+ : dot)
-            for (int64_t j = 0; j < h; ++j) {
-              dot += gr[j] * wide(yi[j]);
-              s[j] += wi * gr[j];
-            }
-            dw[g * e + i] = dot;
+            int64_t j = 0;
+            for (; j + kLanes <= h; j += kLanes) dots += load(gr + j) * load(yk + j);
+            for (; j < h; ++j) dot += gr[j] * wide(yk[j]);
+            dl[g * e + k] = dot + add_lanes(dots);
           }
-          narrow(sum.data(), data<Y>(grad_experts) + (row * e + i) * h, h);
+          int64_t j = 0;
+          for (; j + kLanes <= h; j += kLanes) {
+            Vec total = {};
+            for (int64_t g = 0; g < t; ++g) total += w[g * e + k] * load(gz + g * h + j);
+            store(total, s + j);
+          }
+          for (; j < h; ++j) {
+            s[j] = 0;
+            for (int64_t g = 0; g < t; ++g) s[j] += w[g * e + k] * gz[g * h + j];
+          }
+          narrow(s, gy + (row * e + k) * h, h);
         }
-        float* out = grad_logits.data_ptr<float>() + row * t * e;
         for (int64_t g = 0; g < t; ++g) {
           float mean = 0;
-          for (int64_t i = 0; i < e; ++i) mean += w[g * e + i] * dw[g * e + i];
-          for (int64_t i = 0; i < e; ++i) out[g * e + i] = w[g * e + i] * (dw[g * e + i] - mean);
+          for (int64_t k = 0; k < e; ++k) mean += w[g * e + k] * dl[g * e + k];
+          for (int64_t k = 0; k < e; ++k) dl[g * e + k] = w[g * e + k] * (dl[g * e + k] - mean);
         }
       }
     });
@@ -1077,12 +1119,12 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
   int32_t* ip = ids.data_ptr<int32_t>();
   float *wp = weights.data_ptr<float>(), *sp = scores.data_ptr<float>();
   at::parallel_for(0, b, std::max<int64_t>(1, 8192 / (e * (k + 1))), [&](int64_t from, int64_t to) {
-    std::vector<float> choice(e);
+    std::vector<float> choice(e), scratch(padded(std::max(e, k)));
     for (int64_t row = from; row < to; ++row) {
       const float* l = lp + row * e;
       float *s = sp + row * e, *w = wp + row * k;
       if (scoring == kSoftmax) {
-        softmax_row(l, nullptr, s, e);
+        softmax_row(l, nullptr, s, e, scratch.data());
       } else if (scoring == kSigmoid) {
 #pragma omp simd
         for (int64_t i = 0; i < e; ++i) s[i] = sigmoid(l[i]);
@@ -1101,7 +1143,7 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
       }
       if (scoring == kSoftmaxAfter) {
         std::vector<float> chosen(w, w + k);
-        softmax_row(chosen.data(), nullptr, w, k);
+        softmax_row(chosen.data(), nullptr, w, k, scratch.data());
       } else if (renormalize) {
         float sum = 0;
         for (int64_t j = 0; j < k; ++j) sum += w[j];
@@ -1149,8 +1191,8 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("gather_backward(Tensor grad, Tensor order, Tensor offsets, int rows) -> Tensor");
   m.def("combine(Tensor h, Tensor weights, Tensor order, Tensor offsets) -> Tensor");
   m.def("combine_backward(Tensor grad, Tensor h, Tensor weights, Tensor order, Tensor offsets) -> (Tensor, Tensor)");
-  m.def("gate_mix(Tensor logits, Tensor experts, Tensor? mask) -> Tensor");
-  m.def("gate_mix_backward(Tensor grad, Tensor logits, Tensor experts, Tensor? mask) -> (Tensor, Tensor)");
+  m.def("gate_mix(Tensor logits, Tensor experts, Tensor? mask) -> (Tensor, Tensor)");
+  m.def("gate_mix_backward(Tensor grad, Tensor weights, Tensor experts) -> (Tensor, Tensor)");
   m.def("route_topk(Tensor logits, int k, int scoring, bool renormalize, Tensor? bias, Tensor? allowed) -> "
         "(Tensor, Tensor, Tensor)");
   m.def("sort_by_expert(Tensor ids, int experts) -> (Tensor, Tensor)");

@@ -103,7 +103,8 @@ def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[i
 
 
 def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None) -> Tensor:
-    return torch.ops.recsys_moe.gate_mix(logits_bte, experts_beh, mask_te)
+    mixed, _ = torch.ops.recsys_moe.gate_mix(logits_bte, experts_beh, mask_te)
+    return mixed
 
 
 def route_topk(
@@ -197,7 +198,7 @@ def _move_running(norm: BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | Non
     mean = mean.view_as(norm.running_mean)
     norm.running_mean.lerp_(mean if bias is None else mean + bias, norm.momentum)
     if offsets is None:
-        unbias: float | Tensor = rows / max(rows - 1, 1)
+        unbias: float | Tensor = rows / (rows - 1) if rows > 1 else 1.0
     else:
         count = offsets.diff().unsqueeze(1)
         unbias = count / (count - 1).clamp_min(1)
@@ -326,19 +327,23 @@ def _register() -> None:
 
     @fake("recsys_moe::gate_mix")
     def _(logits, experts, mask):  # type: ignore[no-untyped-def]
-        return logits.new_empty(*logits.shape[:2], experts.shape[2], dtype=torch.float32)
+        mixed = logits.new_empty(*logits.shape[:2], experts.shape[2], dtype=torch.float32)
+        return mixed, torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
 
     @fake("recsys_moe::gate_mix_backward")
-    def _(grad, logits, experts, mask):  # type: ignore[no-untyped-def]
-        return torch.empty_like(logits, dtype=torch.float32), torch.empty_like(experts)
+    def _(grad, weights, experts):  # type: ignore[no-untyped-def]
+        return torch.empty_like(weights), torch.empty_like(experts, memory_format=torch.contiguous_format)
 
-    def mix_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return *ops.gate_mix_backward(grad, *ctx.saved_tensors), None
+    def save_mix(ctx: Any, inputs: Any, output: Any) -> None:
+        _, experts, _ = inputs
+        _, weights = output
+        ctx.mark_non_differentiable(weights)
+        ctx.save_for_backward(weights, experts)
 
     gradient(
         "recsys_moe::gate_mix",
-        mix_gradient,
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+        lambda ctx, grad, _: (*ops.gate_mix_backward(grad, *ctx.saved_tensors), None),
+        setup_context=save_mix,
     )
 
     @fake("recsys_moe::route_topk")

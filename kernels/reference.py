@@ -111,7 +111,7 @@ def sparse_expert_mlp(
         y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     scattered = y.new_zeros(r * k, y.shape[-1]).index_put((torch.cat(slots),), y)
     weights = torch.where(expert_ids_rk >= 0, _wide(weights_rk), 0)
-    return (scattered.view(r, k, -1) * weights.unsqueeze(-1)).sum(1).to(x_bd.dtype)
+    return (scattered.view(r, k, y.shape[-1]) * weights.unsqueeze(-1)).sum(1).to(x_bd.dtype)
 
 
 def _finish(z_nh: Tensor, layer: Layer, e: int) -> Tensor:

@@ -1,0 +1,750 @@
+"""One table of cases for every backend of the expert kernels: outputs and all gradients against naive loops in float64.
+
+The loops share no code with any backend. They get the very numbers that the kernel gets (already rounded to its precision),
+and the error is relative, in the Frobenius norm.
+
+The GPU kernels take part where there is a GPU, and, interpreted, in a process with TRITON_INTERPRET=1 from its start on:
+`tests/test_triton.py` runs this file in one.
+"""
+
+import importlib.util
+import math
+import os
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from recsys_moe import kernels
+from recsys_moe.kernels import Activation, Backend, BatchNorm, Layer, Scoring
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_CPU = pytest.mark.skipif(importlib.util.find_spec("recsys_moe.kernels.cpu") is None, reason="no C++ backend yet")
+TRITON = ["triton"] if DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else []
+BACKENDS = ["reference", pytest.param("cpu", marks=NO_CPU), *TRITON]
+
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+ACTIVATIONS = typing.get_args(Activation)
+
+Tensors = dict[str, Tensor]
+Norm = Literal["none", "training", "inference"]
+
+
+def device(backend: str) -> str:
+    return DEVICE if backend == "triton" else "cpu"
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖/‖want‖, and never more than ten times the absolute error: a gradient of exactly 0 is computed as 1e-9."""
+    assert got.shape == want.shape
+    return float((got.double().cpu() - want).norm() / want.norm().clamp_min(0.1))
+
+
+def check(
+    kernel: Callable[[Tensors], Tensor],
+    naive: Callable[[Tensors], Tensor],
+    inputs: Tensors,
+    limit: float,
+    on: str = "cpu",
+    vanishing: tuple[str, ...] = (),
+    kinked: bool = False,
+) -> None:
+    """Output and the gradient of every input, of a kernel and of the naive loops in float64.
+
+    A gradient that is 0 in exact arithmetic (`vanishing`) is measured against the weight's. `kinked`: a pre-activation that
+    was rounded may lie on the other side of ReLU's kink, and the gradients differ by whole rows of weights.
+    """
+    leaves = {name: value.to(on).detach().requires_grad_() for name, value in inputs.items()}
+    exact = {name: value.double().requires_grad_() for name, value in inputs.items()}
+    got, want = kernel(leaves), naive(exact)
+    assert relative(got.detach(), want.detach()) < limit, "output"
+
+    limit = 0.1 if kinked else limit
+    # A fixed mixture of the outputs, so that no gradient cancels; rounded as the output is.
+    cotangent = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(got.dtype)
+    grads = torch.autograd.grad(got, list(leaves.values()), cotangent.to(on), allow_unused=True)
+    wants: Sequence[Tensor] = [torch.zeros_like(value) for value in exact.values()]
+    if want.requires_grad:  # no rows, no graph
+        wants = torch.autograd.grad(want, list(exact.values()), cotangent.double(), allow_unused=True, materialize_grads=True)
+    expected = dict(zip(exact, wants, strict=True))
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        assert grad is not None, f"{name} has no gradient"
+        assert grad.dtype == leaf.dtype, name
+        if name in vanishing:
+            assert float(grad.norm()) < limit * float(expected["weight"].norm()), f"gradient of {name}"
+        else:
+            assert relative(grad, expected[name]) < limit, f"gradient of {name}"
+
+
+# ---------------------------------------------------------------------------------------------- naive mathematics
+
+
+def naive_activation(z: Tensor, activation: Activation) -> Tensor:
+    if activation == "relu":
+        return torch.where(z > 0, z, 0.0)
+    if activation == "silu":
+        return z / (1 + torch.exp(-z))
+    if activation == "gelu":
+        return z * (1 + torch.erf(z / math.sqrt(2))) / 2
+    if activation == "double_sigmoid":
+        return 2 / (1 + torch.exp(-z))
+    if activation == "swiglu":
+        half = len(z) // 2
+        return z[:half] / (1 + torch.exp(-z[:half])) * z[half:]
+    return z
+
+
+def naive_layer(rows: list[Tensor], p: Tensors, e: int, activation: Activation, norm: Norm, layer: str = "") -> list[Tensor]:
+    """One expert's layer over the rows that it sees, row by row. Moves the running moments in `p` in training."""
+    weight = p[f"weight{layer}"][e]
+    z = [weight @ row for row in rows]
+    if f"bias{layer}" in p:
+        bias = p[f"bias{layer}"][e]
+        z = [row + bias for row in z]
+    if norm != "none":
+        mean, var, scale, shift = (p[name][e] for name in ("running_mean", "running_var", "scale", "shift"))
+        if norm == "training" and len(z) > 1:
+            mean = sum(z[1:], z[0]) / len(z)
+            var = sum(((row - mean) ** 2 for row in z), torch.zeros(())) / len(z)
+            with torch.no_grad():
+                p["running_mean"][e] = 0.9 * p["running_mean"][e] + 0.1 * mean
+                p["running_var"][e] = 0.9 * p["running_var"][e] + 0.1 * var * len(z) / (len(z) - 1)
+        z = [(row - mean) / torch.sqrt(var + 1e-5) * scale + shift for row in z]
+    return [naive_activation(row, activation) for row in z]
+
+
+def naive_softmax(logits: Tensor) -> Tensor:
+    powers = torch.exp(logits - logits.detach().max())
+    return powers / powers.sum()
+
+
+# ------------------------------------------------------------------------------------------------------ expert_mlp
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A case of `expert_mlp`. `inputs` 0: x is `[B, D]`."""
+
+    why: str
+    rows: int = 37
+    inputs: int = 0
+    source: tuple[int, ...] | None = None
+    experts: int = 4
+    width: int = 21
+    units: int = 18
+    activation: Activation = "relu"
+    norm: Norm = "none"
+    bias: bool = True
+    gate: bool = False
+    wide_x: bool = False
+    strided: bool = False
+
+
+DENSE = [
+    Dense("one input for all, sizes that no tile divides"),
+    Dense("one row", rows=1),
+    Dense("no rows", rows=0),
+    Dense("one expert, one unit, one input", rows=5, experts=1, width=1, units=1, activation="none"),
+    Dense("more than one tile each way", rows=131, width=66, units=131, experts=1),
+    Dense("an input for each expert", inputs=4, activation="none"),
+    Dense("a gated input for each of two groups", gate=True, source=(0, 0), activation="silu"),
+    Dense("a gated input for each expert", gate=True, source=(0, 0, 0, 0), activation="silu"),
+    Dense("groups that share and swap inputs, gated", inputs=3, source=(2, 0, 2), experts=6, gate=True),
+    Dense("groups that share inputs, not gated; one input is not read", inputs=3, source=(2, 0, 2, 0), experts=4),
+    Dense("no bias", bias=False, activation="silu"),
+    Dense("gelu", activation="gelu"),
+    Dense("swiglu", activation="swiglu"),
+    Dense("HoME's feature gate", activation="double_sigmoid"),
+    Dense("HoME's expert in training", norm="training", activation="silu", gate=True, source=(0, 0)),
+    Dense("HoME's expert at inference", norm="inference", activation="silu", gate=True, source=(0, 0)),
+    Dense("norm in training over several tiles of rows", rows=150, norm="training", experts=2, bias=False),
+    Dense("norm and swiglu in training", norm="training", activation="swiglu"),
+    Dense("norm and swiglu at inference", norm="inference", activation="swiglu"),
+    Dense("norm in training of one row: the running moments", rows=1, norm="training", activation="gelu"),
+    Dense("norm in training of no rows", rows=0, norm="training"),
+    Dense("non-contiguous input and weight", strided=True),
+    Dense("a wide input of rounded experts", wide_x=True, gate=True, source=(0, 0)),
+]
+
+
+def rounded(*shape: int, dtype: torch.dtype, scale: float = 1.0, strided: bool = False) -> Tensor:
+    """Random numbers of a dtype; `strided`: every other column of a wider tensor."""
+    wide = torch.randn(*shape[:-1], 2 * shape[-1]).mul(scale).to(dtype)
+    return wide[..., ::2] if strided else wide[..., : shape[-1]].contiguous()
+
+
+def parameters(
+    experts: int, units: int, width: int, dtype: torch.dtype, bias: bool, norm: Norm, strided: bool = False, layer: str = ""
+) -> Tensors:
+    """Weight, bias, and the norm's scale and shift, those that there are; the last three in fp32, as models keep them."""
+    p = {f"weight{layer}": rounded(experts, units, width, dtype=dtype, scale=width**-0.5, strided=strided)}
+    if bias:
+        p[f"bias{layer}"] = rounded(experts, units, dtype=torch.float32)
+    if norm != "none":
+        p["scale"], p["shift"] = 0.5 + torch.rand(experts, units), torch.randn(experts, units)
+    return p
+
+
+def running(experts: int, units: int, norm: Norm) -> Tensors:
+    if norm == "none":
+        return {}
+    return {"running_mean": torch.randn(experts, units), "running_var": 0.5 + torch.rand(experts, units)}
+
+
+def kinked(backend: str, case: Any, dtype: torch.dtype) -> bool:
+    """The reference and the CPU backend take PyTorch's product, which rounds to bf16 before the bias; GPU kernels do not."""
+    return backend != "triton" and dtype == torch.bfloat16 and case.activation == "relu"
+
+
+def layer_of(p: Tensors, moments: Tensors, activation: Activation, norm: Norm, layer: str = "") -> Layer:
+    state = None
+    if norm != "none":
+        state = BatchNorm(p["scale"], p["shift"], moments["running_mean"], moments["running_var"], norm == "training")
+    return Layer(p[f"weight{layer}"], p.get(f"bias{layer}"), state, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.why)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_mlp(backend: Backend, case: Dense, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    units = 2 * case.units if case.activation == "swiglu" else case.units
+    shape = (case.rows, case.inputs, case.width) if case.inputs else (case.rows, case.width)
+    inputs = {"x": rounded(*shape, dtype=dtype, strided=case.strided)}
+    inputs |= parameters(case.experts, units, case.width, dtype, case.bias, case.norm, case.strided)
+    source = case.source or tuple(range(case.inputs or 1))
+    if case.gate:
+        # Powers of two, so that x⊙gate is exact in bf16 too and ReLU's kink is where the loops have it.
+        inputs["gate"] = torch.exp2(torch.randint(-2, 2, (case.rows, len(source), case.width))).to(dtype)
+    if case.wide_x:
+        inputs["x"] = inputs["x"].float()
+    on, moments = device(backend), running(case.experts, units, case.norm)
+    moved = {name: value.to(on, copy=True) for name, value in moments.items()}
+    exact = {name: value.double() for name, value in moments.items()}
+
+    def kernel(p: Tensors) -> Tensor:
+        layer = layer_of(p, moved, case.activation, case.norm)
+        y = kernels.expert_mlp(p["x"], layer, gate_bgd=p.get("gate"), source=case.source, backend=backend)
+        assert y.dtype == dtype
+        return y
+
+    def naive(p: Tensors) -> Tensor:
+        outputs = []
+        for e in range(case.experts):
+            g = e * len(source) // case.experts
+            rows = list(p["x"][:, source[g]] if case.inputs else p["x"])
+            if "gate" in p:
+                rows = [row * gate for row, gate in zip(rows, p["gate"][:, g], strict=True)]
+            y = naive_layer(rows, p | exact, e, case.activation, case.norm)
+            outputs.append(torch.stack(y) if y else p["x"].new_zeros(0, case.units))
+        return torch.stack(outputs, 1)
+
+    batch_moments = case.norm == "training" and case.rows > 1
+    vanishing = ("bias",) if batch_moments and case.bias else ()
+    check(kernel, naive, inputs, LIMIT[dtype], on, vanishing, kinked(backend, case, dtype))
+    for name, value in moved.items():
+        assert relative(value, exact[name]) < LIMIT[dtype], name
+
+
+# -------------------------------------------------------------------------------------------------------- gate_mix
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A case of `gate_mix`."""
+
+    why: str
+    rows: int = 13
+    tasks: int = 3
+    experts: int = 5
+    units: int = 19
+    masked: bool = False
+    scale: float = 1.0
+
+
+MIX = [
+    Mix("sizes that no block divides"),
+    Mix("one row", rows=1),
+    Mix("no rows", rows=0),
+    Mix("one task, one expert", tasks=1, experts=1),
+    Mix("masked: HoME's gates", masked=True),
+    Mix("more units than one block", rows=3, units=1100),
+    Mix("many experts", rows=3, experts=70, units=8),
+    Mix("large logits", scale=40.0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", MIX, ids=lambda case: case.why)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gate_mix(backend: Backend, case: Mix, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = {
+        "logits": case.scale * torch.randn(case.rows, case.tasks, case.experts),
+        "experts": rounded(case.rows, case.experts, case.units, dtype=dtype),
+    }
+    mask = None
+    if case.masked:
+        mask = torch.rand(case.tasks, case.experts) < 0.5
+        mask[:, 1] = True
+        mask[0] = torch.arange(case.experts) == 1
+
+    def kernel(p: Tensors) -> Tensor:
+        on_device = None if mask is None else mask.to(p["logits"].device)
+        z = kernels.gate_mix(p["logits"], p["experts"], mask_te=on_device, backend=backend)
+        assert z.dtype == torch.float32
+        return z
+
+    def naive(p: Tensors) -> Tensor:
+        z = []
+        for b in range(case.rows):
+            for t in range(case.tasks):
+                allowed = [e for e in range(case.experts) if mask is None or mask[t, e]]
+                weights = naive_softmax(torch.stack([p["logits"][b, t, e] for e in allowed]))
+                parts = [weights[i] * p["experts"][b, e] for i, e in enumerate(allowed)]
+                z.append(sum(parts[1:], parts[0]))
+        shape = (case.rows, case.tasks, case.units)
+        return torch.stack(z).view(shape) if z else p["experts"].new_zeros(shape)
+
+    check(kernel, naive, inputs, LIMIT[dtype], device(backend))
+
+
+# ------------------------------------------------------------------------------------------------------ route_topk
+
+
+@dataclass(frozen=True)
+class Route:
+    """A case of `route_topk`, for each scoring."""
+
+    why: str
+    rows: int = 9
+    experts: int = 11
+    k: int = 3
+    renormalize: bool = True
+    bias: bool = False
+    allowed: bool = False
+    ties: bool = False
+
+
+ROUTE = [
+    Route("renormalised"),
+    Route("as the scores are", renormalize=False),
+    Route("the bias counts for the choice only", bias=True),
+    Route("groups that are not allowed", allowed=True, bias=True),
+    Route("ties go to the lowest index", ties=True),
+    Route("K = E", experts=5, k=5),
+    Route("one expert", experts=1, k=1),
+    Route("one row, many experts", rows=1, experts=130, k=8),
+    Route("no rows", rows=0),
+]
+
+
+def naive_route(
+    logits: Tensor, k: int, scoring: Scoring, renormalize: bool, bias: Tensor | None, allowed: Tensor | None
+) -> tuple[list[int], Tensor]:
+    """One row: the ids by falling score and the weights."""
+    scores = logits
+    if scoring == "softmax":
+        scores = naive_softmax(logits)
+    elif scoring == "sigmoid":
+        scores = 1 / (1 + torch.exp(-logits))
+    choice = [float(s.detach()) + (float(bias[e]) if bias is not None else 0.0) for e, s in enumerate(scores)]
+    candidates = [e for e in range(len(choice)) if allowed is None or allowed[e]]
+    ids = sorted(candidates, key=lambda e: (-choice[e], e))[:k]
+    weights = torch.stack([scores[e] for e in ids])
+    if scoring == "softmax_after":
+        weights = naive_softmax(weights)
+    elif renormalize:
+        weights = weights / weights.sum()
+    return ids, weights
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_after"])
+@pytest.mark.parametrize("case", ROUTE, ids=lambda case: case.why)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_route_topk(backend: Backend, case: Route, scoring: Scoring) -> None:
+    torch.manual_seed(0)
+    on = device(backend)
+    logits = torch.randn(case.rows, case.experts)
+    if case.ties:
+        logits = torch.randint(0, 2, logits.shape).float()
+    bias = torch.randn(case.experts) if case.bias else None
+    allowed = None
+    if case.allowed:
+        allowed = torch.rand(case.rows, case.experts).argsort(1) < case.k + 1
+    chosen: list[list[int]] = []
+
+    def kernel(p: Tensors) -> Tensor:
+        ids, weights = kernels.route_topk(
+            p["logits"],
+            case.k,
+            scoring=scoring,
+            renormalize=case.renormalize,
+            bias_e=None if bias is None else bias.to(on),
+            allowed_be=None if allowed is None else allowed.to(on),
+            backend=backend,
+        )
+        assert (ids.dtype, weights.dtype) == (torch.int32, torch.float32)
+        chosen.extend(ids.tolist())
+        return weights
+
+    def naive(p: Tensors) -> Tensor:
+        weights = []
+        for b, row in enumerate(p["logits"]):
+            ids, w = naive_route(row, case.k, scoring, case.renormalize, bias, None if allowed is None else allowed[b])
+            assert chosen[b] == ids
+            weights.append(w)
+        return torch.stack(weights) if weights else p["logits"].new_zeros(0, case.k)
+
+    # With every expert chosen, or one, renormalised weights have gradients that cancel to nothing; ours must too.
+    check(kernel, naive, {"logits": logits}, LIMIT[torch.float32], on)
+
+
+# -------------------------------------------------------------------------------------------------- sort_by_expert
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=15)
+@given(
+    experts=st.integers(1, 9),
+    ids=st.lists(st.integers(-1, 8), max_size=60),
+    k=st.integers(1, 3),
+)
+def test_sort_by_expert(backend: Backend, experts: int, ids: list[int], k: int) -> None:
+    ids = [min(i, experts - 1) for i in ids[: len(ids) // k * k]]
+    table = torch.tensor(ids, dtype=torch.int32).view(-1, k)
+    order, offsets = kernels.sort_by_expert(table.to(device(backend)), experts, backend=backend)
+    assert (order.dtype, offsets.dtype) == (torch.int32, torch.int32)
+    expected = [[slot for slot, i in enumerate(ids) if i == e] for e in range(experts)]
+    unused = [slot for slot, i in enumerate(ids) if i < 0]
+    assert order.tolist() == [slot for slots in [*expected, unused] for slot in slots]
+    assert offsets.tolist() == [sum(len(slots) for slots in expected[:e]) for e in range(experts + 1)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sort_by_expert_over_several_blocks(backend: Backend) -> None:
+    ids = torch.randint(-1, 100, (700, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    want = kernels.sort_by_expert(ids, 100, backend="reference")
+    got = kernels.sort_by_expert(ids.to(device(backend)), 100, backend=backend)
+    assert all(torch.equal(g.cpu(), w) for g, w in zip(got, want, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------- sparse_expert_mlp
+
+Choice = Literal["random", "one", "lonely", "empty", "some_unused", "none"]
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A case of `sparse_expert_mlp`. `choice`: how the rows' experts are drawn."""
+
+    why: str
+    rows: int = 29
+    tasks: int = 1
+    experts: int = 5
+    k: int = 2
+    width: int = 21
+    units: int = 18
+    activation: Activation = "swiglu"
+    norm: Norm = "none"
+    bias: bool = False
+    second: bool = True
+    choice: Choice = "random"
+    unit_norm: bool = False
+    wide_x: bool = False
+    strided: bool = False
+
+
+SPARSE = [
+    Sparse("Mixtral's layer, sizes that no tile divides"),
+    Sparse("one token", rows=1),
+    Sparse("zero tokens", rows=0),
+    Sparse("K = E", experts=3, k=3),
+    Sparse("all tokens on one expert", choice="one", k=1),
+    Sparse("an empty expert", choice="empty"),
+    Sparse("slots without an expert", choice="some_unused", bias=True),
+    Sparse("no slot has an expert", choice="none"),
+    Sparse("several tiles of rows", rows=150, experts=2, k=1, width=66, units=70),
+    Sparse("many experts, few tokens", rows=3, experts=40, k=4),
+    Sparse("an MLP of two layers", activation="relu", bias=True),
+    Sparse("one linear layer", activation="none", second=False, bias=True),
+    Sparse("one layer, silu", activation="silu", second=False),
+    Sparse("gelu and bias", activation="gelu", bias=True),
+    Sparse("gates", activation="double_sigmoid", second=False),
+    Sparse("two routings a row", tasks=2, activation="relu", bias=True),
+    Sparse("HoME's expert in training, two tasks", tasks=2, activation="silu", second=False, norm="training"),
+    Sparse("HoME's expert at inference", activation="silu", second=False, norm="inference", bias=True),
+    Sparse(
+        "norm in training, experts of one row and of none",
+        choice="lonely",
+        k=1,
+        norm="training",
+        activation="silu",
+        second=False,
+    ),
+    Sparse("norm in training, then a second layer", norm="training", activation="swiglu", tasks=2, choice="some_unused"),
+    Sparse("norm-based routing", unit_norm=True, choice="some_unused"),
+    Sparse("non-contiguous input and weight", strided=True),
+    Sparse("a wide input of rounded experts", wide_x=True),
+]
+
+
+def draw_ids(case: Sparse) -> Tensor:
+    """int32 `[R, K]`: K different experts a row."""
+    r = case.rows * case.tasks
+    ids = torch.rand(r, case.experts).argsort(1)[:, : case.k]
+    if case.choice == "one":
+        ids = torch.full_like(ids, case.experts - 2)
+    elif case.choice == "lonely":
+        ids = (torch.arange(r) == 3).long().view(r, 1) * 2
+    elif case.choice == "empty":
+        ids = ids[:, : case.k] % (case.experts - 1)
+        ids[:, 1] = (ids[:, 0] + 1) % (case.experts - 1)
+    elif case.choice == "some_unused":
+        ids = torch.where(torch.rand(ids.shape) < 0.3, -1, ids)
+    elif case.choice == "none":
+        ids = torch.full_like(ids, -1)
+    return ids.int()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SPARSE, ids=lambda case: case.why)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sparse_expert_mlp(backend: Backend, case: Sparse, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    units = 2 * case.units if case.activation == "swiglu" else case.units
+    ids = draw_ids(case)
+    inputs = {"x": rounded(case.rows, case.width, dtype=dtype, strided=case.strided), "weights": torch.rand(ids.shape)}
+    inputs |= parameters(case.experts, units, case.width, dtype, case.bias, case.norm, case.strided)
+    if case.second:
+        inputs |= parameters(case.experts, case.width, case.units, dtype, case.bias, "none", case.strided, layer="2")
+    if case.wide_x:
+        inputs["x"] = inputs["x"].float()
+    on, moments = device(backend), running(case.experts, units, case.norm)
+    moved = {name: value.to(on, copy=True) for name, value in moments.items()}
+    exact = {name: value.double() for name, value in moments.items()}
+
+    def kernel(p: Tensors) -> Tensor:
+        layers: tuple[Layer, ...] = (layer_of(p, moved, case.activation, case.norm),)
+        if case.second:
+            layers += (layer_of(p, {}, "none", "none", "2"),)
+        order, offsets = kernels.sort_by_expert(ids.to(on), case.experts, backend=backend)
+        y = kernels.sparse_expert_mlp(
+            p["x"], layers, ids.to(on), p["weights"], order, offsets, unit_norm=case.unit_norm, backend=backend
+        )
+        assert y.dtype == p["x"].dtype
+        return y
+
+    def naive(p: Tensors) -> Tensor:
+        r = case.rows * case.tasks
+        y = [torch.zeros(case.width if case.second else case.units, dtype=torch.float64) for _ in range(r)]
+        for e in range(case.experts):
+            places = [(i, k) for i in range(r) for k in range(case.k) if ids[i, k] == e]
+            rows = naive_layer([p["x"][i // case.tasks] for i, _ in places], p | exact, e, case.activation, case.norm)
+            if case.second:
+                rows = naive_layer(rows, p, e, "none", "none", "2")
+            for (i, k), row in zip(places, rows, strict=True):
+                y[i] = y[i] + p["weights"][i, k] * (row / row.square().sum().sqrt() if case.unit_norm else row)
+        return torch.stack(y) if y else p["x"].new_zeros(0, case.width)
+
+    if case.choice == "none":
+        assert not kernel({name: value.to(on) for name, value in inputs.items()}).any()
+        return
+    vanishing = ("bias",) if case.norm == "training" and case.bias else ()
+    check(kernel, naive, inputs, LIMIT[dtype], on, vanishing, kinked(backend, case, dtype))
+    for name, value in moved.items():
+        assert relative(value, exact[name]) < LIMIT[dtype], name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_keeps_half_and_doubles_it(backend: Backend) -> None:
+    torch.manual_seed(0)
+    on = device(backend)
+    x, weight = torch.randn(64, 8, device=on), torch.randn(2, 16, 8, device=on)
+    ids = torch.arange(64, device=on, dtype=torch.int32).view(64, 1) % 2
+    order, offsets = kernels.sort_by_expert(ids, 2, backend=backend)
+    ones = torch.ones(64, 1, device=on)
+
+    def dense(dropout: float) -> Tensor:
+        return kernels.expert_mlp(x, Layer(weight, dropout=dropout), backend=backend)
+
+    def routed(dropout: float) -> Tensor:
+        return kernels.sparse_expert_mlp(x, (Layer(weight, dropout=dropout),), ids, ones, order, offsets, backend=backend)
+
+    for run in (dense, routed):
+        dropped = run(0.5)
+        kept = dropped != 0
+        assert 0.4 < float(kept.float().mean()) < 0.6
+        torch.testing.assert_close(dropped[kept], 2 * run(0.0)[kept])
+
+
+# ------------------------------------------------------------------------------------------------ batch invariance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rows_bits_do_not_depend_on_its_company(backend: Backend, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    experts, k, width, units = 6, 2, 40, 24
+    up, down = rounded(experts, 2 * units, width, dtype=dtype), rounded(experts, width, units, dtype=dtype)
+    layers = (Layer(up.to(device(backend)), activation="swiglu"), Layer(down.to(device(backend))))
+    victim, victim_ids, victim_weights = rounded(1, width, dtype=dtype), torch.tensor([[4, 1]]), torch.rand(1, k)
+
+    def among(rows: int, place: int, ids: Tensor) -> Tensor:
+        """What a sparse and a dense layer and a mixture make of the victim among `rows` rows with experts `ids`."""
+        x = rounded(rows, width, dtype=dtype)
+        x[place], ids[place] = victim[0], victim_ids[0]
+        weights = torch.rand(rows, k)
+        weights[place] = victim_weights[0]
+        x, ids, weights = (t.to(device(backend)) for t in (x, ids.int(), weights))
+        order, offsets = kernels.sort_by_expert(ids, experts, backend=backend)
+        with torch.no_grad():
+            y = kernels.sparse_expert_mlp(x, layers, ids, weights, order, offsets, invariant=True, backend=backend)
+            outputs = kernels.expert_mlp(x, layers[0], invariant=True, backend=backend)
+            z = kernels.gate_mix(outputs[:, None, :, 0].float(), outputs, backend=backend)
+        return torch.cat([y[place].flatten(), outputs[place].flatten(), z[place].flatten()])
+
+    want = among(1, 0, victim_ids.clone())
+    for rows in (2, 17, 70):
+        ids = torch.rand(rows, experts).argsort(1)[:, :k]
+        attacked = victim_ids.expand(rows, k).clone()
+        for company in (ids, attacked):
+            place = int(torch.randint(rows, ()))
+            assert torch.equal(among(rows, place, company), want), f"row {place} of {rows}"
+
+
+# -------------------------------------------------------------------------------------------------- the oracle, fp64
+
+
+def in_float64(case: Dense | Sparse, units: int, extra: Tensors) -> Tensors:
+    norm = parameters(case.experts, units, case.width, torch.float64, case.bias, case.norm)
+    return {name: value.double().requires_grad_() for name, value in (norm | extra).items()}
+
+
+def gradcheck(function: Callable[..., Any], p: Tensors) -> None:
+    def positional(*values: Tensor) -> Any:
+        return function(dict(zip(p, values, strict=True)))
+
+    assert torch.autograd.gradcheck(positional, tuple(p.values()))
+
+
+@pytest.mark.parametrize("norm", ["none", "training", "inference"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_the_reference_expert_mlp(activation: Activation, norm: Norm) -> None:
+    torch.manual_seed(0)
+    case = Dense("", rows=4, experts=2, width=3, units=2, activation=activation, norm=norm)
+    units = 2 * case.units if activation == "swiglu" else case.units
+    p = in_float64(case, units, {"x": torch.randn(4, 2, 3), "gate": torch.rand(4, 2, 3)})
+    moments = {name: value.double() for name, value in running(2, units, norm).items()}
+
+    def run(q: Tensors) -> Tensor:
+        layer = layer_of(q, moments, activation, norm)
+        return kernels.expert_mlp(q["x"], layer, gate_bgd=q["gate"], source=(1, 0), backend="reference")
+
+    gradcheck(run, p)
+
+
+@pytest.mark.parametrize("unit_norm", [False, True])
+def test_gradients_of_the_reference_sparse_expert_mlp(unit_norm: bool) -> None:
+    torch.manual_seed(0)
+    case = Sparse(
+        "", rows=3, experts=3, width=3, units=2, bias=True, choice="some_unused", norm="training", unit_norm=unit_norm
+    )
+    second = parameters(3, 3, 2, torch.float64, True, "none", layer="2")
+    p = in_float64(case, 4, second | {"x": torch.randn(3, 3), "weights": torch.rand(3, 2)})
+    moments, ids = {name: value.double() for name, value in running(3, 4, "training").items()}, draw_ids(case)
+    order, offsets = kernels.sort_by_expert(ids, 3, backend="reference")
+
+    def run(q: Tensors) -> Tensor:
+        layers = (layer_of(q, moments, "swiglu", "training"), layer_of(q, {}, "none", "none", "2"))
+        return kernels.sparse_expert_mlp(
+            q["x"], layers, ids, q["weights"], order, offsets, unit_norm=unit_norm, backend="reference"
+        )
+
+    gradcheck(run, p)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_after"])
+def test_gradients_of_the_reference_gates(scoring: Scoring) -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    logits, experts = torch.randn(2, 2, 3).double().requires_grad_(), torch.randn(2, 3, 2).double().requires_grad_()
+    gradcheck(
+        lambda q: kernels.gate_mix(q["logits"], q["experts"], mask_te=mask, backend="reference"),
+        {"logits": logits, "experts": experts},
+    )
+    gradcheck(
+        lambda q: kernels.route_topk(q["logits"], 2, scoring=scoring, renormalize=True, backend="reference")[1],
+        {"logits": torch.randn(3, 4).double().requires_grad_()},
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def layer(experts: int = 2, units: int = 3, width: int = 4, **more: Any) -> Layer:
+    return Layer(torch.ones(experts, units, width), **more)
+
+
+def sparse(x: Tensor, layers: Sequence[Layer], **changed: Tensor) -> Tensor:
+    ids = torch.zeros(2, 1, dtype=torch.int32)
+    given = {"ids": ids, "weights": torch.ones(2, 1), "order": torch.arange(2).int(), "offsets": torch.tensor([0, 2, 2])}
+    given |= changed
+    return kernels.sparse_expert_mlp(
+        x, tuple(layers), given["ids"], given["weights"], given["order"], given["offsets"], backend="reference"
+    )
+
+
+ONES = torch.ones(2, 4)
+BAD: list[tuple[str, Callable[[], Any], str]] = [
+    ("k > E", lambda: kernels.route_topk(torch.ones(1, 3), 4), "k is 4, but there are 3 experts"),
+    ("k = 0", lambda: kernels.route_topk(torch.ones(1, 3), 0), "1 ≤ k ≤ 3"),
+    ("NaN logits", lambda: kernels.route_topk(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), 1), "row 1 are not finite"),
+    ("infinite logits", lambda: kernels.route_topk(torch.tensor([[0.0, math.inf]]), 1), "row 0 are not finite"),
+    ("integer logits", lambda: kernels.route_topk(torch.ones(1, 3, dtype=torch.int64), 1), r"torch.int64 \[1, 3\]"),
+    ("weight of another width", lambda: kernels.expert_mlp(torch.ones(2, 5), layer()), r"\[2, 3, 4\].* D = 5"),
+    ("weight in fp16", lambda: kernels.expert_mlp(ONES, Layer(torch.ones(2, 3, 4).half())), "torch.float16; .*bfloat16"),
+    ("bias of another size", lambda: kernels.expert_mlp(ONES, layer(bias=torch.ones(2, 2))), r"\[2, 2\].*\[2, 3\]"),
+    ("odd swiglu", lambda: kernels.expert_mlp(ONES, layer(activation="swiglu")), "3 units: it needs an even number"),
+    ("source beyond the inputs", lambda: kernels.expert_mlp(ONES, layer(), source=(0, 1)), r"source \(0, 1\).*0 … 0"),
+    ("groups that do not divide", lambda: kernels.expert_mlp(ONES, layer(), source=(0, 0, 0)), "divides 2"),
+    ("gate of another shape", lambda: kernels.expert_mlp(ONES, layer(), gate_bgd=torch.ones(2, 2, 3)), r"\[2, 2, 3\], not"),
+    (
+        "mask of another shape",
+        lambda: kernels.gate_mix(torch.ones(2, 1, 3), torch.ones(2, 3, 4), mask_te=ONES > 0),
+        r"\[1, 3\]",
+    ),
+    ("experts that do not fit", lambda: kernels.gate_mix(torch.ones(2, 1, 3), torch.ones(2, 4, 4)), "E = 3"),
+    ("layers that do not fit", lambda: sparse(ONES, [layer(), layer()]), r"layer 1 is \[2, 3, 4\].* D = 3"),
+    ("weights that do not fit", lambda: sparse(ONES, [layer()], weights=torch.ones(2, 2)), r"weights_rk \[2, 2\]"),
+    (
+        "offsets that do not fit",
+        lambda: sparse(ONES, [layer()], offsets=torch.tensor([0, 2])),
+        r"\[2\], not \[E \+ 1\] = \[3\]",
+    ),
+    (
+        "an unknown backend",
+        lambda: kernels.gate_mix(torch.ones(1, 1, 1), torch.ones(1, 1, 1), backend="gpu"),
+        "'gpu' is unknown",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "says"), [pytest.param(call, says, id=why) for why, call, says in BAD])
+def test_bad_input_is_told_with_its_value_and_the_limit(call: Callable[[], Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def test_the_table_reaches_every_activation_and_norm() -> None:
+    """A case that is lost from the table must be seen."""
+    assert {case.activation for case in DENSE} == {case.activation for case in SPARSE} == set(ACTIVATIONS)
+    assert {case.norm for case in DENSE} == {case.norm for case in SPARSE} == {"none", "training", "inference"}
+    assert replace(DENSE[0], why="").rows > 1
