@@ -15,7 +15,6 @@ if __name__ == "kernels":
 import torch
 from torch import Tensor
 
-from recsys_moe.kernels import reference
 from recsys_moe.kernels.backends import Backend, implementation
 from recsys_moe.kernels.types import Activation, BatchNorm, Layer, Scoring
 
@@ -79,7 +78,7 @@ def expert_mlp(
 
 
 def gate_mix(logits_bte: Tensor, experts_beh: Tensor, *, mask_te: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-    """Each task's mixture of the experts: z[b, t] = Σ_e softmax_e(logits[b, t])·y[b, e], over the experts that `mask_te` allows.
+    """Each task's mixture of the experts that its mask allows: z[b, t] = Σ_e softmax_e(logits[b, t])·y[b, e].
 
     Args:
         logits_bte: fp32 `[B, T, E]`.

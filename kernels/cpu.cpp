@@ -19,6 +19,12 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__GLIBC__)
+// glibc has a vector form of it, which the compiler may use in `omp simd` loops once it is told.
+#pragma omp declare simd notinbranch
+extern "C" float expf(float) noexcept;
+#endif
+
 namespace {
 
 using at::Tensor;
@@ -120,6 +126,18 @@ inline float slope(float v) {
   }
   if constexpr (A == kDoubleSigmoidOutput) return v * (1.0f - 0.5f * v);
   return 1;
+}
+
+// For a value at a time, where a vector form in some places and not in others would give a unit different bits.
+template <int64_t A>
+[[gnu::noinline]] float activate_alone(float v) {
+  return activate<A>(v);
+}
+
+template <int64_t A>
+inline float activate_one(float v) {
+  if constexpr (A == kNone || A == kRelu) return activate<A>(v);
+  return activate_alone<A>(v);
 }
 
 template <typename F>
@@ -534,7 +552,7 @@ void layer_rows(const float* A, int64_t rows, int64_t lda, const W* weight, int6
         const W* w[2 * P];
         for (int i = 0; i < P; ++i) w[i] = weight + (n + i) * depth, w[P + i] = weight + (n + i + half) * depth;
         units_kernel<2 * P>(A, rows, lda, w, depth, [&](int64_t m, const float* v) {
-          for (int i = 0; i < P; ++i) Y[m * ldy + n + i] = activate<kSilu>(affine(v[i], n + i)) * affine(v[P + i], n + i + half);
+          for (int i = 0; i < P; ++i) Y[m * ldy + n + i] = activate_one<kSilu>(affine(v[i], n + i)) * affine(v[P + i], n + i + half);
         });
         n += P;
       };
@@ -550,7 +568,7 @@ void layer_rows(const float* A, int64_t rows, int64_t lda, const W* weight, int6
         const W* w[P];
         for (int i = 0; i < P; ++i) w[i] = weight + (n + i) * depth;
         units_kernel<P>(A, rows, lda, w, depth, [&](int64_t m, const float* v) {
-          for (int i = 0; i < P; ++i) Y[m * ldy + n + i] = activate<decltype(kind)::value>(affine(v[i], n + i));
+          for (int i = 0; i < P; ++i) Y[m * ldy + n + i] = activate_one<decltype(kind)::value>(affine(v[i], n + i));
         });
         n += P;
       };

@@ -6,6 +6,7 @@ Training runs layer by layer (each step differentiable); inference runs a whole 
 import hashlib
 import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -71,7 +72,7 @@ def build() -> Path:
         # OpenMP without its library: PyTorch has one in the process, and two would fight for the cores.
         libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10"]
         command = [*shlex.split(compiler), *flags, str(SOURCE), "-o", str(made), *libraries, "-nodefaultlibs"]
-        command += ["-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc"]
+        command += ["-lstdc++", *(["-lmvec"] if platform.machine() == "x86_64" else []), "-lm", "-lc", "-lgcc_s", "-lgcc"]
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(library)
     return library

@@ -18,7 +18,7 @@ def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[i
             for i in range(x.shape[0])
         ]
         return torch.cat(alone) if alone else expert_mlp(x, layer, gate_bgd, source, False)
-    e, _, d = layer.weight.shape
+    e = layer.weight.shape[0]
     dtype = layer.weight.dtype
     x_bsd = x.unsqueeze(1) if x.dim() == 2 else x
     x_bgd = x_bsd[:, list(source)]
