@@ -1144,8 +1144,13 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
       if (scoring == kSoftmax) {
         softmax_row(l, nullptr, s, e, scratch.data());
       } else if (scoring == kSigmoid) {
+        // In whole vectors, so that equal logits get equal bits wherever they lie.
+        const int64_t whole = padded(e);
+        float* p = scratch.data();
+        std::fill(std::copy(l, l + e, p), p + whole, 0.0f);
 #pragma omp simd
-        for (int64_t i = 0; i < e; ++i) s[i] = sigmoid(l[i]);
+        for (int64_t i = 0; i < whole; ++i) p[i] = sigmoid(p[i]);
+        std::copy(p, p + e, s);
       } else {
         std::memcpy(s, l, e * sizeof(float));
       }
