@@ -65,7 +65,7 @@ def expert_mlp(
         groups = gate_bgd.shape[1] if gate_bgd is not None else inputs
         source = (0,) * groups if inputs == 1 else tuple(range(inputs))
     experts, _, width = layer.weight.shape
-    _check_layers((layer,), x.shape[-1])
+    _check_layers((layer,), x.shape[-1], invariant)
     if experts % len(source) or max(source) >= inputs or min(source) < 0:
         raise ValueError(
             f"source {source} does not fit {inputs} inputs and {experts} experts: name an input 0 … {inputs - 1} for each "
@@ -194,7 +194,7 @@ def sparse_expert_mlp(
     >>> sparse_expert_mlp(x, (double,), ids, ones, order, offsets, backend="reference").tolist()
     [[3.0], [2.0]]
     """
-    _check_layers(layers, x_bd.shape[-1])
+    _check_layers(layers, x_bd.shape[-1], invariant)
     r, k = expert_ids_rk.shape
     if weights_rk.shape != (r, k) or (x_bd.shape[0] and r % x_bd.shape[0]) or order.shape != (r * k,):
         raise ValueError(
@@ -208,10 +208,15 @@ def sparse_expert_mlp(
     return out
 
 
-def _check_layers(layers: tuple[Layer, ...], width: int) -> None:
-    """Shapes and dtypes that fit each other, from an input of `width` on."""
+def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool) -> None:
+    """Shapes and dtypes that fit each other, from an input of `width` on; nothing of training in the invariant mode."""
     experts = layers[0].weight.shape[0]
     for number, layer in enumerate(layers):
+        if invariant and (layer.dropout or (layer.norm is not None and layer.norm.training)):
+            raise ValueError(
+                f"layer {number} is in training (norm by the batch's moments, or dropout) under invariant=True: its result "
+                "would depend on the whole batch; use eval()"
+            )
         if layer.weight.dim() != 3 or layer.weight.shape[0] != experts or layer.weight.shape[2] != width:
             raise ValueError(
                 f"the weight of layer {number} is {list(layer.weight.shape)}, not [E, H, D] with E = {experts} and D = {width}"

@@ -46,7 +46,8 @@ def _choose(device: str) -> str:
         chosen, why = ("reference", reason) if reason else ("cpu", "the tensors are on the CPU")
     else:
         chosen, why = "reference", f"no other backend knows the device {device!r}"
-    log.info("expert kernels run on the backend %r: %s", chosen, why)
+    # Falling back costs several times the speed: that is told aloud.
+    log.log(logging.WARNING if chosen == "reference" else logging.INFO, "expert kernels run on the backend %r: %s", chosen, why)
     return chosen
 
 

@@ -663,7 +663,7 @@ constexpr int64_t kBlasRows = 48;  // from so many rows an expert on, packing pa
 
 Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<OptionalTensor>& biases,
                       const c10::List<OptionalTensor>& scales, const c10::List<OptionalTensor>& shifts,
-                      const c10::List<OptionalTensor>& means, const c10::List<OptionalTensor>& vars, double eps,
+                      const c10::List<OptionalTensor>& means, const c10::List<OptionalTensor>& vars, at::ArrayRef<double> eps,
                       at::IntArrayRef activations, const Tensor& gate_weights, const Tensor& order_, const Tensor& offsets_,
                       bool unit_norm, bool invariant) {
   const Tensor x = x_.contiguous(), order = order_.contiguous(), offsets = offsets_.contiguous();
@@ -681,7 +681,7 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
   for (size_t layer = 0; layer < weights.size(); ++layer) {
     const Tensor w = weights[layer].contiguous();
     const int64_t units = w.size(1), out = activations[layer] == kSwiglu ? units / 2 : units;
-    const Folded f = fold_layer(experts * units, biases[layer], scales[layer], shifts[layer], means[layer], vars[layer], eps);
+    const Folded f = fold_layer(experts * units, biases[layer], scales[layer], shifts[layer], means[layer], vars[layer], eps[layer]);
     Tensor y = at::empty({used, out}, h.options());
     std::vector<Piece> pieces;
     for (int64_t e = 0; e < experts; ++e) {
@@ -1206,7 +1206,7 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("dense_forward(Tensor x, Tensor? gate, Tensor weight, int[] source, Tensor? bias, Tensor? scale, Tensor? shift, "
         "Tensor? mean, Tensor? var, float eps, int activation) -> Tensor");
   m.def("sparse_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] scales, Tensor?[] shifts, Tensor?[] means, "
-        "Tensor?[] vars, float eps, int[] activations, Tensor gate_weights, Tensor order, Tensor offsets, "
+        "Tensor?[] vars, float[] eps, int[] activations, Tensor gate_weights, Tensor order, Tensor offsets, "
         "bool unit_norm, bool invariant) -> Tensor");
   m.def("grouped_linear(Tensor h, Tensor weight, Tensor offsets) -> Tensor");
   m.def("grouped_linear_backward(Tensor grad_z, Tensor h, Tensor weight, Tensor offsets) -> (Tensor, Tensor)");

@@ -141,7 +141,7 @@ def sparse_expert_mlp(
             [n.shift for n in norms],
             [n.running_mean for n in norms],
             [n.running_var for n in norms],
-            next((n.eps for n in norms if n.scale is not None), 0.0),
+            [n.eps for n in norms],
             [ACTIVATIONS[layer.activation] for layer in layers],
             weights_rk,
             order,

@@ -83,8 +83,6 @@ def _layer(
     training, eps = False, 0.0
     if norm is not None:
         scale, shift, mean, var, training, _, eps = norm
-        if invariant and training:
-            raise ValueError("invariant=True with a norm in training: its moments depend on the whole batch; use eval()")
     learned = (x, gate, weight, bias, scale, shift)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
     y, _, batch_mean, batch_var = triton_ops.layer(

@@ -13,8 +13,8 @@ from recsys_moe.process import interrupt_once
 # Before Ray, MLflow or torch are imported anywhere below.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# OpenMP threads that spin at a barrier starve each other once another process wants a core: two runs side by side took
-# 543 ms a step, 148 ms with a spin of 10000, 300 ms with 30000; one alone is as fast as before.
+# OpenMP threads that spin at a barrier starve each other once another process wants a core; not spinning at all costs a run
+# that is alone 30 % (docs/decisions.md has the figures).
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 app = typer.Typer(

@@ -748,3 +748,29 @@ def test_the_table_reaches_every_activation_and_norm() -> None:
     assert {case.activation for case in DENSE} == {case.activation for case in SPARSE} == set(ACTIVATIONS)
     assert {case.norm for case in DENSE} == {case.norm for case in SPARSE} == {"none", "training", "inference"}
     assert replace(DENSE[0], why="").rows > 1
+
+
+@pytest.mark.parametrize("change", ["dropout", "norm"])
+def test_the_invariant_mode_refuses_training(change: str) -> None:
+    moments = torch.zeros(2, 3), torch.ones(2, 3)
+    norm = BatchNorm(torch.ones(2, 3), torch.zeros(2, 3), *moments, training=True) if change == "norm" else None
+    layer = Layer(torch.ones(2, 3, 4), norm=norm, dropout=0.5 if change == "dropout" else 0.0)
+    with pytest.raises(ValueError, match=r"layer 0 is in training .* under invariant=True"):
+        kernels.expert_mlp(torch.ones(5, 4), layer, invariant=True)
+    ids = torch.zeros(5, 1, dtype=torch.int32)
+    plan = (ids, torch.ones(5, 1), *kernels.sort_by_expert(ids, 2))
+    with pytest.raises(ValueError, match=r"layer 0 is in training .* under invariant=True"):
+        kernels.sparse_expert_mlp(torch.ones(5, 4), (layer,), *plan, invariant=True)
+
+
+def test_each_layer_has_its_own_eps() -> None:
+    torch.manual_seed(0)
+
+    def layer(eps: float) -> Layer:
+        norm = BatchNorm(torch.ones(1, 4), torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1, 4), False, eps=eps)
+        return Layer(torch.eye(4).unsqueeze(0), norm=norm)
+
+    x, ids = torch.randn(3, 4), torch.zeros(3, 1, dtype=torch.int32)
+    plan = (ids, torch.ones(3, 1), *kernels.sort_by_expert(ids, 1))
+    y = kernels.sparse_expert_mlp(x, (layer(0.0), layer(3.0)), *plan)
+    torch.testing.assert_close(y, x / 2)
