@@ -77,13 +77,21 @@ def expert_mlp(
     return out
 
 
-def gate_mix(logits_bte: Tensor, experts_beh: Tensor, *, mask_te: Tensor | None = None, backend: Backend = "auto") -> Tensor:
-    """Each task's mixture of the experts that its mask allows: z[b, t] = Σ_e softmax_e(logits[b, t])·y[b, e].
+def gate_mix(
+    logits_bte: Tensor,
+    experts_beh: Tensor,
+    *,
+    mask_te: Tensor | None = None,
+    residual_bte: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Each task's mixture of the experts that its mask allows: z[b, t] = Σ_e (softmax_e(logits) + residual)[b, t, e]·y[b, e].
 
     Args:
         logits_bte: fp32 `[B, T, E]`.
         experts_beh: `[B, E, H]`, fp32 or bf16.
         mask_te: bool `[T, E]`, at least one expert a task.
+        residual_bte: fp32 `[B, T, E]`, weights beside the softmax's (HoME's self gate); what the mask forbids is not read.
 
     Returns:
         fp32 `[B, T, H]`. No `[B, T, E, H]` exists on the way.
@@ -96,7 +104,9 @@ def gate_mix(logits_bte: Tensor, experts_beh: Tensor, *, mask_te: Tensor | None 
         raise ValueError(f"experts_beh is {list(experts_beh.shape)}, not [B, E, H] with B = {b} and E = {e}")
     if mask_te is not None and (mask_te.shape != (t, e) or mask_te.dtype != torch.bool):
         raise ValueError(f"mask_te is {mask_te.dtype} {list(mask_te.shape)}, not bool [T, E] = {[t, e]}")
-    out: Tensor = implementation(backend, logits_bte.device).gate_mix(logits_bte, experts_beh, mask_te)
+    if residual_bte is not None and residual_bte.shape != logits_bte.shape:
+        raise ValueError(f"residual_bte is {list(residual_bte.shape)}, not [B, T, E] = {[b, t, e]}")
+    out: Tensor = implementation(backend, logits_bte.device).gate_mix(logits_bte, experts_beh, mask_te, residual_bte)
     return out
 
 

@@ -71,7 +71,8 @@ def cases() -> Iterator[Callable[[], Any]]:
         yield from sparse_cases(dtype)
         for tasks, experts, units, masked in ((2, 8, 64, False), (7, 12, 256, True), (3, 200, 33, False)):
             yield partial(mix, dtype, 4096, tasks, experts, units, masked)
-        yield partial(mix, dtype, 1, 1, 1, 1, True)
+        yield partial(mix, dtype, 4096, 7, 12, 256, True, residual=True)
+        yield partial(mix, dtype, 1, 1, 1, 1, True, residual=True)
     for scoring in get_args(Scoring):
         for rows, experts, k in ((4096, 8, 2), (4096, 256, 8), (1, 1, 1)):
             yield partial(route, scoring, rows, experts, k)
@@ -157,11 +158,12 @@ def sparse(
         run()
 
 
-def mix(dtype: torch.dtype, rows: int, tasks: int, experts: int, units: int, masked: bool) -> None:
+def mix(dtype: torch.dtype, rows: int, tasks: int, experts: int, units: int, masked: bool, residual: bool = False) -> None:
     logits = torch.zeros(rows, tasks, experts, requires_grad=True)
     outputs = torch.zeros(rows, experts, units, dtype=dtype, requires_grad=True)
     mask = torch.ones(tasks, experts, dtype=torch.bool) if masked else None
-    gpu.gate_mix(logits, outputs, mask).sum().backward()
+    beside = torch.zeros(rows, tasks, experts, requires_grad=True) if residual else None
+    gpu.gate_mix(logits, outputs, mask, beside).sum().backward()
 
 
 def route(scoring: Scoring, rows: int, experts: int, k: int) -> None:

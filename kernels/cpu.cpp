@@ -6,186 +6,17 @@
 // Shapes: B rows, S inputs a row, G groups of experts, E experts, D inputs and H outputs of a layer, T tasks a row,
 // R = B·T routed rows, K experts a routed row, N = R·K slots.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-#include <bit>
-#include <cmath>
-#include <cstring>
-#include <numeric>
-#include <tuple>
-#include <vector>
+#include <set>
 
-#if defined(__x86_64__) && defined(__GLIBC__)
-// glibc has a vector form of it, which the compiler may use in `omp simd` loops once it is told.
-#pragma omp declare simd notinbranch
-extern "C" float expf(float) noexcept;
-#endif
+#include "cpu_gemm.h"
+#include "cpu_lanes.h"
+#include "cpu_vector.h"
 
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using bf16 = at::BFloat16;
-
-enum Activation : int64_t { kNone = 0, kRelu = 1, kSilu = 2, kGelu = 3, kSwiglu = 4, kDoubleSigmoid = 5,
-                           kDoubleSigmoidOutput = 6 };  // the last: its slope, from its output
-
-constexpr int64_t kLanes = 16;
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef float V8 __attribute__((vector_size(32)));
-typedef float V4 __attribute__((vector_size(16)));
-typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Half __attribute__((vector_size(2 * kLanes)));
-
-inline float wide(float v) { return v; }
-inline float wide(bf16 v) { return static_cast<float>(v); }
-
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec load(const bf16* p) {
-  Half half;
-  std::memcpy(&half, p, sizeof half);
-  return std::bit_cast<Vec>(__builtin_convertvector(half, Bits) << 16);
-}
-inline void store(Vec v, float* p) { std::memcpy(p, &v, sizeof v); }
-
-// The sum of the lanes, in one fixed tree.
-inline float add_lanes(Vec v) {
-  const auto halves = std::bit_cast<std::array<V8, 2>>(v);
-  const auto quarters = std::bit_cast<std::array<V4, 2>>(halves[0] + halves[1]);
-  const V4 s = quarters[0] + quarters[1];
-  return (s[0] + s[2]) + (s[1] + s[3]);
-}
-
-template <typename T>
-inline Vec load_first(const T* p, int64_t count) {  // the first `count` values, zeros behind
-  T part[kLanes] = {};
-  std::copy(p, p + count, part);
-  return load(part);
-}
-
-template <typename T>
-void widen(const T* from, float* to, int64_t n) {
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(to, from, n * sizeof(float));
-  } else {
-    const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
-    uint32_t* out = reinterpret_cast<uint32_t*>(to);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint32_t>(bits[i]) << 16;
-  }
-}
-
-template <typename T>
-void narrow(const float* from, T* to, int64_t n) {
-  if constexpr (std::is_same_v<T, float>) {
-    std::memcpy(to, from, n * sizeof(float));
-  } else {
-    const uint32_t* bits = reinterpret_cast<const uint32_t*>(from);
-    uint16_t* out = reinterpret_cast<uint16_t*>(to);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {  // to nearest even; a NaN keeps a set bit
-      uint32_t v = bits[i];
-      uint32_t rounded = (v + 0x7fff + ((v >> 16) & 1)) >> 16;
-      out[i] = (v & 0x7fffffff) > 0x7f800000 ? static_cast<uint16_t>((v >> 16) | 0x40) : static_cast<uint16_t>(rounded);
-    }
-  }
-}
-
-// ---- activations: value and derivative, of a pre-activation -----------------------------------------------------------
-
-inline float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
-
-template <int64_t A>
-inline float activate(float v) {
-  if constexpr (A == kRelu) return v > 0 ? v : 0;
-  if constexpr (A == kSilu) return v * sigmoid(v);
-  if constexpr (A == kGelu) return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-  if constexpr (A == kDoubleSigmoid) return 2.0f * sigmoid(v);
-  return v;
-}
-
-template <int64_t A>
-inline float slope(float v) {
-  if constexpr (A == kRelu) return v > 0 ? 1 : 0;
-  if constexpr (A == kSilu) {
-    float s = sigmoid(v);
-    return s * (1.0f + v * (1.0f - s));
-  }
-  if constexpr (A == kGelu) return 0.5f * (1.0f + erff(v * 0.70710678f)) + v * 0.39894228f * expf(-0.5f * v * v);
-  if constexpr (A == kDoubleSigmoid) {
-    float s = sigmoid(v);
-    return 2.0f * s * (1.0f - s);
-  }
-  if constexpr (A == kDoubleSigmoidOutput) return v * (1.0f - 0.5f * v);
-  return 1;
-}
-
-// For a value at a time, where a vector form in some places and not in others would give a unit different bits.
-template <int64_t A>
-[[gnu::noinline]] float activate_alone(float v) {
-  return activate<A>(v);
-}
-
-template <int64_t A>
-inline float activate_one(float v) {
-  if constexpr (A == kNone || A == kRelu) return activate<A>(v);
-  return activate_alone<A>(v);
-}
-
-template <typename F>
-void with_activation(int64_t activation, F&& run) {
-  switch (activation) {
-    case kRelu: return run(std::integral_constant<int64_t, kRelu>{});
-    case kSilu: return run(std::integral_constant<int64_t, kSilu>{});
-    case kGelu: return run(std::integral_constant<int64_t, kGelu>{});
-    case kDoubleSigmoid: return run(std::integral_constant<int64_t, kDoubleSigmoid>{});
-    case kDoubleSigmoidOutput: return run(std::integral_constant<int64_t, kDoubleSigmoidOutput>{});
-    default: return run(std::integral_constant<int64_t, kNone>{});
-  }
-}
-
-template <typename F>
-void with_type(const Tensor& t, F&& run) {
-  if (t.scalar_type() == at::kBFloat16) return run(bf16{});
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat, "experts run in float32 or bfloat16 on the CPU, not ", t.scalar_type());
-  run(float{});
-}
-
-template <typename T>
-T* data(const Tensor& t) { return reinterpret_cast<T*>(t.data_ptr()); }
-
-const float* maybe(const OptionalTensor& t) { return t.has_value() && t->defined() ? t->const_data_ptr<float>() : nullptr; }
-
-// ---- large products ------------------------------------------------------------------------------------------------------
-//
-// PyTorch's, but bf16 only where the processor multiplies it: elsewhere it would add up in bf16, slowly and roughly.
-
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__) || defined(__ARM_FEATURE_BF16)
-constexpr bool kHalfProducts = true;
-#else
-constexpr bool kHalfProducts = false;
-#endif
-
-Tensor product(const Tensor& a, const Tensor& b) {
-  if (kHalfProducts || a.scalar_type() != at::kBFloat16) return at::mm(a, b);
-  return at::mm(a.to(at::kFloat), b.to(at::kFloat)).to(at::kBFloat16);
-}
-
-void product_into(Tensor out, const Tensor& a, const Tensor& b) {
-  if (kHalfProducts || a.scalar_type() != at::kBFloat16) {
-    at::mm_out(out, a, b);
-  } else {
-    out.copy_(product(a, b));
-  }
-}
+int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)); }
 
 // ---- norm and activation over segments of rows ------------------------------------------------------------------------
 //
@@ -227,31 +58,30 @@ Segments segments_of(const OptionalTensor& offsets, int64_t rows) {
 
 constexpr int64_t kChunk = 64;
 
-// Mean and biased variance of each column of each segment. Chunk by chunk in two passes, merged in the order of the chunks
-// (Chan et al. 1979), so the result does not depend on the number of threads.
+// Mean and biased variance of each column of each segment. Chunk by chunk, in one pass around the chunk's first row, merged in
+// the order of the chunks (Chan et al. 1979), so the result does not depend on the number of threads.
 template <typename Z>
 void moments(const Z* z, const Segments& segments, int64_t columns, float* mean, float* var) {
   const auto owner = segments.chunk_segments(kChunk);
   std::vector<float> part(owner.size() * columns * 2);
   std::vector<int64_t> sizes(owner.size());
   segments.for_chunks(kChunk, columns, [&](int64_t i, int64_t, int64_t begin, int64_t end) {
-    float* m = part.data() + i * columns * 2;
-    float* m2 = m + columns;
+    float *m = part.data() + i * columns * 2, *m2 = m + columns;
+    const Z* first = z + begin * columns;
+    for (int64_t r = begin + 1; r < end; ++r) {
+      const Z* row = z + r * columns;
+      by_vecs(columns, [&](int64_t c, int64_t count) {
+        const Vec d = load_first(row + c, count) - load_first(first + c, count);
+        store_first(load_first(m + c, count) + d, m + c, count);
+        store_first(load_first(m2 + c, count) + d * d, m2 + c, count);
+      });
+    }
     const float inverse = 1.0f / (end - begin);
-    for (int64_t r = begin; r < end; ++r) {
-      const Z* row = z + r * columns;
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) m[c] += wide(row[c]);
-    }
-    for (int64_t c = 0; c < columns; ++c) m[c] *= inverse;
-    for (int64_t r = begin; r < end; ++r) {
-      const Z* row = z + r * columns;
-#pragma omp simd
-      for (int64_t c = 0; c < columns; ++c) {
-        float d = wide(row[c]) - m[c];
-        m2[c] += d * d;
-      }
-    }
+    by_vecs(columns, [&](int64_t c, int64_t count) {
+      const Vec sum = load_first(m + c, count), shift = sum * inverse;
+      store_first(load_first(m2 + c, count) - sum * shift, m2 + c, count);
+      store_first(load_first(first + c, count) + shift, m + c, count);
+    });
     sizes[i] = end - begin;
   });
   std::fill(mean, mean + segments.count() * columns, 0.0f);
@@ -282,61 +112,29 @@ void fold(int64_t n, const float* bias, const float* scale, const float* shift, 
   }
 }
 
-// y = act(z·a + c); with swiglu the columns of z are [gate | up] for each of `experts` blocks.
-template <typename Z, typename Y>
-void apply(const Z* z, Y* y, const Segments& segments, int64_t columns, int64_t blocks, const float* a, const float* c,
-           int64_t activation) {
-  const int64_t out_columns = activation == kSwiglu ? columns / 2 : columns;
-  segments.for_chunks(16, columns, [&](int64_t, int64_t s, int64_t begin, int64_t end) {
-    std::vector<float> u(columns), v(out_columns);
-    const float *as = a + s * columns, *cs = c + s * columns;
-    for (int64_t r = begin; r < end; ++r) {
-      const Z* row = z + r * columns;
-      widen(row, u.data(), columns);
-#pragma omp simd
-      for (int64_t i = 0; i < columns; ++i) u[i] = u[i] * as[i] + cs[i];
-      if (activation == kSwiglu) {
-        const int64_t half = columns / blocks / 2;
-        for (int64_t block = 0; block < blocks; ++block) {
-          const float *gate = u.data() + block * 2 * half, *up = gate + half;
-          float* out = v.data() + block * half;
-#pragma omp simd
-          for (int64_t i = 0; i < half; ++i) out[i] = activate<kSilu>(gate[i]) * up[i];
-        }
-        narrow(v.data(), y + r * out_columns, out_columns);
-      } else {
-        with_activation(activation, [&](auto A) {
-          float* p = u.data();
-#pragma omp simd
-          for (int64_t i = 0; i < columns; ++i) p[i] = activate<decltype(A)::value>(p[i]);
-        });
-        narrow(u.data(), y + r * columns, columns);
-      }
-    }
-  });
-}
-
-// The gradient of u, for one row.
-template <typename Y>
-void grad_row(const float* u, const Y* grad_y, float* grad_u, int64_t columns, int64_t blocks, int64_t activation) {
+// Of one row: calls use(i, count, du, z) with the gradient of u = z·a + c and z itself, vector by vector.
+template <typename Z, typename F>
+inline void grad_row(const Z* z, const Z* grad_y, int64_t columns, int64_t blocks, const float* a, const float* c,
+                     int64_t activation, F&& use) {
+  auto affine = [&](Vec v, int64_t i, int64_t count) { return v * load_first(a + i, count) + load_first(c + i, count); };
   if (activation == kSwiglu) {
     const int64_t half = columns / blocks / 2;
     for (int64_t block = 0; block < blocks; ++block) {
-      const float *gate = u + block * 2 * half, *up = gate + half;
-      const Y* g = grad_y + block * half;
-      float *d_gate = grad_u + block * 2 * half, *d_up = d_gate + half;
-#pragma omp simd
-      for (int64_t i = 0; i < half; ++i) {
-        float gi = wide(g[i]);
-        d_gate[i] = gi * up[i] * slope<kSilu>(gate[i]);
-        d_up[i] = gi * activate<kSilu>(gate[i]);
-      }
+      by_vecs(half, [&](int64_t i, int64_t count) {
+        const int64_t gate = block * 2 * half + i, up = gate + half;
+        const Vec zg = load_first(z + gate, count), zu = load_first(z + up, count), g = load_first(grad_y + block * half + i, count);
+        const Vec ug = affine(zg, gate, count), uu = affine(zu, up, count);
+        use(gate, count, g * uu * slope<kSilu>(ug), zg);
+        use(up, count, g * activate<kSilu>(ug), zu);
+      });
     }
     return;
   }
   with_activation(activation, [&](auto A) {
-#pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) grad_u[i] = wide(grad_y[i]) * slope<decltype(A)::value>(u[i]);
+    by_vecs(columns, [&](int64_t i, int64_t count) {
+      const Vec zi = load_first(z + i, count);
+      use(i, count, load_first(grad_y + i, count) * slope<decltype(A)::value>(affine(zi, i, count)), zi);
+    });
   });
 }
 
@@ -372,7 +170,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& z_, int64_t blocks, co
   if (rows) {
     with_type(z, [&](auto t) {
       using T = decltype(t);
-      apply(data<T>(z), data<T>(y), segments, columns, blocks, a.data(), c.data(), activation);
+      const int64_t out_columns = activation == kSwiglu ? columns / 2 : columns;
+      segments.for_chunks(16, columns, [&](int64_t, int64_t s, int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r)
+          activate_row(data<T>(z) + r * columns, data<T>(y) + r * out_columns, columns, blocks, a.data() + s * columns,
+                       c.data() + s * columns, activation);
+      });
     });
     if (segments.rows() < rows) y.slice(0, segments.rows()).zero_();
   }
@@ -409,39 +212,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_
     // First pass: Σ du and Σ du·x̂ for each column. Without a norm in training, dz is known at once.
     const bool direct = !norm || !training;
     segments.for_chunks(kChunk, columns, [&](int64_t i, int64_t s, int64_t begin, int64_t end) {
-      std::vector<float> u(columns), du(columns);
       const float *as = a.data() + s * columns, *cs = c.data() + s * columns;
+      const float *ms = norm ? m + s * columns : nullptr, *rs = s1 + s * columns;
       float *sum = sums.data() + i * columns * 2, *sum_x = sum + columns;
       for (int64_t r = begin; r < end; ++r) {
-        const T* row = zp + r * columns;
-        widen(row, u.data(), columns);
-        const float* ms = m + s * columns;
-        const float* rs = s1 + s * columns;
-        if (norm) {
-#pragma omp simd
-          for (int64_t k = 0; k < columns; ++k) u[k] = u[k] * as[k] + cs[k];
-        } else {
-#pragma omp simd
-          for (int64_t k = 0; k < columns; ++k) u[k] += cs[k];
-        }
-        grad_row(u.data(), gp + r * out_columns, du.data(), columns, blocks, activation);
-        if (norm) {
-#pragma omp simd
-          for (int64_t k = 0; k < columns; ++k) {
-            sum[k] += du[k];
-            sum_x[k] += du[k] * (wide(row[k]) - ms[k]) * rs[k];
-          }
-        } else {
-#pragma omp simd
-          for (int64_t k = 0; k < columns; ++k) sum[k] += du[k];
-        }
-        if (direct) {
-          if (norm) {
-#pragma omp simd
-            for (int64_t k = 0; k < columns; ++k) du[k] *= as[k];
-          }
-          narrow(du.data(), out + r * columns, columns);
-        }
+        grad_row(zp + r * columns, gp + r * out_columns, columns, blocks, as, cs, activation,
+                 [&](int64_t k, int64_t count, Vec du, Vec zk) {
+                   store_first(load_first(sum + k, count) + du, sum + k, count);
+                   if (norm) {
+                     const Vec x = (zk - load_first(ms + k, count)) * load_first(rs + k, count);
+                     store_first(load_first(sum_x + k, count) + du * x, sum_x + k, count);
+                   }
+                   if (direct) store_first(du * load_first(as + k, count), out + r * columns + k, count);
+                 });
       }
     });
     float *total = grad_shift.data_ptr<float>(), *total_x = norm ? grad_scale.data_ptr<float>() : nullptr;
@@ -455,22 +238,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_
     if (direct) return;
     // Second pass: dz = a·(du − mean(du) − x̂·mean(du·x̂)); a segment that kept to its running moments: a·du.
     segments.for_chunks(kChunk, columns, [&](int64_t, int64_t s, int64_t begin, int64_t end) {
-      std::vector<float> u(columns), du(columns), mean_du(columns), mean_dux(columns);
+      std::vector<float> p(columns), q(columns);
       const int64_t n = segments.size(s);
       const float share = n < 2 ? 0.0f : 1.0f / n;
       const float *as = a.data() + s * columns, *cs = c.data() + s * columns, *ms = m + s * columns, *rs = s1 + s * columns;
       for (int64_t k = 0; k < columns; ++k) {
-        mean_du[k] = total[s * columns + k] * share;
-        mean_dux[k] = total_x[s * columns + k] * share * rs[k];
+        p[k] = -as[k] * total_x[s * columns + k] * share * rs[k];
+        q[k] = -as[k] * total[s * columns + k] * share;
       }
       for (int64_t r = begin; r < end; ++r) {
-        const T* row = zp + r * columns;
-#pragma omp simd
-        for (int64_t k = 0; k < columns; ++k) u[k] = wide(row[k]) * as[k] + cs[k];
-        grad_row(u.data(), gp + r * out_columns, du.data(), columns, blocks, activation);
-#pragma omp simd
-        for (int64_t k = 0; k < columns; ++k) du[k] = as[k] * (du[k] - mean_du[k] - (wide(row[k]) - ms[k]) * mean_dux[k]);
-        narrow(du.data(), out + r * columns, columns);
+        grad_row(zp + r * columns, gp + r * out_columns, columns, blocks, as, cs, activation,
+                 [&](int64_t k, int64_t count, Vec du, Vec zk) {
+                   const Vec centred = zk - load_first(ms + k, count);
+                   const Vec taken = centred * load_first(p.data() + k, count) + load_first(q.data() + k, count);
+                   store_first(du * load_first(as + k, count) + taken, out + r * columns + k, count);
+                 });
       }
     });
   });
@@ -488,142 +270,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_
   return {grad_z, grad_bias, grad_scale, norm ? grad_shift : at::zeros({0}, fp32)};
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------
-//
-// rows_kernel: C[m, n] = Σ_d A[m, d]·W[n, d] for MR rows of A (fp32) and NR rows of W, read as they lie. Lane l sums the
-// d ≡ l mod 16, then the lanes are added in one fixed tree: the bits of C[m, n] depend on row m and row n alone.
-
-template <int MR, int NR, typename W>
-inline void rows_kernel(const float* A, int64_t lda, const W* const* w, int64_t depth, float* C /* [MR][NR] */) {
-  Vec sum[MR][NR] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= depth; d += kLanes) {
-    Vec wv[NR];
-    for (int n = 0; n < NR; ++n) {
-      __builtin_prefetch(w[n] + d + 512 / sizeof(W) * 2);
-      wv[n] = load(w[n] + d);
-    }
-    for (int m = 0; m < MR; ++m) {
-      const Vec av = load(A + m * lda + d);
-      for (int n = 0; n < NR; ++n) sum[m][n] += av * wv[n];
-    }
-  }
-  if (d < depth) {
-    for (int n = 0; n < NR; ++n) {
-      const Vec wv = load_first(w[n] + d, depth - d);
-      for (int m = 0; m < MR; ++m) sum[m][n] += load_first(A + m * lda + d, depth - d) * wv;
-    }
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NR; ++n) C[m * NR + n] = add_lanes(sum[m][n]);
-}
-
-constexpr int kRowTile = 4, kUnitTile = 6;
-
-// All rows of A against NR weight rows; `store(row, values[NR])`.
-template <int NR, typename W, typename F>
-void units_kernel(const float* A, int64_t rows, int64_t lda, const W* const* w, int64_t depth, F&& store) {
-  float C[kRowTile * NR];
-  int64_t m = 0;
-  for (; m + kRowTile <= rows; m += kRowTile) {
-    rows_kernel<kRowTile, NR>(A + m * lda, lda, w, depth, C);
-    for (int i = 0; i < kRowTile; ++i) store(m + i, C + i * NR);
-  }
-  switch (rows - m) {
-    case 3: rows_kernel<3, NR>(A + m * lda, lda, w, depth, C); break;
-    case 2: rows_kernel<2, NR>(A + m * lda, lda, w, depth, C); break;
-    case 1: rows_kernel<1, NR>(A + m * lda, lda, w, depth, C); break;
-    default: return;
-  }
-  for (int i = 0; m + i < rows; ++i) store(m + i, C + i * NR);
-}
-
-// One expert's share of a layer: rows of A against its units from `begin` to `end` (of its outputs), with the epilogue
-// u = z·a + c, y = act(u). For swiglu the outputs are the pairs (gate unit n, up unit n + half).
-template <typename W>
-void layer_rows(const float* A, int64_t rows, int64_t lda, const W* weight, int64_t units, int64_t depth, int64_t begin,
-                int64_t end, const float* a, const float* c, int64_t activation, float* Y, int64_t ldy) {
-  auto affine = [&](float v, int64_t n) { return a ? v * a[n] + c[n] : (c ? v + c[n] : v); };
-  if (activation == kSwiglu) {
-    const int64_t half = units / 2;
-    for (int64_t n = begin; n < end;) {
-      auto step = [&](auto count) {
-        constexpr int P = decltype(count)::value;
-        const W* w[2 * P];
-        for (int i = 0; i < P; ++i) w[i] = weight + (n + i) * depth, w[P + i] = weight + (n + i + half) * depth;
-        units_kernel<2 * P>(A, rows, lda, w, depth, [&](int64_t m, const float* v) {
-          for (int i = 0; i < P; ++i) Y[m * ldy + n + i] = activate_one<kSilu>(affine(v[i], n + i)) * affine(v[P + i], n + i + half);
-        });
-        n += P;
-      };
-      if (n + 3 <= end) step(std::integral_constant<int, 3>{});
-      else step(std::integral_constant<int, 1>{});
-    }
-    return;
-  }
-  with_activation(activation, [&](auto kind) {
-    for (int64_t n = begin; n < end;) {
-      auto step = [&](auto count) {
-        constexpr int P = decltype(count)::value;
-        const W* w[P];
-        for (int i = 0; i < P; ++i) w[i] = weight + (n + i) * depth;
-        units_kernel<P>(A, rows, lda, w, depth, [&](int64_t m, const float* v) {
-          for (int i = 0; i < P; ++i) Y[m * ldy + n + i] = activate_one<decltype(kind)::value>(affine(v[i], n + i));
-        });
-        n += P;
-      };
-      if (n + kUnitTile <= end) step(std::integral_constant<int, kUnitTile>{});
-      else if (n + 2 <= end) step(std::integral_constant<int, 2>{});
-      else step(std::integral_constant<int, 1>{});
-    }
-  });
-}
-
-// One piece of work: an expert's rows. `A` and `Y` are fp32 and lie expert by expert.
-struct Piece { int64_t expert; const float* A; int64_t rows, lda; float* Y; int64_t ldy; };
-
-// A layer for all pieces: their output units are dealt to the threads in equal shares of multiply-adds.
-template <typename W>
-void run_layer(const std::vector<Piece>& pieces, const Tensor& weight, const float* a, const float* c, int64_t activation) {
-  const int64_t units = weight.size(1), depth = weight.size(2);
-  const int64_t outputs = activation == kSwiglu ? units / 2 : units;
-  const W* w = data<W>(weight);
-  const int64_t total = outputs * static_cast<int64_t>(pieces.size());
-  int64_t work = 0;
-  for (const Piece& p : pieces) work += (p.rows + 3) * units * depth;
-  auto run = [&](int64_t from, int64_t to) {
-    while (from < to) {
-      const int64_t i = from / outputs, begin = from % outputs, end = std::min(outputs, begin + to - from);
-      const Piece& p = pieces[i];
-      layer_rows(p.A, p.rows, p.lda, w + p.expert * units * depth, units, depth, begin, end, a ? a + p.expert * units : nullptr,
-                 c ? c + p.expert * units : nullptr, activation, p.Y, p.ldy);
-      from += end - begin;
-    }
-  };
-  const int64_t threads = work < 200000 ? 1 : at::get_num_threads();
-  if (threads == 1) return run(0, total);
-  // Cut points where the weighted work is even; 4 cuts a thread even out what the count of rows hides.
-  std::vector<int64_t> cuts{0};
-  const int64_t shares = threads * 4;
-  double done = 0;
-  int64_t share = 1;
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    const double cost = (pieces[i].rows + 3.0) * units * depth;
-    while (share < shares && done + cost >= double(work) * share / shares) {
-      const double within = (double(work) * share / shares - done) / cost;
-      cuts.push_back(i * outputs + std::min<int64_t>(outputs, static_cast<int64_t>(within * outputs) / 6 * 6));
-      ++share;
-    }
-    done += cost;
-  }
-  cuts.push_back(total);
-  at::parallel_for(0, cuts.size() - 1, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) run(cuts[i], cuts[i + 1]);
-  });
-}
-
 // a and c of every layer at inference, where the moments are the running ones.
-struct Folded { std::vector<float> a, c; bool scaled = false, shifted = false; };
+struct Folded {
+  std::vector<float> a, c;
+  bool scaled = false, shifted = false;
+  const float* scale_of(int64_t unit) const { return scaled ? a.data() + unit : nullptr; }
+  const float* shift_of(int64_t unit) const { return shifted ? c.data() + unit : nullptr; }
+};
 
 Folded fold_layer(int64_t params, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
                   const OptionalTensor& mean, const OptionalTensor& var, double eps) {
@@ -645,19 +298,119 @@ Folded fold_layer(int64_t params, const OptionalTensor& bias, const OptionalTens
   return f;
 }
 
-// Rounds fp32 values to the precision of the products, as a cast to bf16 and back would.
-void round_to(const Tensor& like, float* p, int64_t n) {
-  if (like.scalar_type() != at::kBFloat16) return;
-  std::vector<bf16> half(n);
-  narrow(p, half.data(), n);
-  widen(half.data(), p, n);
+// ---- a layer at inference ------------------------------------------------------------------------------------------------
+//
+// One piece of work: an expert's rows, `stride` apart, and where its outputs go.
+
+template <typename T, typename Y>
+struct Piece { int64_t expert; const T* A; int64_t rows, stride; Y* y; int64_t ldy; };
+
+// How a layer's sums are taken depends on the layer alone, never on the batch: long ones lane by lane (weights are read once
+// and as they lie), short ones, where adding up the lanes would cost too much, in order of k (weights are packed on the way).
+// Dense experts meet hundreds of rows, which packing suits; a sparse expert often meets few.
+constexpr int64_t kDenseLanes = 1024, kSparseLanes = 512;
+
+// A layer lane by lane: its outputs are dealt to the threads in equal shares of multiply-adds.
+template <typename T, typename Y>
+void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation) {
+  const int64_t units = weight.size(1), depth = weight.size(2);
+  const int64_t outputs = activation == kSwiglu ? units / 2 : units;
+  const T* w = data<T>(weight);
+  const int64_t total = outputs * static_cast<int64_t>(pieces.size());
+  int64_t work = 0;
+  for (const auto& p : pieces) work += (p.rows + 3) * units * depth;
+  auto run = [&](int64_t from, int64_t to) {
+    while (from < to) {
+      const int64_t i = from / outputs, begin = from % outputs, end = std::min(outputs, begin + to - from);
+      const auto& p = pieces[i];
+      lanes_layer(p.A, p.stride, p.rows, w + p.expert * units * depth, units, depth, begin, end, f.scale_of(p.expert * units),
+                  f.shift_of(p.expert * units), activation, p.y, p.ldy);
+      from += end - begin;
+    }
+  };
+  const int64_t threads = work < 200000 ? 1 : at::get_num_threads();
+  if (threads == 1) return run(0, total);
+  // Cut points where the weighted work is even; 4 cuts a thread even out what the count of rows hides.
+  std::vector<int64_t> cuts{0};
+  const int64_t shares = threads * 4;
+  double done = 0;
+  int64_t share = 1;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const double cost = (pieces[i].rows + 3.0) * units * depth;
+    while (share < shares && done + cost >= double(work) * share / shares) {
+      const double within = (double(work) * share / shares - done) / cost;
+      cuts.push_back(i * outputs + std::min<int64_t>(outputs, static_cast<int64_t>(within * outputs) / kLaneUnits * kLaneUnits));
+      ++share;
+    }
+    done += cost;
+  }
+  cuts.push_back(total);
+  at::parallel_for(0, cuts.size() - 1, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) run(cuts[i], cuts[i + 1]);
+  });
 }
 
-void copy_rows(const Tensor& x, int64_t row, float* to, int64_t width) {
-  with_type(x, [&](auto t) { widen(data<decltype(t)>(x) + row * width, to, width); });
+// A layer in order of k. A task packs one panel of an expert's units and runs the expert's rows past it.
+template <typename T, typename Y>
+void panels_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation) {
+  const int64_t units = weight.size(1), depth = weight.size(2);
+  const bool pairs = activation == kSwiglu;  // a panel then holds gate units and, behind them, their up units
+  const int64_t outputs = pairs ? units / 2 : units, width = pairs ? kPanel / 2 : kPanel;
+  const int64_t each = (outputs + width - 1) / width;
+  auto run = [&](const Piece<T, Y>& p, int64_t n, float* panel) {
+    const int64_t count = std::min(width, outputs - n), first = p.expert * units;
+    const bool affine = f.scaled || f.shifted;
+    const T* unit[kPanel] = {};
+    float a[kPanel], c[kPanel] = {};
+    std::fill(a, a + kPanel, 1.0f);
+    for (int64_t part = 0; part <= pairs; ++part) {
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t row = first + n + j + part * outputs, at = part * width + j;
+        unit[at] = data<T>(weight) + row * depth;
+        if (f.scaled) a[at] = f.a[row];
+        if (f.shifted) c[at] = f.c[row];
+      }
+    }
+    pack_rows(unit, depth, width * depth, panel);
+    Y short_row[kPanel];
+    with_activation(activation, [&](auto A) {
+      multiply(p.A, p.stride, p.rows, panel, words<T>(depth), [&](int64_t m, const float* z) {
+        Y *y = p.y + m * p.ldy + n, *to = count == width ? y : short_row;
+        if (pairs) {
+          activate_row(z, to, kPanel, 1, affine ? a : nullptr, c, kSwiglu);
+        } else {
+          for (int v = 0; v < kPanel; v += kLanes) {
+            Vec u = load(z + v);
+            if (affine) u = u * load(a + v) + load(c + v);
+            store(activate<decltype(A)::value>(u), to + v);
+          }
+        }
+        if (count < width) std::copy(short_row, short_row + count, y);
+      });
+    });
+  };
+  // The panels are dealt to the threads in equal shares of work; packing one costs about as much as 8 rows.
+  std::vector<int64_t> before{0};
+  for (const auto& p : pieces) before.push_back(before.back() + (p.rows + 8) * each);
+  const int64_t total = before.back(), threads = total * width * depth < 200000 ? 1 : at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+    std::vector<float> panel(panel_words<T>(depth));
+    const int64_t low = total * from / threads, high = total * to / threads;
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const int64_t cost = pieces[i].rows + 8;
+      auto panel_at = [&](int64_t share) { return std::clamp<int64_t>((share - before[i] + cost - 1) / cost, 0, each); };
+      if (before[i + 1] <= low || before[i] >= high) continue;
+      for (int64_t p = panel_at(low); p < panel_at(high); ++p) run(pieces[i], p * width, panel.data());
+    }
+  });
 }
 
-constexpr int64_t kBlasRows = 48;  // from so many rows an expert on, packing pays: BLAS
+template <typename T, typename Y>
+void run_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation, int64_t lanes_from) {
+  if (pieces.empty()) return;
+  if (weight.size(2) >= lanes_from) lanes_layer_all(pieces, weight, f, activation);
+  else panels_layer(pieces, weight, f, activation);
+}
 
 // ---- sparse experts at inference: the whole chain ---------------------------------------------------------------------
 
@@ -665,7 +418,7 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
                       const c10::List<OptionalTensor>& scales, const c10::List<OptionalTensor>& shifts,
                       const c10::List<OptionalTensor>& means, const c10::List<OptionalTensor>& vars, at::ArrayRef<double> eps,
                       at::IntArrayRef activations, const Tensor& gate_weights, const Tensor& order_, const Tensor& offsets_,
-                      bool unit_norm, bool invariant) {
+                      bool unit_norm) {
   const Tensor x = x_.contiguous(), order = order_.contiguous(), offsets = offsets_.contiguous();
   const Tensor gates = gate_weights.to(at::kFloat).contiguous();
   const int64_t experts = weights[0].size(0), r = gates.size(0), k = gates.size(1), slots = r * k;
@@ -673,39 +426,39 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
   const int32_t *op = order.const_data_ptr<int32_t>(), *off = offsets.const_data_ptr<int32_t>();
   const int64_t used = off[experts];
   int64_t width = x.size(1);
-  Tensor h = at::empty({used, width}, x.options().dtype(at::kFloat));
-  at::parallel_for(0, used, std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)), [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) copy_rows(x, op[i] / per_row, h.data_ptr<float>() + i * width, width);
-    round_to(weights[0], h.data_ptr<float>() + from * width, (to - from) * width);
+  // The slots' rows side by side, expert by expert, in the products' precision; an odd width of bf16 is padded to whole words.
+  auto buffer = [&](int64_t columns, at::ScalarType type) {
+    const bool pad = type == at::kBFloat16 && columns % 2;
+    return pad ? at::zeros({used, columns + 1}, x.options().dtype(type)) : at::empty({used, columns}, x.options().dtype(type));
+  };
+  Tensor h = buffer(width, weights[0].scalar_type());
+  with_type(x, [&](auto from) {
+    with_type(h, [&](auto to) {
+      at::parallel_for(0, used, grain(width), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          convert(data<decltype(from)>(x) + op[i] / per_row * width, data<decltype(to)>(h) + i * h.size(1), width);
+      });
+    });
   });
   for (size_t layer = 0; layer < weights.size(); ++layer) {
     const Tensor w = weights[layer].contiguous();
     const int64_t units = w.size(1), out = activations[layer] == kSwiglu ? units / 2 : units;
     const Folded f = fold_layer(experts * units, biases[layer], scales[layer], shifts[layer], means[layer], vars[layer], eps[layer]);
-    Tensor y = at::empty({used, out}, h.options());
-    std::vector<Piece> pieces;
-    for (int64_t e = 0; e < experts; ++e) {
-      const int64_t rows = off[e + 1] - off[e];
-      if (!rows) continue;
-      if (rows < kBlasRows || invariant) {
-        pieces.push_back({e, h.data_ptr<float>() + off[e] * width, rows, width, y.data_ptr<float>() + off[e] * out, out});
-        continue;
-      }
-      const auto precision = kHalfProducts ? w.scalar_type() : at::kFloat;
-      const Tensor z = at::mm(h.slice(0, off[e], off[e + 1]).to(precision), w[e].to(precision).t());
-      Tensor mine = y.slice(0, off[e], off[e + 1]);
-      std::vector<float> ones;
-      const float* a = f.scaled ? f.a.data() + e * units : (ones.assign(units, 1.0f), ones.data());
-      std::vector<float> zeros;
-      const float* c = f.shifted ? f.c.data() + e * units : (zeros.assign(units, 0.0f), zeros.data());
-      with_type(z, [&](auto t) {
-        apply(data<decltype(t)>(z), mine.data_ptr<float>(), Segments{{0, rows}}, units, 1, a, c, activations[layer]);
+    const bool last = layer + 1 == weights.size();
+    if (h.scalar_type() != w.scalar_type()) h = h.to(w.scalar_type());
+    Tensor y = buffer(out, last ? at::kFloat : weights[layer + 1].scalar_type());
+    with_type(w, [&](auto in) {
+      with_type(y, [&](auto to) {
+        using T = decltype(in);
+        using Y = decltype(to);
+        std::vector<Piece<T, Y>> pieces;
+        for (int64_t e = 0; e < experts; ++e) {
+          const int64_t rows = off[e + 1] - off[e];
+          if (rows) pieces.push_back({e, data<T>(h) + off[e] * h.size(1), rows, h.size(1), data<Y>(y) + off[e] * y.size(1), y.size(1)});
+        }
+        run_layer(pieces, w, f, activations[layer], kSparseLanes);
       });
-    }
-    with_type(w, [&](auto t) {
-      run_layer<decltype(t)>(pieces, w, f.scaled ? f.a.data() : nullptr, f.shifted ? f.c.data() : nullptr, activations[layer]);
     });
-    if (layer + 1 < weights.size()) round_to(w, y.data_ptr<float>(), y.numel());
     h = y;
     width = out;
   }
@@ -716,7 +469,7 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
   const float *hp = h.const_data_ptr<float>(), *gp = gates.const_data_ptr<float>();
   with_type(x, [&](auto t) {
     using T = decltype(t);
-    at::parallel_for(0, r, std::max<int64_t>(1, 32768 / std::max<int64_t>(k * width, 1)), [&](int64_t from, int64_t to) {
+    at::parallel_for(0, r, grain(k * width), [&](int64_t from, int64_t to) {
       std::vector<float> sum(width);
       for (int64_t row = from; row < to; ++row) {
         std::fill(sum.begin(), sum.end(), 0.0f);
@@ -729,173 +482,361 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
             for (int64_t i = 0; i < width; ++i) square += double(v[i]) * v[i];
             factor /= std::max(std::sqrt(square), 1e-12);
           }
+          float* s = sum.data();
 #pragma omp simd
-          for (int64_t i = 0; i < width; ++i) sum[i] += factor * v[i];
+          for (int64_t i = 0; i < width; ++i) s[i] += factor * v[i];
         }
-        narrow(sum.data(), data<T>(y) + row * width, width);
+        convert(sum.data(), data<T>(y) + row * width, width);
       }
     });
   });
   return y;
 }
 
-// ---- dense experts at inference, invariant ----------------------------------------------------------------------------
+// ---- dense experts ----------------------------------------------------------------------------------------------------------
 
-Tensor dense_forward(const Tensor& x_, const OptionalTensor& gate_, const Tensor& weight_, at::IntArrayRef source,
+// What the groups read: input source[g] of each row, times the group's gate where there is one.
+struct Inputs {
+  Tensor x, gate;  // [B, S, D] fp32 or bf16; fp32 [B, G, D] or undefined
+  at::IntArrayRef source;
+  int64_t inputs, depth, groups;
+
+  Inputs(const Tensor& x_, const OptionalTensor& gate_, at::IntArrayRef source_)
+      : x(x_.contiguous()), source(source_), depth(x_.size(-1)), groups(source_.size()) {
+    inputs = x.dim() == 2 ? 1 : x.size(1);
+    if (gate_.has_value()) gate = gate_->to(at::kFloat).contiguous();
+  }
+  // Groups that read one input with no gate between are one.
+  bool one() const {
+    return !gate.defined() && std::all_of(source.begin(), source.end(), [&](int64_t s) { return s == source[0]; });
+  }
+  bool same(int64_t g, int64_t h) const { return !gate.defined() && source[g] == source[h]; }
+  template <typename X>
+  const X* row(int64_t b, int64_t g) const { return data<X>(x) + (b * inputs + source[g]) * depth; }
+  const float* gate_row(int64_t b, int64_t g) const { return gate.const_data_ptr<float>() + (b * groups + g) * depth; }
+  // Row b of group g in the products' precision.
+  template <typename X, typename T>
+  void copy_row(int64_t b, int64_t g, T* to) const {
+    const X* from = row<X>(b, g);
+    if (!gate.defined()) return convert(from, to, depth);
+    const float* factor = gate_row(b, g);
+    by_vecs(depth, [&](int64_t i, int64_t count) {
+      store_first(load_first(from + i, count) * load_first(factor + i, count), to + i, count);
+    });
+  }
+  template <typename T>
+  int64_t padded() const { return words<T>(depth) * kPerWord<T>; }
+  // Rows begin … end of group g as an operand A: as they lie where that will do, else copied to `to`. Returns (A, stride).
+  template <typename X, typename T>
+  std::pair<const T*, int64_t> rows(int64_t begin, int64_t end, int64_t g, std::vector<T>& to) const {
+    if constexpr (std::is_same_v<X, T>)
+      if (!gate.defined() && padded<T>() == depth) return {row<X>(begin, g), inputs * depth};
+    const int64_t stride = padded<T>();
+    to.resize((end - begin) * stride);
+    for (int64_t b = begin; b < end; ++b) {
+      copy_row<X>(b, g, to.data() + (b - begin) * stride);
+      if (stride > depth) to[(b - begin) * stride + depth] = 0;
+    }
+    return {to.data(), stride};
+  }
+};
+
+// Runs f with the types of x and of the products.
+template <typename F>
+void with_types(const Tensor& x, const Tensor& w, F&& f) {
+  with_type(x, [&](auto from) { with_type(w, [&](auto to) { f(from, to); }); });
+}
+
+// At inference, invariant: y `[B, E, H]` = act(norm(linear)).
+Tensor dense_forward(const Tensor& x, const OptionalTensor& gate, const Tensor& weight, at::IntArrayRef source,
                      const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
                      const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation) {
-  const Tensor x = x_.to(at::kFloat).contiguous(), w = weight_.contiguous();
-  const Tensor gate = gate_.has_value() ? gate_->to(at::kFloat).contiguous() : Tensor();
-  const int64_t b = x.size(0), d = x.size(-1), inputs = x.numel() / std::max<int64_t>(b * d, 1), groups = source.size();
-  const int64_t experts = w.size(0), units = w.size(1), out = activation == kSwiglu ? units / 2 : units;
-  const int64_t group_size = experts / groups;
+  const Inputs in(x, gate, source);
+  const Tensor w = weight.contiguous();
+  const int64_t b = x.size(0), d = in.depth, experts = w.size(0), units = w.size(1);
+  const int64_t out = activation == kSwiglu ? units / 2 : units, group = experts / in.groups;
   const Folded f = fold_layer(experts * units, bias, scale, shift, mean, var, eps);
-  Tensor y32 = at::empty({b, experts, out}, x.options());
-  if (!b) return y32.to(w.scalar_type());
-  with_type(w, [&](auto t) {
-    using W = decltype(t);
-    // Tiles of rows, each with the gated input of one group at a time.
-    const int64_t tile = 64, tiles = (b + tile - 1) / tile, threads = at::get_num_threads();
-    const bool few = tiles < 2 * threads;
-    std::vector<float> all(few ? tiles * tile * d : 0);
-    auto gather = [&](int64_t from, int64_t to, int64_t g, float* to_p) {
-      const float* xp = x.const_data_ptr<float>();
-      for (int64_t r = from; r < to; ++r) {
-        const float* in = xp + (r * inputs + source[g]) * d;
-        float* row = to_p + (r - from) * d;
-        if (gate.defined()) {
-          const float* gr = gate.const_data_ptr<float>() + (r * groups + g) * d;
-#pragma omp simd
-          for (int64_t i = 0; i < d; ++i) row[i] = in[i] * gr[i];
-        } else {
-          std::memcpy(row, in, d * sizeof(float));
-        }
+  Tensor y = at::empty({b, experts, out}, w.options());
+  if (!b) return y;
+  with_types(in.x, w, [&](auto from, auto to) {
+    using X = decltype(from);
+    using T = decltype(to);
+    // In blocks of rows: what the groups read is copied for one at a time.
+    constexpr int64_t kBlock = 1024;
+    for (int64_t begin = 0; begin < b; begin += kBlock) {
+      const int64_t rows = std::min(kBlock, b - begin);
+      std::vector<std::vector<T>> copies(in.groups);
+      std::vector<std::pair<const T*, int64_t>> A(in.groups);
+      at::parallel_for(0, in.groups, grain(rows * d), [&](int64_t from, int64_t to) {
+        for (int64_t g = from; g < to; ++g) A[g] = in.template rows<X, T>(begin, begin + rows, g, copies[g]);
+      });
+      std::vector<Piece<T, T>> pieces;
+      for (int64_t e = 0; e < experts; ++e) {
+        const auto [a, stride] = A[e / group];
+        pieces.push_back({e, a, rows, stride, data<T>(y) + (begin * experts + e) * out, experts * out});
       }
-      round_to(w, to_p, (to - from) * d);
-    };
-    const float *a = f.scaled ? f.a.data() : nullptr, *c = f.shifted ? f.c.data() : nullptr;
-    float* yp = y32.data_ptr<float>();
-    if (few) {  // threads share the units
-      for (int64_t g = 0; g < groups; ++g) {
-        gather(0, b, g, all.data());
-        std::vector<Piece> pieces;
-        for (int64_t e = g * group_size; e < (g + 1) * group_size; ++e)
-          pieces.push_back({e, all.data(), b, d, yp + e * out, experts * out});
-        run_layer<W>(pieces, w, a, c, activation);
-      }
-      return;
+      run_layer(pieces, w, f, activation, kDenseLanes);
     }
-    at::parallel_for(0, tiles, 1, [&](int64_t from, int64_t to) {  // threads share the rows
-      std::vector<float> part(tile * d);
-      for (int64_t i = from; i < to; ++i) {
-        const int64_t begin = i * tile, end = std::min(b, begin + tile);
-        for (int64_t e = 0; e < experts; ++e) {
-          if (e % group_size == 0) gather(begin, end, e / group_size, part.data());
-          layer_rows(part.data(), end - begin, d, data<W>(w) + e * units * d, units, d, 0, out, a ? a + e * units : nullptr,
-                     c ? c + e * units : nullptr, activation, yp + (begin * experts + e) * out, experts * out);
+  });
+  return y;
+}
+
+// In training: the linear part and, where no norm comes between, bias and activation: y `[B, E, H]`.
+Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& weight, at::IntArrayRef source,
+                     const OptionalTensor& bias, int64_t activation) {
+  const float* c = maybe(bias);
+  const Tensor w = weight.contiguous();
+  Inputs in(x, gate, source);
+  if (in.one()) in.groups = 1;
+  const int64_t b = x.size(0), d = in.depth, columns = w.size(0) * w.size(1), width = columns / in.groups;
+  Tensor z = at::empty({b, w.size(0), w.size(1)}, w.options());
+  const int64_t each = panels(width);
+  with_types(in.x, w, [&](auto from, auto to) {
+    using X = decltype(from);
+    using T = decltype(to);
+    const int64_t size = panel_words<T>(d);
+    const Tensor packed = at::empty({in.groups * each * size}, w.options().dtype(at::kFloat));
+    float* pp = packed.data_ptr<float>();
+    at::parallel_for(0, in.groups * each, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i % each * kPanel;
+        const T* unit[kPanel] = {};
+        for (int64_t j = 0; j < std::min(kPanel, width - n); ++j) unit[j] = data<T>(w) + (i / each * width + n + j) * d;
+        pack_rows(unit, d, kPanel * d, pp + i * size);
+      }
+    });
+    for_blocks(b, each, [&](int64_t begin, int64_t end, int64_t from_panel, int64_t to_panel) {
+      std::vector<T> copy;
+      std::pair<const T*, int64_t> A;
+      for (int64_t g = 0; g < in.groups; ++g) {
+        if (g == 0 || !in.same(g, g - 1)) A = in.template rows<X, T>(begin, end, g, copy);
+        for (int64_t p = from_panel; p < to_panel; ++p) {
+          const int64_t n = p * kPanel, count = std::min(kPanel, width - n);
+          T* out = data<T>(z) + begin * columns + g * width + n;
+          multiply(A.first, A.second, end - begin, pp + (g * each + p) * size, words<T>(d), [&](int64_t m, const float* sums) {
+            if (activation == kNone && !c) return store_panel(sums, out + m * columns, count);
+            activate_row(sums, out + m * columns, count, 1, nullptr, c ? c + g * width + n : nullptr, activation);
+          });
         }
       }
     });
   });
-  return y32.to(w.scalar_type());
+  return z;
 }
 
-// ---- dense experts: the linear part, for training ---------------------------------------------------------------------
+// grad_w[m, n] = Σ_b z[b, m]·x[b, n] for the columns m of some segments of rows, each with its own x: the sums over the rows are
+// taken in blocks of kDepthRows, in order. x_row(segment, b, to) is row b as a pointer, copied to `to` where it has to be made.
+constexpr int64_t kDepthRows = 512, kPackWords = 32;
 
-Tensor group_input(const Tensor& x_bsd, const OptionalTensor& gate_bgd, int64_t source, int64_t group, at::ScalarType dtype) {
-  Tensor x = x_bsd.select(1, source);
-  if (gate_bgd.has_value()) x = x * gate_bgd->select(1, group);
-  return x.to(dtype);
-}
+struct Segment { int64_t begin, end, z_column; };  // rows of the sum; first column of z
 
-// Groups that read one input with no gate between are one product.
-bool one_product(const OptionalTensor& gate, at::IntArrayRef source) {
-  return !gate.has_value() && std::all_of(source.begin(), source.end(), [&](int64_t s) { return s == source[0]; });
-}
-
-Tensor expert_linear(const Tensor& x_bsd, const OptionalTensor& gate_bgd, const Tensor& weight_ehd, at::IntArrayRef source) {
-  const int64_t e = weight_ehd.size(0), h = weight_ehd.size(1), d = weight_ehd.size(2), b = x_bsd.size(0);
-  const Tensor w = weight_ehd.reshape({e * h, d});
-  if (one_product(gate_bgd, source))
-    return product(group_input(x_bsd, gate_bgd, source[0], 0, w.scalar_type()), w.t()).view({b, e, h});
-  const int64_t g = source.size(), width = e / g * h;
-  Tensor z = at::empty({b, e * h}, w.options());
-  for (int64_t i = 0; i < g; ++i) {
-    Tensor out = z.narrow(1, i * width, width);
-    product_into(out, group_input(x_bsd, gate_bgd, source[i], i, w.scalar_type()), w.narrow(0, i * width, width).t());
-  }
-  return z.view({b, e, h});
-}
-
-std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z, const Tensor& x_bsd, const OptionalTensor& gate_bgd,
-                                                          const Tensor& weight_ehd, at::IntArrayRef source, bool need_x) {
-  const int64_t e = weight_ehd.size(0), h = weight_ehd.size(1), d = weight_ehd.size(2), b = x_bsd.size(0);
-  const Tensor w = weight_ehd.reshape({e * h, d}), gz = grad_z.reshape({b, e * h});
-  Tensor grad_x = at::empty({0}, x_bsd.options()), grad_gate = at::empty({0}, x_bsd.options());
-  if (one_product(gate_bgd, source)) {
-    const Tensor grad_w = product(gz.t(), group_input(x_bsd, gate_bgd, source[0], 0, w.scalar_type())).view({e, h, d});
-    if (need_x) {
-      grad_x = product(gz, w).to(x_bsd.scalar_type()).unsqueeze(1);
-      if (x_bsd.size(1) > 1) {
-        Tensor all = at::zeros_like(x_bsd);
-        all.select(1, source[0]).copy_(grad_x.squeeze(1));
-        grad_x = all;
+template <typename T, typename F>
+void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, int64_t width, int64_t depth, float* grad, F&& x_row) {
+  const int64_t count = segments.size(), each = panels(depth), blocks = (width + kBlockRows - 1) / kBlockRows;
+  int64_t longest = 0;
+  for (const auto& s : segments) longest = std::max(longest, s.end - s.begin);
+  const int64_t rows = std::min(longest, kDepthRows), size = panel_words<T>(rows), row_words = whole_vecs(words<T>(rows));
+  const int64_t chunks = (words<T>(rows) + kPackWords - 1) / kPackWords;
+  const Tensor packed = at::empty({count * each * size}, at::kFloat);
+  float* pp = packed.data_ptr<float>();
+  for (int64_t k = 0; k < longest; k += kDepthRows) {
+    auto part = [&](const Segment& s) { return std::min(kDepthRows, s.end - s.begin - k); };
+    at::parallel_for(0, count * chunks, 1, [&](int64_t from, int64_t to) {
+      std::vector<T> copy(2 * depth);
+      for (int64_t i = from; i < to; ++i) {
+        const Segment& s = segments[i / chunks];
+        const int64_t here = part(s), begin = i % chunks * kPackWords, end = std::min(words<T>(here), begin + kPackWords);
+        if (here <= 0) continue;
+        pack_columns<T>(begin, end, here, depth, size, pp + i / chunks * each * size, [&](int64_t r) {
+          return x_row(i / chunks, s.begin + k + r, copy.data() + r % 2 * depth);
+        });
       }
-    }
-    return {grad_x, grad_gate, grad_w};
+    });
+    at::parallel_for(0, count * blocks, 1, [&](int64_t from, int64_t to) {
+      std::vector<float> a(kBlockRows * row_words);
+      for (int64_t i = from; i < to; ++i) {
+        const Segment& s = segments[i / blocks];
+        const int64_t m0 = i % blocks * kBlockRows, units = std::min(kBlockRows, width - m0), here = part(s);
+        if (here <= 0) continue;
+        pack_transposed(z + (s.begin + k) * ldz + s.z_column + m0, ldz, here, units, a.data());
+        const int64_t stride = whole_vecs(words<T>(here)) * kPerWord<T>;
+        for (int64_t p = 0; p < each; ++p) {
+          float* out = grad + (i / blocks * width + m0) * depth + p * kPanel;
+          const int64_t columns = std::min(kPanel, depth - p * kPanel);
+          multiply(reinterpret_cast<const T*>(a.data()), stride, units, pp + (i / blocks * each + p) * size, words<T>(here),
+                   [&](int64_t m, const float* sums) {
+                     float* g = out + m * depth;
+                     if (!k) return store_panel(sums, g, columns);
+                     by_vecs(columns, [&](int64_t c, int64_t n) {
+                       store_first(load_first(g + c, n) + load_first(sums + c, n), g + c, n);
+                     });
+                   });
+        }
+      }
+    });
   }
-  const int64_t g = source.size(), width = e / g * h;
-  Tensor grad_w = at::empty({e * h, d}, w.options());
-  if (need_x) grad_x = at::zeros(x_bsd.sizes(), x_bsd.options());
-  if (gate_bgd.has_value()) grad_gate = at::empty(gate_bgd->sizes(), gate_bgd->options());
-  for (int64_t i = 0; i < g; ++i) {
-    const Tensor mine = gz.narrow(1, i * width, width);
-    Tensor out = grad_w.narrow(0, i * width, width);
-    product_into(out, mine.t(), group_input(x_bsd, gate_bgd, source[i], i, w.scalar_type()));
-    if (!need_x && !gate_bgd.has_value()) continue;
-    const Tensor grad_in = product(mine, w.narrow(0, i * width, width)).to(x_bsd.scalar_type());
-    if (gate_bgd.has_value()) {
-      Tensor target = grad_gate.select(1, i);
-      at::mul_out(target, grad_in, x_bsd.select(1, source[i]));
-      if (need_x) grad_x.select(1, source[i]).addcmul_(grad_in, gate_bgd->select(1, i));
-    } else {
-      grad_x.select(1, source[i]).add_(grad_in);
+}
+
+// Rows of the gradient of z as an operand A: as they lie, or copied where a word would reach past its row's end.
+template <typename T>
+std::pair<const T*, int64_t> grad_rows(const T* z, int64_t ldz, int64_t rows, int64_t width, std::vector<T>& to) {
+  if (width % kPerWord<T> == 0) return {z, ldz};
+  to.assign(rows * (width + 1), T(0));
+  for (int64_t r = 0; r < rows; ++r) std::copy(z + r * ldz, z + r * ldz + width, to.data() + r * (width + 1));
+  return {to.data(), width + 1};
+}
+
+// What becomes of the gradient of a group's gated input x ⊙ gate, row m and some columns of it: it is split between the two.
+template <typename X>
+struct ToInputs {
+  const X* x;
+  int64_t ldx;
+  const float* gate;  // null: none
+  float* grad_gate;
+  int64_t ldg;
+  float* sum;  // of the groups that read this input
+  int64_t lds, count;
+  bool first;  // of these groups
+  void prefetch(int64_t m) const {
+    if (!gate) return;
+    __builtin_prefetch(x + m * ldx);
+    for (int64_t i = 0; i < kPanel; i += kLanes) {
+      __builtin_prefetch(gate + m * ldg + i);
+      __builtin_prefetch(grad_gate + m * ldg + i, 1);
     }
   }
-  return {grad_x, grad_gate, grad_w.view({e, h, d})};
+  void operator()(int64_t m, const float* grad) const {
+    by_vecs(count, [&](int64_t i, int64_t n) {
+      Vec v = load_first(grad + i, n);
+      if (gate) {
+        store_first(v * load_first(x + m * ldx + i, n), grad_gate + m * ldg + i, n);
+        v = v * load_first(gate + m * ldg + i, n);
+      }
+      float* total = sum + m * lds + i;
+      store_first(first ? v : load_first(total, n) + v, total, n);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_, const Tensor& x, const OptionalTensor& gate,
+                                                          const Tensor& weight, at::IntArrayRef source, bool need_x) {
+  const Tensor w = weight.contiguous(), grad_z = grad_z_.to(w.scalar_type()).contiguous();
+  Inputs in(x, gate, source);
+  const bool gated = in.gate.defined();
+  if (in.one()) in.groups = 1;
+  const int64_t b = x.size(0), d = in.depth, columns = w.size(0) * w.size(1), width = columns / in.groups;
+  Tensor grad_x = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
+  Tensor grad_gate = at::empty(gated ? in.gate.sizes() : at::IntArrayRef{0}, x.options().dtype(at::kFloat));
+  Tensor grad_w = b ? at::empty(w.sizes(), w.options().dtype(at::kFloat)) : at::zeros(w.sizes(), w.options().dtype(at::kFloat));
+  with_types(in.x, w, [&](auto from, auto to) {
+    using X = decltype(from);
+    using T = decltype(to);
+    const T *gz = data<T>(grad_z), *wp = data<T>(w);
+    std::vector<Segment> segments;
+    for (int64_t g = 0; g < in.groups; ++g) segments.push_back({0, b, g * width});
+    grad_weight(gz, columns, segments, width, d, grad_w.data_ptr<float>(), [&](int64_t g, int64_t r, T* copy) -> const T* {
+      if constexpr (std::is_same_v<X, T>)
+        if (!gated) return in.template row<X>(r, g);
+      in.template copy_row<X>(r, g, copy);
+      return copy;
+    });
+    if (!need_x && !gated) return;
+    const int64_t each = panels(d), size = panel_words<T>(width);
+    const Tensor packed = at::empty({in.groups * each * size}, grad_w.options());
+    float* pp = packed.data_ptr<float>();
+    const int64_t chunks = (words<T>(width) + kPackWords - 1) / kPackWords;
+    at::parallel_for(0, in.groups * chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t g = i / chunks, w0 = i % chunks * kPackWords, w1 = std::min(words<T>(width), w0 + kPackWords);
+        pack_columns<T>(w0, w1, width, d, size, pp + g * each * size, [&](int64_t k) { return wp + (g * width + k) * d; });
+      }
+    });
+    // The groups of one input after one another: their sum is rounded once.
+    std::vector<int64_t> order(in.groups);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t g, int64_t h) { return in.source[g] < in.source[h]; });
+    if (need_x && static_cast<int64_t>(std::set<int64_t>(in.source.begin(), in.source.end()).size()) < in.inputs) grad_x.zero_();
+    for_blocks(b, each, [&](int64_t begin, int64_t end, int64_t from_panel, int64_t to_panel) {
+      std::vector<T> copy;
+      const int64_t low = from_panel * kPanel, high = std::min(d, to_panel * kPanel);
+      std::vector<float> sum((end - begin) * d);
+      for (size_t i = 0; i < order.size(); ++i) {
+        const int64_t g = order[i];
+        const bool first = i == 0 || in.source[order[i - 1]] != in.source[g];
+        const bool last = i + 1 == order.size() || in.source[order[i + 1]] != in.source[g];
+        const auto [A, stride] = grad_rows(gz + begin * columns + g * width, columns, end - begin, width, copy);
+        for (int64_t p = from_panel; p < to_panel; ++p) {
+          const int64_t n = p * kPanel, count = std::min(kPanel, d - n);
+          ToInputs<X> done{in.template row<X>(begin, g) + n, in.inputs * d, gated ? in.gate_row(begin, g) + n : nullptr,
+                           gated ? grad_gate.data_ptr<float>() + (begin * in.groups + g) * d + n : nullptr, in.groups * d,
+                           sum.data() + n, d, count, first};
+          multiply(A, stride, end - begin, pp + (g * each + p) * size, words<T>(width), done);
+        }
+        if (need_x && last)
+          for (int64_t r = begin; r < end; ++r)
+            convert(sum.data() + (r - begin) * d + low, data<X>(grad_x) + (r * in.inputs + in.source[g]) * d + low, high - low);
+      }
+    });
+  });
+  return {grad_x, gated ? grad_gate.to(gate->scalar_type()) : grad_gate, grad_w.to(w.scalar_type())};
 }
 
 // ---- grouped products for training: slots sorted by expert --------------------------------------------------------------
 
-Tensor grouped_linear(const Tensor& h, const Tensor& weight, const Tensor& offsets) {
+Tensor grouped_linear(const Tensor& h_, const Tensor& weight, const Tensor& offsets) {
+  const Tensor h = h_.contiguous(), w = weight.contiguous();
   const int32_t* off = offsets.const_data_ptr<int32_t>();
-  Tensor z = at::empty({h.size(0), weight.size(1)}, weight.options());
-  for (int64_t e = 0; e < weight.size(0); ++e) {
-    if (off[e] == off[e + 1]) continue;
-    Tensor out = z.slice(0, off[e], off[e + 1]);
-    product_into(out, h.slice(0, off[e], off[e + 1]), weight[e].t());
-  }
-  z.slice(0, off[weight.size(0)]).zero_();
+  const int64_t experts = w.size(0), units = w.size(1), depth = w.size(2), each = panels(units);
+  Tensor z = at::empty({h.size(0), units}, w.options());
+  with_type(w, [&](auto t) {
+    using T = decltype(t);
+    at::parallel_for(0, experts * each, 1, [&](int64_t from, int64_t to) {
+      std::vector<float> panel(panel_words<T>(depth));
+      std::vector<T> copy;
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t e = i / each, n = i % each * kPanel, count = std::min(kPanel, units - n), rows = off[e + 1] - off[e];
+        if (!rows) continue;
+        const T* unit[kPanel] = {};
+        for (int64_t j = 0; j < count; ++j) unit[j] = data<T>(w) + (e * units + n + j) * depth;
+        pack_rows(unit, depth, kPanel * depth, panel.data());
+        const auto [A, stride] = grad_rows(data<T>(h) + off[e] * depth, depth, rows, depth, copy);
+        T* out = data<T>(z) + off[e] * units + n;
+        multiply(A, stride, rows, panel.data(), words<T>(depth), [&](int64_t m, const float* sums) { store_panel(sums, out + m * units, count); });
+      }
+    });
+  });
+  z.slice(0, off[experts]).zero_();
   return z;
 }
 
-std::tuple<Tensor, Tensor> grouped_linear_backward(const Tensor& grad_z, const Tensor& h, const Tensor& weight,
+std::tuple<Tensor, Tensor> grouped_linear_backward(const Tensor& grad_z_, const Tensor& h_, const Tensor& weight,
                                                    const Tensor& offsets) {
+  const Tensor w = weight.contiguous(), grad_z = grad_z_.to(w.scalar_type()).contiguous(), h = h_.contiguous();
   const int32_t* off = offsets.const_data_ptr<int32_t>();
-  Tensor grad_h = at::empty_like(h), grad_w = at::empty_like(weight);
-  for (int64_t e = 0; e < weight.size(0); ++e) {
-    Tensor gw = grad_w[e];
-    if (off[e] == off[e + 1]) {
-      gw.zero_();
-      continue;
-    }
-    const Tensor gz = grad_z.slice(0, off[e], off[e + 1]);
-    Tensor gh = grad_h.slice(0, off[e], off[e + 1]);
-    product_into(gh, gz, weight[e]);
-    product_into(gw, gz.t(), h.slice(0, off[e], off[e + 1]));
-  }
-  grad_h.slice(0, off[weight.size(0)]).zero_();
-  return {grad_h, grad_w};
+  const int64_t experts = w.size(0), units = w.size(1), depth = w.size(2), each = panels(depth);
+  Tensor grad_h = at::empty_like(h), grad_w = at::zeros(w.sizes(), w.options().dtype(at::kFloat));
+  with_type(w, [&](auto t) {
+    using T = decltype(t);
+    std::vector<Segment> segments;
+    for (int64_t e = 0; e < experts; ++e) segments.push_back({off[e], off[e + 1], 0});
+    grad_weight(data<T>(grad_z), units, segments, units, depth, grad_w.data_ptr<float>(),
+                [&](int64_t, int64_t r, T*) -> const T* { return data<T>(h) + r * depth; });
+    at::parallel_for(0, experts * each, 1, [&](int64_t from, int64_t to) {
+      std::vector<float> panel(panel_words<T>(units));
+      std::vector<T> copy;
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t e = i / each, n = i % each * kPanel, count = std::min(kPanel, depth - n), rows = off[e + 1] - off[e];
+        if (!rows) continue;
+        const T* from_w = data<T>(w) + e * units * depth + n;
+        pack_columns<T>(0, words<T>(units), units, count, 0, panel.data(), [&](int64_t k) { return from_w + k * depth; });
+        const auto [A, stride] = grad_rows(data<T>(grad_z) + off[e] * units, units, rows, units, copy);
+        T* out = data<T>(grad_h) + off[e] * depth + n;
+        multiply(A, stride, rows, panel.data(), words<T>(units), [&](int64_t m, const float* sums) { store_panel(sums, out + m * depth, count); });
+      }
+    });
+  });
+  grad_h.slice(0, off[experts]).zero_();
+  return {grad_h, grad_w.to(w.scalar_type())};
 }
 
 // ---- gather and combine -------------------------------------------------------------------------------------------------
@@ -910,8 +851,6 @@ std::vector<int64_t> places(const Tensor& order) {
 
 // Slots that have an expert: the first of the order.
 int64_t used_slots(const Tensor& offsets) { return offsets.const_data_ptr<int32_t>()[offsets.numel() - 1]; }
-
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)); }
 
 // h[i] = x[row of slot order[i]], for the slots that have an expert; zeros behind them.
 Tensor gather_rows(const Tensor& x_, const Tensor& order, const Tensor& offsets) {
@@ -943,10 +882,11 @@ Tensor gather_backward(const Tensor& grad_, const Tensor& order, const Tensor& o
         for (int64_t j = r * per_row; j < (r + 1) * per_row; ++j) {
           if (place[j] >= used) continue;
           const T* g = data<T>(grad) + place[j] * width;
-#pragma omp simd
-          for (int64_t i = 0; i < width; ++i) sum[i] += wide(g[i]);
+          by_vecs(width, [&](int64_t i, int64_t n) {
+            store_first(load_first(sum.data() + i, n) + load_first(g + i, n), sum.data() + i, n);
+          });
         }
-        narrow(sum.data(), data<T>(grad_x) + r * width, width);
+        convert(sum.data(), data<T>(grad_x) + r * width, width);
       }
     });
   });
@@ -971,8 +911,7 @@ Tensor combine(const Tensor& h_, const Tensor& weights_, const Tensor& order, co
           if (place[j] >= used) continue;
           const T* v = data<T>(h) + place[j] * width;
           const float w = wp[j];
-#pragma omp simd
-          for (int64_t i = 0; i < width; ++i) out[i] += w * wide(v[i]);
+          by_vecs(width, [&](int64_t i, int64_t n) { store_first(load_first(out + i, n) + w * load_first(v + i, n), out + i, n); });
         }
       }
     });
@@ -990,21 +929,20 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_, const Tensor& h
   with_type(h, [&](auto t) {
     using T = decltype(t);
     at::parallel_for(0, r, grain(k * width), [&](int64_t from, int64_t to) {
-      std::vector<float> part(width);
       for (int64_t row = from; row < to; ++row) {
         const float* g = grad.const_data_ptr<float>() + row * width;
         for (int64_t j = row * k; j < (row + 1) * k; ++j) {
           if (place[j] >= used) continue;
           const T* v = data<T>(h) + place[j] * width;
           const float w = weights.const_data_ptr<float>()[j];
-          float dot = 0, *p = part.data();
-#pragma omp simd reduction(+ : dot)
-          for (int64_t i = 0; i < width; ++i) {
-            dot += g[i] * wide(v[i]);
-            p[i] = w * g[i];
-          }
-          grad_w.data_ptr<float>()[j] = dot;
-          narrow(p, data<T>(grad_h) + place[j] * width, width);
+          Vec dots = {};
+          T* to = data<T>(grad_h) + place[j] * width;
+          by_vecs(width, [&](int64_t i, int64_t n) {
+            const Vec gi = load_first(g + i, n);
+            dots += gi * load_first(v + i, n);
+            store_first(w * gi, to + i, n);
+          });
+          grad_w.data_ptr<float>()[j] = add_lanes(dots);
         }
       }
     });
@@ -1015,108 +953,114 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_, const Tensor& h
 
 // ---- gates ----------------------------------------------------------------------------------------------------------------
 
-// Softmax over the allowed experts of one gate; the others get 0. `scratch` holds E rounded up to whole vectors: the
-// exponentials of a few experts then cost one vector's, not one each.
-inline void softmax_row(const float* logits, const bool* mask, float* w, int64_t e, float* scratch) {
-  const int64_t padded = (e + kLanes - 1) / kLanes * kLanes;
-  float top = -INFINITY, sum = 0;
-  for (int64_t i = 0; i < e; ++i) {
-    scratch[i] = !mask || mask[i] ? logits[i] : -INFINITY;
-    top = std::max(top, scratch[i]);
-  }
-  for (int64_t i = e; i < padded; ++i) scratch[i] = -INFINITY;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < padded; ++i) {
-    scratch[i] = expf(scratch[i] - top);
-    sum += scratch[i];
-  }
-  const float inverse = 1.0f / sum;
-  for (int64_t i = 0; i < e; ++i) w[i] = scratch[i] * inverse;
+// Softmax of one row; `w` may be the logits themselves.
+inline void softmax_row(const float* logits, float* w, int64_t e) {
+  const float top = *std::max_element(logits, logits + e);
+  Vec sums = {};
+  by_vecs(e, [&](int64_t i, int64_t n) {
+    store_first(exp(load_first(logits + i, n) - top), w + i, n);
+    sums += load_first(w + i, n);  // without the lanes behind a short vector's end
+  });
+  const float inverse = 1.0f / add_lanes(sums);
+  for (int64_t i = 0; i < e; ++i) w[i] *= inverse;
 }
 
-int64_t padded(int64_t e) { return (e + kLanes - 1) / kLanes * kLanes; }
+// Which experts each task's gate may see, and which tasks see each expert.
+struct Sight {
+  std::vector<std::vector<int64_t>> experts, tasks;
+  Sight(const OptionalTensor& mask_, int64_t t, int64_t e) : experts(t), tasks(e) {
+    const Tensor mask = mask_.has_value() ? mask_->contiguous() : Tensor();
+    for (int64_t i = 0; i < t; ++i) {
+      for (int64_t k = 0; k < e; ++k) {
+        if (mask.defined() && !mask.const_data_ptr<bool>()[i * e + k]) continue;
+        experts[i].push_back(k);
+        tasks[k].push_back(i);
+      }
+    }
+  }
+};
 
-// The mixtures and the weights (which the backward needs).
-std::tuple<Tensor, Tensor> gate_mix(const Tensor& logits_, const Tensor& experts_, const OptionalTensor& mask_) {
+// z[b, t] = Σ_e (softmax_e(logits[b, t]) + residual[b, t, e])·y[b, e] over the experts in sight, and the softmax, which the
+// backward needs.
+std::tuple<Tensor, Tensor> gate_mix(const Tensor& logits_, const Tensor& experts_, const OptionalTensor& mask,
+                                    const OptionalTensor& residual_) {
   const Tensor logits = logits_.to(at::kFloat).contiguous(), experts = experts_.contiguous();
-  const Tensor mask = mask_.has_value() ? mask_->contiguous() : Tensor();
+  const Tensor residual = residual_.has_value() ? residual_->to(at::kFloat).contiguous() : Tensor();
   const int64_t b = logits.size(0), t = logits.size(1), e = logits.size(2), h = experts.size(2);
-  Tensor z = at::empty({b, t, h}, logits.options()), weights = at::empty(logits.sizes(), logits.options());
-  const bool* mp = mask.defined() ? mask.const_data_ptr<bool>() : nullptr;
-  const float* lp = logits.const_data_ptr<float>();
-  float *zp = z.data_ptr<float>(), *wp = weights.data_ptr<float>();
+  const Sight sight(mask, t, e);
+  Tensor z = at::empty({b, t, h}, logits.options()), softmax = at::zeros(logits.sizes(), logits.options());
+  const float *lp = logits.const_data_ptr<float>(), *rp = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
+  float *zp = z.data_ptr<float>(), *sp = softmax.data_ptr<float>();
   with_type(experts, [&](auto type) {
     using Y = decltype(type);
     const Y* yp = data<Y>(experts);
     at::parallel_for(0, b, grain(t * e * h), [&](int64_t from, int64_t to) {
-      std::vector<float> scratch(padded(e));
+      std::vector<float> w(e);
       for (int64_t i = from * t; i < to * t; ++i) {
-        float *w = wp + i * e, *out = zp + i * h;
+        const std::vector<int64_t>& seen = sight.experts[i % t];
+        const int64_t count = seen.size();
+        for (int64_t k = 0; k < count; ++k) w[k] = lp[i * e + seen[k]];
+        softmax_row(w.data(), w.data(), count);
+        for (int64_t k = 0; k < count; ++k) {
+          sp[i * e + seen[k]] = w[k];
+          if (rp) w[k] += rp[i * e + seen[k]];
+        }
         const Y* y = yp + i / t * e * h;
-        softmax_row(lp + i * e, mp ? mp + i % t * e : nullptr, w, e, scratch.data());
-        int64_t j = 0;
-        for (; j + kLanes <= h; j += kLanes) {
+        by_vecs(h, [&](int64_t j, int64_t n) {
           Vec sum = {};
-          for (int64_t k = 0; k < e; ++k) sum += w[k] * load(y + k * h + j);
-          store(sum, out + j);
-        }
-        for (; j < h; ++j) {
-          out[j] = 0;
-          for (int64_t k = 0; k < e; ++k) out[j] += w[k] * wide(y[k * h + j]);
-        }
+          for (int64_t k = 0; k < count; ++k) sum += w[k] * load_first(y + seen[k] * h + j, n);
+          store_first(sum, zp + i * h + j, n);
+        });
       }
     });
   });
-  return {z, weights};
+  return {z, softmax};
 }
 
-std::tuple<Tensor, Tensor> gate_mix_backward(const Tensor& grad_, const Tensor& weights_, const Tensor& experts_) {
-  const Tensor grad = grad_.contiguous(), weights = weights_.contiguous(), experts = experts_.contiguous();
-  const int64_t b = weights.size(0), t = weights.size(1), e = weights.size(2), h = experts.size(2);
-  Tensor grad_logits = at::empty(weights.sizes(), weights.options()), grad_experts = at::empty(experts.sizes(), experts.options());
-  const float *gp = grad.const_data_ptr<float>(), *wp = weights.const_data_ptr<float>();
-  float* lp = grad_logits.data_ptr<float>();
+// Gradients of the logits, the residual weights and the experts' outputs.
+std::tuple<Tensor, Tensor, Tensor> gate_mix_backward(const Tensor& grad_, const Tensor& softmax_, const Tensor& experts_,
+                                                     const OptionalTensor& mask, const OptionalTensor& residual_) {
+  const Tensor grad = grad_.contiguous(), softmax = softmax_.contiguous(), experts = experts_.contiguous();
+  const Tensor residual = residual_.has_value() ? residual_->to(at::kFloat).contiguous() : Tensor();
+  const int64_t b = softmax.size(0), t = softmax.size(1), e = softmax.size(2), h = experts.size(2);
+  const Sight sight(mask, t, e);
+  Tensor grad_logits = at::zeros(softmax.sizes(), softmax.options()), grad_experts = at::empty(experts.sizes(), experts.options());
+  Tensor grad_residual = at::zeros(residual.defined() ? softmax.sizes() : at::IntArrayRef{0}, softmax.options());
+  const float *gp = grad.const_data_ptr<float>(), *sp = softmax.const_data_ptr<float>();
+  const float* rp = residual.defined() ? residual.const_data_ptr<float>() : nullptr;
+  float *lp = grad_logits.data_ptr<float>(), *grp = grad_residual.data_ptr<float>();
   with_type(experts, [&](auto type) {
     using Y = decltype(type);
     const Y* yp = data<Y>(experts);
     Y* gy = data<Y>(grad_experts);
     at::parallel_for(0, b, grain(t * e * h), [&](int64_t from, int64_t to) {
-      std::vector<float> sum(h);
       for (int64_t row = from; row < to; ++row) {
-        const float *gz = gp + row * t * h, *w = wp + row * t * e;
-        float *dl = lp + row * t * e, *s = sum.data();
+        const float *gz = gp + row * t * h, *s = sp + row * t * e, *r = rp ? rp + row * t * e : nullptr;
+        float* dl = lp + row * t * e;
         for (int64_t k = 0; k < e; ++k) {
           const Y* yk = yp + (row * e + k) * h;
-          for (int64_t g = 0; g < t; ++g) {  // ∂logit before the softmax: ⟨grad z, y⟩
-            const float* gr = gz + g * h;
+          for (int64_t g : sight.tasks[k]) {  // of a weight: ⟨grad z, y⟩
             Vec dots = {};
-            float dot = 0;
-            int64_t j = 0;
-            for (; j + kLanes <= h; j += kLanes) dots += load(gr + j) * load(yk + j);
-            for (; j < h; ++j) dot += gr[j] * wide(yk[j]);
-            dl[g * e + k] = dot + add_lanes(dots);
+            by_vecs(h, [&](int64_t j, int64_t n) { dots += load_first(gz + g * h + j, n) * load_first(yk + j, n); });
+            dl[g * e + k] = add_lanes(dots);
           }
-          int64_t j = 0;
-          for (; j + kLanes <= h; j += kLanes) {
+          by_vecs(h, [&](int64_t j, int64_t n) {
             Vec total = {};
-            for (int64_t g = 0; g < t; ++g) total += w[g * e + k] * load(gz + g * h + j);
-            store(total, s + j);
-          }
-          for (; j < h; ++j) {
-            s[j] = 0;
-            for (int64_t g = 0; g < t; ++g) s[j] += w[g * e + k] * gz[g * h + j];
-          }
-          narrow(s, gy + (row * e + k) * h, h);
+            for (int64_t g : sight.tasks[k])
+              total += (r ? s[g * e + k] + r[g * e + k] : s[g * e + k]) * load_first(gz + g * h + j, n);
+            store_first(total, gy + (row * e + k) * h + j, n);
+          });
         }
+        if (r) std::copy(dl, dl + t * e, grp + row * t * e);
         for (int64_t g = 0; g < t; ++g) {
           float mean = 0;
-          for (int64_t k = 0; k < e; ++k) mean += w[g * e + k] * dl[g * e + k];
-          for (int64_t k = 0; k < e; ++k) dl[g * e + k] = w[g * e + k] * (dl[g * e + k] - mean);
+          for (int64_t k : sight.experts[g]) mean += s[g * e + k] * dl[g * e + k];
+          for (int64_t k : sight.experts[g]) dl[g * e + k] = s[g * e + k] * (dl[g * e + k] - mean);
         }
       }
     });
   });
-  return {grad_logits, grad_experts};
+  return {grad_logits, grad_residual, grad_experts};
 }
 
 // ---- routing ------------------------------------------------------------------------------------------------------------
@@ -1137,20 +1081,14 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
   int32_t* ip = ids.data_ptr<int32_t>();
   float *wp = weights.data_ptr<float>(), *sp = scores.data_ptr<float>();
   at::parallel_for(0, b, std::max<int64_t>(1, 8192 / (e * (k + 1))), [&](int64_t from, int64_t to) {
-    std::vector<float> choice(e), scratch(padded(std::max(e, k)));
+    std::vector<float> choice(e);
     for (int64_t row = from; row < to; ++row) {
       const float* l = lp + row * e;
       float *s = sp + row * e, *w = wp + row * k;
       if (scoring == kSoftmax) {
-        softmax_row(l, nullptr, s, e, scratch.data());
+        softmax_row(l, s, e);
       } else if (scoring == kSigmoid) {
-        // In whole vectors, so that equal logits get equal bits wherever they lie.
-        const int64_t whole = padded(e);
-        float* p = scratch.data();
-        std::fill(std::copy(l, l + e, p), p + whole, 0.0f);
-#pragma omp simd
-        for (int64_t i = 0; i < whole; ++i) p[i] = sigmoid(p[i]);
-        std::copy(p, p + e, s);
+        by_vecs(e, [&](int64_t i, int64_t n) { store_first(sigmoid(load_first(l + i, n)), s + i, n); });
       } else {
         std::memcpy(s, l, e * sizeof(float));
       }
@@ -1166,7 +1104,7 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
       }
       if (scoring == kSoftmaxAfter) {
         std::vector<float> chosen(w, w + k);
-        softmax_row(chosen.data(), nullptr, w, k, scratch.data());
+        softmax_row(chosen.data(), w, k);
       } else if (renormalize) {
         float sum = 0;
         for (int64_t j = 0; j < k; ++j) sum += w[j];
@@ -1200,22 +1138,23 @@ TORCH_LIBRARY(recsys_moe, m) {
         "Tensor? running_var, bool training, float eps, int activation) -> (Tensor, Tensor, Tensor)");
   m.def("norm_act_backward(Tensor grad_y, Tensor z, int blocks, Tensor? offsets, Tensor? bias, Tensor? scale, Tensor? shift, "
         "Tensor mean, Tensor var, bool training, float eps, int activation) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("expert_linear(Tensor x_bsd, Tensor? gate_bgd, Tensor weight_ehd, int[] source) -> Tensor");
+  m.def("expert_linear(Tensor x_bsd, Tensor? gate_bgd, Tensor weight_ehd, int[] source, Tensor? bias, int activation) -> Tensor");
   m.def("expert_linear_backward(Tensor grad_z, Tensor x_bsd, Tensor? gate_bgd, Tensor weight_ehd, int[] source, bool need_x) "
         "-> (Tensor, Tensor, Tensor)");
   m.def("dense_forward(Tensor x, Tensor? gate, Tensor weight, int[] source, Tensor? bias, Tensor? scale, Tensor? shift, "
         "Tensor? mean, Tensor? var, float eps, int activation) -> Tensor");
   m.def("sparse_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] scales, Tensor?[] shifts, Tensor?[] means, "
         "Tensor?[] vars, float[] eps, int[] activations, Tensor gate_weights, Tensor order, Tensor offsets, "
-        "bool unit_norm, bool invariant) -> Tensor");
+        "bool unit_norm) -> Tensor");
   m.def("grouped_linear(Tensor h, Tensor weight, Tensor offsets) -> Tensor");
   m.def("grouped_linear_backward(Tensor grad_z, Tensor h, Tensor weight, Tensor offsets) -> (Tensor, Tensor)");
   m.def("gather_rows(Tensor x, Tensor order, Tensor offsets) -> Tensor");
   m.def("gather_backward(Tensor grad, Tensor order, Tensor offsets, int rows) -> Tensor");
   m.def("combine(Tensor h, Tensor weights, Tensor order, Tensor offsets) -> Tensor");
   m.def("combine_backward(Tensor grad, Tensor h, Tensor weights, Tensor order, Tensor offsets) -> (Tensor, Tensor)");
-  m.def("gate_mix(Tensor logits, Tensor experts, Tensor? mask) -> (Tensor, Tensor)");
-  m.def("gate_mix_backward(Tensor grad, Tensor weights, Tensor experts) -> (Tensor, Tensor)");
+  m.def("gate_mix(Tensor logits, Tensor experts, Tensor? mask, Tensor? residual) -> (Tensor, Tensor)");
+  m.def("gate_mix_backward(Tensor grad, Tensor softmax, Tensor experts, Tensor? mask, Tensor? residual) -> "
+        "(Tensor, Tensor, Tensor)");
   m.def("route_topk(Tensor logits, int k, int scoring, bool renormalize, Tensor? bias, Tensor? allowed) -> "
         "(Tensor, Tensor, Tensor)");
   m.def("sort_by_expert(Tensor ids, int experts) -> (Tensor, Tensor)");

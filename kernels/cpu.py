@@ -1,12 +1,12 @@
-"""The CPU backend: C++ operators, built once on the machine they run on, with PyTorch's BLAS for the large products.
+"""The CPU backend: C++ operators, built once on the machine they run on.
 
-Training runs layer by layer (each step differentiable); inference runs a whole chain of sparse layers in one operator.
+Training runs layer by layer (each step differentiable); inference runs a layer, or a whole chain of sparse layers, in one
+operator, whose results do not depend on the batch: `invariant=True` costs nothing here.
 """
 
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -24,6 +24,7 @@ from recsys_moe.kernels.types import BatchNorm, Layer, Scoring
 log = logging.getLogger("recsys_moe.kernels")
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "swiglu": 4, "double_sigmoid": 5}
 # Activations whose slope their output tells, and what the backward is then told.
 FROM_OUTPUT = {0: 0, 1: 1, 5: 6}
@@ -60,7 +61,8 @@ def build() -> Path:
     flags = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fPIC", "-shared"]
     flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", "-Wno-psabi"]
     flags += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
-    identity = "\0".join([SOURCE.read_text(), torch.__version__, compiler, *flags, _processor()])
+    sources = [path.read_text() for path in (SOURCE, *HEADERS)]
+    identity = "\0".join([*sources, torch.__version__, compiler, *flags, _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recsys_moe"
     library = folder / f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -72,7 +74,7 @@ def build() -> Path:
         # OpenMP without its library: PyTorch has one in the process, and two would fight for the cores.
         libraries = ["-L", str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10"]
         command = [*shlex.split(compiler), *flags, str(SOURCE), "-o", str(made), *libraries, "-nodefaultlibs"]
-        command += ["-lstdc++", *(["-lmvec"] if platform.machine() == "x86_64" else []), "-lm", "-lc", "-lgcc_s", "-lgcc"]
+        command += ["-lstdc++", "-lm", "-lc", "-lgcc_s", "-lgcc"]
         subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(library)
     return library
@@ -93,18 +95,22 @@ def _processor() -> str:
 def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[int, ...], invariant: bool) -> Tensor:
     ops = torch.ops.recsys_moe
     norm, activation = layer.norm, ACTIVATIONS[layer.activation]
-    if invariant:
+    if invariant or not (_in_training((layer,)) or _needs_grad((layer,), x, gate_bgd)):
         n = norm or _NO_NORM
         return ops.dense_forward(
             x, gate_bgd, layer.weight, source, layer.bias, n.scale, n.shift, n.running_mean, n.running_var, n.eps, activation
         )
     x_bsd = x.unsqueeze(1) if x.dim() == 2 else x
-    z = ops.expert_linear(x_bsd, gate_bgd, layer.weight, source)
+    if norm is None and activation in FROM_OUTPUT:
+        bias = None if layer.bias is None else layer.bias.float()
+        y = ops.expert_linear(x_bsd, gate_bgd, layer.weight, source, bias, activation)
+        return F.dropout(y, layer.dropout) if layer.dropout else y
+    z = ops.expert_linear(x_bsd, gate_bgd, layer.weight, source, None, ACTIVATIONS["none"])
     return _finish(z, layer, None)
 
 
-def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None) -> Tensor:
-    mixed, _ = torch.ops.recsys_moe.gate_mix(logits_bte, experts_beh, mask_te)
+def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, residual_bte: Tensor | None) -> Tensor:
+    mixed, _ = torch.ops.recsys_moe.gate_mix(logits_bte, experts_beh, mask_te, residual_bte)
     return mixed
 
 
@@ -130,8 +136,7 @@ def sparse_expert_mlp(
     invariant: bool,
 ) -> Tensor:
     ops = torch.ops.recsys_moe
-    training = any(layer.dropout or (layer.norm is not None and layer.norm.training) for layer in layers)
-    if not training and (invariant or not _needs_grad(x_bd, weights_rk, *(layer.weight for layer in layers))):
+    if invariant or not (_in_training(layers) or _needs_grad(layers, x_bd, weights_rk)):
         norms = [layer.norm or _NO_NORM for layer in layers]
         return ops.sparse_forward(
             x_bd,
@@ -147,7 +152,6 @@ def sparse_expert_mlp(
             order,
             offsets,
             unit_norm,
-            invariant,
         )
     h = ops.gather_rows(x_bd, order, offsets)
     for layer in layers:
@@ -157,8 +161,16 @@ def sparse_expert_mlp(
     return ops.combine(h, weights_rk, order, offsets).to(x_bd.dtype)
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _in_training(layers: tuple[Layer, ...]) -> bool:
+    return any(layer.dropout or (layer.norm is not None and layer.norm.training) for layer in layers)
+
+
+def _needs_grad(layers: tuple[Layer, ...], *inputs: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    norms = [t for layer in layers if layer.norm is not None for t in (layer.norm.scale, layer.norm.shift)]
+    parameters = [t for layer in layers for t in (layer.weight, layer.bias)]
+    return any(t is not None and t.requires_grad for t in (*inputs, *parameters, *norms))
 
 
 class _Nothing:
@@ -248,7 +260,7 @@ def _register() -> None:
     gradient("recsys_moe::norm_act", norm_act_gradient, setup_context=save_norm_act)
 
     @fake("recsys_moe::expert_linear")
-    def _(x_bsd, gate_bgd, weight_ehd, source):  # type: ignore[no-untyped-def]
+    def _(x_bsd, gate_bgd, weight_ehd, source, bias, activation):  # type: ignore[no-untyped-def]
         return weight_ehd.new_empty(x_bsd.shape[0], *weight_ehd.shape[:2])
 
     @fake("recsys_moe::expert_linear_backward")
@@ -258,14 +270,23 @@ def _register() -> None:
         return grad_x, none if gate_bgd is None else torch.empty_like(gate_bgd), torch.empty_like(weight_ehd)
 
     def save_linear(ctx: Any, inputs: Any, output: Any) -> None:
-        x, gate, weight, ctx.source = inputs
-        ctx.save_for_backward(x, gate, weight)
+        x, gate, weight, ctx.source, bias, ctx.activation = inputs
+        plain = bias is None and ctx.activation == ACTIVATIONS["none"]
+        ctx.save_for_backward(x, gate, weight, bias, None if plain else output)
 
-    def linear_gradient(ctx: Any, grad_z: Tensor) -> tuple[Any, ...]:
-        x, gate, weight = ctx.saved_tensors
+    def linear_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, gate, weight, bias, y = ctx.saved_tensors
+        grad_bias = None
+        if y is not None:  # the bias is in y, which tells the slope
+            seen, none = None if bias is None else torch.zeros_like(bias), grad.new_empty(0, dtype=torch.float32)
+            kind = FROM_OUTPUT[ctx.activation]
+            grad, grad_bias, _, _ = ops.norm_act_backward(
+                grad, y, weight.shape[0], None, seen, None, None, none, none, False, 0.0, kind
+            )
         need = ctx.needs_input_grad[0]
-        grad_x, grad_gate, grad_w = ops.expert_linear_backward(grad_z, x, gate, weight, ctx.source, need)
-        return grad_x if need else None, None if gate is None else grad_gate, grad_w, None
+        grad_x, grad_gate, grad_w = ops.expert_linear_backward(grad, x, gate, weight, ctx.source, need)
+        on_bias = None if bias is None or grad_bias is None else grad_bias.view_as(bias)
+        return grad_x if need else None, None if gate is None else grad_gate, grad_w, None, on_bias, None
 
     gradient("recsys_moe::expert_linear", linear_gradient, setup_context=save_linear)
 
@@ -275,7 +296,7 @@ def _register() -> None:
         return weight.new_empty(x.shape[0], weight.shape[0], width)
 
     @fake("recsys_moe::sparse_forward")
-    def _(x, weights, biases, scales, shifts, means, vars, eps, activations, gate_weights, order, offsets, unit, invariant):  # type: ignore[no-untyped-def]
+    def _(x, weights, biases, scales, shifts, means, vars, eps, activations, gate_weights, order, offsets, unit):  # type: ignore[no-untyped-def]
         width = weights[-1].shape[1] // 2 if activations[-1] == ACTIVATIONS["swiglu"] else weights[-1].shape[1]
         return x.new_empty(gate_weights.shape[0], width)
 
@@ -327,25 +348,26 @@ def _register() -> None:
     )
 
     @fake("recsys_moe::gate_mix")
-    def _(logits, experts, mask):  # type: ignore[no-untyped-def]
+    def _(logits, experts, mask, residual):  # type: ignore[no-untyped-def]
         mixed = logits.new_empty(*logits.shape[:2], experts.shape[2], dtype=torch.float32)
         return mixed, torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
 
     @fake("recsys_moe::gate_mix_backward")
-    def _(grad, weights, experts):  # type: ignore[no-untyped-def]
-        return torch.empty_like(weights), torch.empty_like(experts, memory_format=torch.contiguous_format)
+    def _(grad, softmax, experts, mask, residual):  # type: ignore[no-untyped-def]
+        on_residual = softmax.new_empty(0 if residual is None else softmax.shape)
+        return torch.empty_like(softmax), on_residual, torch.empty_like(experts, memory_format=torch.contiguous_format)
 
     def save_mix(ctx: Any, inputs: Any, output: Any) -> None:
-        _, experts, _ = inputs
-        _, weights = output
-        ctx.mark_non_differentiable(weights)
-        ctx.save_for_backward(weights, experts)
+        _, experts, mask, residual = inputs
+        _, softmax = output
+        ctx.mark_non_differentiable(softmax)
+        ctx.save_for_backward(softmax, experts, mask, residual)
 
-    gradient(
-        "recsys_moe::gate_mix",
-        lambda ctx, grad, _: (*ops.gate_mix_backward(grad, *ctx.saved_tensors), None),
-        setup_context=save_mix,
-    )
+    def mix_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        on_logits, on_residual, on_experts = ops.gate_mix_backward(grad, *ctx.saved_tensors)
+        return on_logits, on_experts, None, None if ctx.saved_tensors[3] is None else on_residual
+
+    gradient("recsys_moe::gate_mix", mix_gradient, setup_context=save_mix)
 
     @fake("recsys_moe::route_topk")
     def _(logits, k, scoring, renormalize, bias, allowed):  # type: ignore[no-untyped-def]

@@ -27,9 +27,10 @@ def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[i
     return _layer(x_bsd, gate_bgd, layer, None, None, source, 1, invariant)
 
 
-def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None) -> Tensor:
+def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, residual_bte: Tensor | None) -> Tensor:
     mask = None if mask_te is None else mask_te.to(torch.uint8)
-    return triton_ops.gate_mix(logits_bte.float(), experts_beh, mask)
+    residual = None if residual_bte is None else residual_bte.float()
+    return triton_ops.gate_mix(logits_bte.float(), experts_beh, mask, residual)
 
 
 def route_topk(

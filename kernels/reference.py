@@ -30,8 +30,12 @@ def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[i
     return torch.stack(outputs, 1).to(dtype)
 
 
-def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None) -> Tensor:
-    return torch.bmm(masked_softmax(logits_bte, mask_te), _wide(experts_beh))
+def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, residual_bte: Tensor | None) -> Tensor:
+    weights_bte = masked_softmax(logits_bte, mask_te)
+    if residual_bte is not None:
+        residual_bte = _wide(residual_bte)
+        weights_bte = weights_bte + (residual_bte if mask_te is None else residual_bte.masked_fill(~mask_te, 0.0))
+    return torch.bmm(weights_bte, _wide(experts_beh))
 
 
 def masked_softmax(logits_bte: Tensor, mask_te: Tensor | None) -> Tensor:

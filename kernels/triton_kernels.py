@@ -637,6 +637,19 @@ def _gates(logits_ptr, mask_ptr, b, t, rows, tasks, experts, BLOCK_E: tl.constex
 
 
 @triton.jit
+def _plus_residual(gates, residual_ptr, mask_ptr, place, known, t, tasks, experts, BLOCK_E: tl.constexpr):
+    """The weights of rows × tasks × experts: the softmax, and beside it what a residual gate gives the experts in sight."""
+    if residual_ptr is None:
+        return gates
+    seen = known
+    if mask_ptr is not None:
+        e = tl.arange(0, BLOCK_E)
+        here = (t < tasks)[:, None] & (e < experts)[None, :]
+        seen = known & (tl.load(mask_ptr + t[:, None] * experts + e[None, :], mask=here, other=0) != 0)[None, :, :]
+    return gates + tl.load(residual_ptr + place, mask=seen, other=0.0)
+
+
+@triton.jit
 def _column(table, e, BLOCK_E: tl.constexpr):
     """Column e of a tile whose last axis is the experts: a sum of one number and zeros, so exact."""
     return tl.sum(tl.where((tl.arange(0, BLOCK_E) == e)[None, None, :], table, 0.0), 2)
@@ -646,6 +659,7 @@ def _column(table, e, BLOCK_E: tl.constexpr):
 def gate_mix_kernel(
     logits_ptr,
     mask_ptr,
+    residual_ptr,
     experts_ptr,
     z_ptr,
     rows,
@@ -657,20 +671,21 @@ def gate_mix_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
-    """z[b, t] = Σ_e softmax_e(logits[b, t])·experts[b, e]: each expert's output is read once, for all tasks."""
+    """z[b, t] = Σ_e (softmax_e(logits[b, t]) + residual[b, t, e])·experts[b, e]: each output is read once, for all tasks."""
     tiles = tl.cdiv(units, BLOCK_UNITS)
     pid = tl.program_id(0)
     b = (pid // tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     t = tl.arange(0, BLOCK_T)
     unit = pid % tiles * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)
-    gates, _, _ = _gates(logits_ptr, mask_ptr, b, t, rows, tasks, experts, BLOCK_E)
+    gates, place, known = _gates(logits_ptr, mask_ptr, b, t, rows, tasks, experts, BLOCK_E)
+    gates = _plus_residual(gates, residual_ptr, mask_ptr, place, known, t, tasks, experts, BLOCK_E)
     here = (b < rows)[:, None] & (unit < units)[None, :]
     z = tl.zeros((BLOCK_ROWS, BLOCK_T, BLOCK_UNITS), tl.float32)
     for e in range(experts):
         y = tl.load(experts_ptr + (b * experts + e)[:, None] * units + unit[None, :], mask=here, other=0.0).to(tl.float32)
         z += _column(gates, e, BLOCK_E)[:, :, None] * y[:, None, :]
-    place = (b[:, None, None] * tasks + t[None, :, None]) * units + unit[None, None, :]
-    tl.store(z_ptr + place, z, mask=here[:, None, :] & (t < tasks)[None, :, None])
+    to = (b[:, None, None] * tasks + t[None, :, None]) * units + unit[None, None, :]
+    tl.store(z_ptr + to, z, mask=here[:, None, :] & (t < tasks)[None, :, None])
 
 
 @triton.jit
@@ -678,9 +693,11 @@ def gate_mix_grad_kernel(
     dz_ptr,
     logits_ptr,
     mask_ptr,
+    residual_ptr,
     experts_ptr,
     dlogits_ptr,
     dexperts_ptr,
+    dresidual_ptr,
     rows,
     tasks,
     experts,
@@ -690,11 +707,13 @@ def gate_mix_grad_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_UNITS: tl.constexpr,
 ):
-    """dexperts[b, e] = Σ_t g[b, t, e]·dz[b, t]; dg[b, t, e] = dz[b, t]·experts[b, e]; dlogits = g·(dg − Σ_e g·dg)."""
+    """dexperts[b, e] = Σ_t (g + residual)[b, t, e]·dz[b, t]; dg[b, t, e] = dz[b, t]·experts[b, e] = dresidual[b, t, e];
+    dlogits = g·(dg − Σ_e g·dg)."""
     b = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     t = tl.arange(0, BLOCK_T)
     every = tl.arange(0, BLOCK_E)
     gates, place, known = _gates(logits_ptr, mask_ptr, b, t, rows, tasks, experts, BLOCK_E)
+    weights = _plus_residual(gates, residual_ptr, mask_ptr, place, known, t, tasks, experts, BLOCK_E)
     dgates = tl.zeros((BLOCK_ROWS, BLOCK_T, BLOCK_E), tl.float32)
     for first in range(0, units, BLOCK_UNITS):
         unit = first + tl.arange(0, BLOCK_UNITS)
@@ -708,10 +727,16 @@ def gate_mix_grad_kernel(
             row = (b * experts + e)[:, None] * units + unit[None, :]
             y = tl.load(experts_ptr + row, mask=here, other=0.0).to(tl.float32)
             dgates += tl.where((every == e)[None, None, :], tl.sum(dz * y[:, None, :], 2)[:, :, None], 0.0)
-            dy = tl.sum(_column(gates, e, BLOCK_E)[:, :, None] * dz, 1)
+            dy = tl.sum(_column(weights, e, BLOCK_E)[:, :, None] * dz, 1)
             tl.store(dexperts_ptr + row, _to(dy, dexperts_ptr), mask=here)
     dlogits = gates * (dgates - tl.sum(gates * dgates, 2)[:, :, None])
     tl.store(dlogits_ptr + place, dlogits, mask=known)
+    if residual_ptr is not None:
+        if mask_ptr is not None:
+            here = (t < tasks)[:, None] & (every < experts)[None, :]
+            allowed = tl.load(mask_ptr + t[:, None] * experts + every[None, :], mask=here, other=0) != 0
+            dgates = tl.where(allowed[None, :, :], dgates, 0.0)
+        tl.store(dresidual_ptr + place, dgates, mask=known)
 
 
 # ---------------------------------------------------------------------------------------------------------- routing

@@ -598,43 +598,57 @@ def _mix_blocks(tasks: int, experts: int, units: int) -> dict[str, int]:
 
 
 @torch.library.custom_op("recsys_moe::triton_gate_mix", mutates_args=())
-def gate_mix(logits: Tensor, experts: Tensor, mask: Tensor | None) -> Tensor:
-    """z[b, t] = Σ_e softmax_e(logits[b, t])·experts[b, e], fp32; mask uint8 `[T, E]`."""
-    logits, experts = logits.contiguous(), experts.contiguous()
+def gate_mix(logits: Tensor, experts: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+    """z[b, t] = Σ_e (softmax_e(logits[b, t]) + residual[b, t, e])·experts[b, e], fp32; mask uint8 `[T, E]`."""
+    logits, experts, residual = logits.contiguous(), experts.contiguous(), _packed(residual)
     rows, tasks, count = logits.shape
     units = experts.shape[2]
     z = logits.new_empty(rows, tasks, units)
     blocks = _mix_blocks(tasks, count, units)
     grid = (cdiv(rows, blocks["BLOCK_ROWS"]) * cdiv(units, blocks["BLOCK_UNITS"]),)
-    launch(k.gate_mix_kernel, grid, (logits, mask, experts, z, rows, tasks, count, units), **blocks)
+    launch(k.gate_mix_kernel, grid, (logits, mask, residual, experts, z, rows, tasks, count, units), **blocks)
     return z
 
 
 @gate_mix.register_fake
-def _(logits: Tensor, experts: Tensor, mask: Tensor | None) -> Tensor:
+def _(logits: Tensor, experts: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
     return logits.new_empty(*logits.shape[:2], experts.shape[2])
 
 
 @torch.library.custom_op("recsys_moe::triton_gate_mix_backward", mutates_args=())
-def gate_mix_backward(dz: Tensor, logits: Tensor, experts: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    dz, logits, experts = dz.contiguous(), logits.contiguous(), experts.contiguous()
+def gate_mix_backward(
+    dz: Tensor, logits: Tensor, experts: Tensor, mask: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of logits, experts and residual (empty where there is none)."""
+    dz, logits, experts, residual = dz.contiguous(), logits.contiguous(), experts.contiguous(), _packed(residual)
     rows, tasks, count = logits.shape
     units = experts.shape[2]
     dlogits, dexperts = torch.empty_like(logits), torch.empty_like(experts)
+    dresidual = logits.new_empty(0 if residual is None else logits.shape)
     blocks = _mix_blocks(tasks, count, units)
     grid = (cdiv(rows, blocks["BLOCK_ROWS"]),)
-    args = (dz, logits, mask, experts, dlogits, dexperts, rows, tasks, count, units)
+    written = None if residual is None else dresidual
+    args = (dz, logits, mask, residual, experts, dlogits, dexperts, written, rows, tasks, count, units)
     launch(k.gate_mix_grad_kernel, grid, args, **blocks)
-    return dlogits, dexperts
+    return dlogits, dexperts, dresidual
 
 
 @gate_mix_backward.register_fake
-def _(dz: Tensor, logits: Tensor, experts: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape), experts.new_empty(experts.shape)
+def _(
+    dz: Tensor, logits: Tensor, experts: Tensor, mask: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dresidual = logits.new_empty(0 if residual is None else logits.shape)
+    return logits.new_empty(logits.shape), experts.new_empty(experts.shape), dresidual
+
+
+def _mix_gradient(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    logits, experts, mask, residual = ctx.saved_tensors
+    dlogits, dexperts, dresidual = gate_mix_backward(dz, logits, experts, mask, residual)
+    return dlogits, dexperts, None, None if residual is None else dresidual
 
 
 gate_mix.register_autograd(
-    lambda ctx, dz: (*gate_mix_backward(dz, *ctx.saved_tensors), None),
+    _mix_gradient,
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 

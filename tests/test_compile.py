@@ -79,8 +79,10 @@ def test_operators_are_registered_soundly() -> None:
     order, offsets = sort_by_expert(ids, E)
     ops = torch.ops.recsys_moe
     for op, inputs in (
-        (ops.gate_mix, (g(5, 2, E, requires_grad=True), g(5, E, H, requires_grad=True), None)),
-        (ops.expert_linear, (g(5, 1, D, requires_grad=True), None, g(E, H, D, requires_grad=True), [0])),
+        (ops.gate_mix, (g(5, 2, E, requires_grad=True), g(5, E, H, requires_grad=True), None, None)),
+        (ops.gate_mix, (g(5, 2, E, requires_grad=True), g(5, E, H, requires_grad=True), None, g(5, 2, E, requires_grad=True))),
+        (ops.expert_linear, (g(5, 1, D, requires_grad=True), None, g(E, H, D, requires_grad=True), [0], None, 0)),
+        (ops.expert_linear, (g(5, 1, D, requires_grad=True), None, g(E, H, D, requires_grad=True), [0], g(E, H), 5)),
         (ops.gather_rows, (g(6, D, requires_grad=True), order, offsets)),
         (ops.grouped_linear, (g(12, D, requires_grad=True), g(E, H, D, requires_grad=True), offsets)),
         (ops.combine, (g(12, H, requires_grad=True), g(6, 2, requires_grad=True), order, offsets)),

@@ -266,6 +266,7 @@ class Mix:
     experts: int = 5
     units: int = 19
     masked: bool = False
+    residual: bool = False
     scale: float = 1.0
 
 
@@ -275,6 +276,8 @@ MIX = [
     Mix("no rows", rows=0),
     Mix("one task, one expert", tasks=1, experts=1),
     Mix("masked: HoME's gates", masked=True),
+    Mix("with residual weights: HoME's self gates", masked=True, residual=True),
+    Mix("residual weights without a mask", residual=True),
     Mix("more units than one block", rows=3, units=1100),
     Mix("many experts", rows=3, experts=70, units=8),
     Mix("large logits", scale=40.0),
@@ -290,6 +293,8 @@ def test_gate_mix(backend: Backend, case: Mix, dtype: torch.dtype) -> None:
         "logits": case.scale * torch.randn(case.rows, case.tasks, case.experts),
         "experts": rounded(case.rows, case.experts, case.units, dtype=dtype),
     }
+    if case.residual:
+        inputs["residual"] = torch.randn(case.rows, case.tasks, case.experts)
     mask = None
     if case.masked:
         mask = torch.rand(case.tasks, case.experts) < 0.5
@@ -298,7 +303,7 @@ def test_gate_mix(backend: Backend, case: Mix, dtype: torch.dtype) -> None:
 
     def kernel(p: Tensors) -> Tensor:
         on_device = None if mask is None else mask.to(p["logits"].device)
-        z = kernels.gate_mix(p["logits"], p["experts"], mask_te=on_device, backend=backend)
+        z = kernels.gate_mix(p["logits"], p["experts"], mask_te=on_device, residual_bte=p.get("residual"), backend=backend)
         assert z.dtype == torch.float32
         return z
 
@@ -308,6 +313,8 @@ def test_gate_mix(backend: Backend, case: Mix, dtype: torch.dtype) -> None:
             for t in range(case.tasks):
                 allowed = [e for e in range(case.experts) if mask is None or mask[t, e]]
                 weights = naive_softmax(torch.stack([p["logits"][b, t, e] for e in allowed]))
+                if "residual" in p:
+                    weights = weights + torch.stack([p["residual"][b, t, e] for e in allowed])
                 parts = [weights[i] * p["experts"][b, e] for i, e in enumerate(allowed)]
                 z.append(sum(parts[1:], parts[0]))
         shape = (case.rows, case.tasks, case.units)
