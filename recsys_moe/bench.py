@@ -9,6 +9,7 @@ The peers are scripts outside the project; RECSYS_MOE_PEERS names their folder. 
 the same numbers. Ceilings (reading memory, matrix products) are measured in the same run.
 """
 
+import copy
 import importlib.util
 import itertools
 import os
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from recsys_moe.errors import UserError
 from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, gate_mix, route_topk, sort_by_expert, sparse_expert_mlp
+from recsys_moe.process import keep_freed_memory
 
 CASES = ("layer", "loop", "home", "scaling")
 Call = Callable[[], Any]
@@ -59,6 +61,7 @@ def bench(cases: tuple[str, ...], peers: Path | None = None) -> Iterator[Row]:
     if set(cases) - {"scaling"} and not (folder / "hf_moe_layer.py").exists():
         raise UserError(f"{str(folder)!r} holds no peers' scripts (hf_moe_layer.py …); set RECSYS_MOE_PEERS to their folder")
     torch.manual_seed(0)
+    keep_freed_memory()  # as training and serving do; the peers run in this process and gain as well
     measures = {"layer": bench_layer, "loop": bench_loop, "home": bench_home, "scaling": lambda folder: bench_scaling()}
     for case in cases:
         yield from measures[case](folder)
@@ -93,9 +96,9 @@ def alternate(calls: dict[str, Call], repeats: int, warmup: int = 2) -> dict[str
 class SparseLayer:
     """transformers' MoE layer of either kind, on its own weights, through the kernels."""
 
-    def __init__(self, peer: nn.Module, shape: dict[str, Any], invariant: bool) -> None:
+    def __init__(self, peer: nn.Module, shape: dict[str, Any]) -> None:
         p = {name: tensor.detach() for name, tensor in peer.named_parameters()}
-        self.k, self.invariant, self.renormalize = shape["k"], invariant, shape["kind"] == "mixtral"
+        self.k, self.renormalize = shape["k"], shape["kind"] == "mixtral"
         self.router = Layer(p["gate.weight"].float().unsqueeze(0))
         self.experts = (Layer(p["experts.gate_up_proj"], activation="swiglu"), Layer(p["experts.down_proj"]))
         self.shared: tuple[Layer, ...] = ()
@@ -106,19 +109,19 @@ class SparseLayer:
 
     def __call__(self, x_btd: Tensor) -> Tensor:
         x = x_btd.flatten(0, 1)
-        logits = expert_mlp(x.float(), self.router, invariant=self.invariant).squeeze(1)
+        logits = expert_mlp(x.float(), self.router, invariant=True).squeeze(1)
         ids, weights = route_topk(logits, self.k, renormalize=self.renormalize)
         plan = (ids, weights, *sort_by_expert(ids, logits.shape[1]))
-        y = sparse_expert_mlp(x, self.experts, *plan, invariant=self.invariant)
+        y = sparse_expert_mlp(x, self.experts, *plan, invariant=True)
         if self.shared:
-            h = expert_mlp(x, self.shared[0], invariant=self.invariant)
-            y = y + expert_mlp(h, self.shared[1], source=(0,), invariant=self.invariant).squeeze(1)
+            h = expert_mlp(x, self.shared[0], invariant=True)
+            y = y + expert_mlp(h, self.shared[1], source=(0,), invariant=True).squeeze(1)
         return y.view_as(x_btd)
 
 
 @torch.no_grad()
 def bench_layer(folder: Path) -> Iterator[Row]:
-    """transformers' own benchmark, with our layer on the very same weights and inputs."""
+    """transformers' own benchmark, with our layer (invariant, as it is served) on the very same weights and inputs."""
     peer = load_peer(folder, "hf_moe_layer")
     read, matrix = peer.ceilings()
     for name, shape in peer.SHAPES.items():
@@ -129,34 +132,32 @@ def bench_layer(folder: Path) -> Iterator[Row]:
             grouped = [peer.build({**shape}, dtype, "grouped_mm") for _ in eager]
             for a, b in zip(eager, grouped, strict=True):
                 b.load_state_dict(a.state_dict(), assign=True)  # one set of weights for all
-            free, fixed = ([SparseLayer(a, shape, invariant) for a in eager] for invariant in (False, True))
+            ours = [SparseLayer(a, shape) for a in eager]
             for tokens in (1, 16, 512):
                 inputs = [torch.randn(1, tokens, shape["hidden"], dtype=dtype) for _ in eager]
-                for layer in (grouped[0], free[0], fixed[0]):
+                for layer in (grouped[0], ours[0]):
                     _same(layer(inputs[0]), eager[0](inputs[0]), 1e-4 if dtype == torch.float32 else 0.1)  # near ties
-                calls = {
-                    kind: _in_turn(layers, inputs)
-                    for kind, layers in (("eager", eager), ("grouped_mm", grouped), ("cpu", free), ("cpu invariant", fixed))
-                }
+                # Each starts with another layer: what one has just read must not lie in the cache for the next.
+                kinds = {"eager": eager, "grouped_mm": grouped, "cpu": ours}
+                calls = {kind: _in_turn(layers, inputs, start) for start, (kind, layers) in enumerate(kinds.items())}
                 ms = alternate(calls, 7 if tokens > 16 else 24, warmup=len(eager) if tokens <= 16 else 2)
                 touched = statistics.mean(peer.touched_bytes(a, x, shape) for a, x in zip(eager, inputs, strict=True))
                 flops = tokens * (shape["k"] + shape["shared"]) * 6 * shape["hidden"] * shape["ffn"]
                 best = min(("eager", "grouped_mm"), key=lambda kind: ms[kind])
-                for kind in ("cpu", "cpu invariant"):
-                    yield Row(
-                        f"layer {name} {str(dtype)[6:]} {tokens} tokens",
-                        kind,
-                        ms[kind],
-                        f"transformers {best}",
-                        ms[best],
-                        ms[best] / ms[kind],
-                        touched / ms[kind] / 1e6 / read,
-                        flops / ms[kind] / 1e9 / matrix[dtype],
-                    )
+                yield Row(
+                    f"layer {name} {str(dtype)[6:]} {tokens} tokens",
+                    "cpu",
+                    ms["cpu"],
+                    f"transformers {best}",
+                    ms[best],
+                    ms[best] / ms["cpu"],
+                    touched / ms["cpu"] / 1e6 / read,
+                    flops / ms["cpu"] / 1e9 / matrix[dtype],
+                )
 
 
-def _in_turn(layers: list[Any], inputs: list[Tensor]) -> Call:
-    pairs = itertools.cycle(zip(layers, inputs, strict=True))
+def _in_turn(layers: list[Any], inputs: list[Tensor], start: int) -> Call:
+    pairs = itertools.islice(itertools.cycle(zip(layers, inputs, strict=True)), start, None)
 
     def call() -> None:
         layer, x = next(pairs)
@@ -177,14 +178,13 @@ def _same(ours: Tensor, peers: Tensor, tolerance: float) -> None:
 class DenseLoop(nn.Module):
     """The peer's 8 experts of two layers under 4 gates, on its weights."""
 
+    in_precision = ("first", "second")
+
     def __init__(self, peer: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for index in (0, 2):
-            linears = [expert[index] for expert in peer.experts]
-            self.weights.append(torch.stack([m.weight.detach() for m in linears]))
-            self.biases.append(torch.stack([m.bias.detach() for m in linears]))
+        self.first, self.second = (_stacked([expert[index].weight for expert in peer.experts]) for index in (0, 2))
+        self.first_bias, self.second_bias = (_stacked([expert[index].bias for expert in peer.experts]) for index in (0, 2))
         gates = [gate[0] for gate in peer.gates]
         self.gate_weight = nn.Parameter(torch.cat([g.weight.detach() for g in gates]))
         self.gate_bias = nn.Parameter(torch.cat([g.bias.detach() for g in gates]))
@@ -192,122 +192,116 @@ class DenseLoop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = F.linear(x, self.gate_weight, self.gate_bias).view(len(x), self.tasks, -1)
-        for weight, bias in zip(self.weights, self.biases, strict=True):
+        for weight, bias in ((self.first, self.first_bias), (self.second, self.second_bias)):
             x = expert_mlp(x, Layer(weight.to(self.dtype), bias, None, "relu"))
         return gate_mix(logits, x).flatten(1)
 
 
 class DenseHoME(nn.Module):
-    """The peer's HoME on its weights: each level is four calls for all its groups at once."""
+    """The peer's HoME on its weights: each level is a handful of calls for all its groups at once."""
+
+    in_precision = ("tower",)
 
     def __init__(self, peer: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.tasks, self.categories = len(peer.task), len(peer.meta)
-        self.category = peer.category
+        self.tasks, self.categories, self.dtype = len(peer.task), len(peer.meta), dtype
+        n, groups = len(peer.meta_shared.experts), 1 + self.categories
         self.meta = Groups([peer.meta_shared, *peer.meta], dtype)
         self.level2 = Groups([peer.shared, *peer.group, *peer.task], dtype)
-        n = self.meta.experts
+
+        def experts(group: int) -> list[int]:
+            return list(range(n * group, n * (group + 1)))
+
         # Level 1: a gate over all experts for the shared group, over shared + own for each category.
-        self.meta_gate = nn.ModuleList([peer.meta_shared_gate, *peer.meta_gate])
-        own = [range(n * (1 + c), n * (2 + c)) for c in range(self.categories)]
-        meta_experts = [range(n * (1 + self.categories)), *([*range(n), *o] for o in own)]
-        self.meta.place_gates([*meta_experts, *self.meta.own_experts()])
-        # Level 2: a gate over shared + category's + own for each task, and each task's self gate.
-        self.task_gate = peer.task_gate
-        c0 = 1 + self.categories
-        task_experts = [
-            [*range(n), *range(n * (1 + c), n * (2 + c)), *range(n * (c0 + t), n * (c0 + t + 1))]
-            for t, c in enumerate(self.category)
-        ]
-        self.level2.place_gates([*task_experts, *self.level2.own_experts()[c0:]])
-        self.source = (*range(c0), *(1 + c for c in self.category))
-        self.tower = nn.ParameterList()
-        for index in (0, 2):
-            self.tower.append(torch.stack([t[index].weight.detach() for t in peer.tower]))
-            self.tower.append(torch.stack([t[index].bias.detach() for t in peer.tower]))
+        meta_gates = [peer.meta_shared_gate, *peer.meta_gate]
+        self.meta_gate = _stacked([torch.cat([gate.weight for gate in meta_gates])])
+        self.meta_gate_bias = _stacked([torch.cat([gate.bias for gate in meta_gates])])
+        seen = [list(range(n * groups)), *(experts(0) + experts(1 + c) for c in range(self.categories))]
+        self.meta.place_gates(seen, [experts(g) for g in range(groups)])
+        # Level 2: a gate over shared + category's + own for each task, on its category's and the shared representation.
+        width = peer.task_gate[0].weight.shape[1] // 2
+        self.own_gate, self.shared_gate = (
+            _stacked([gate.weight[:, half] for gate in peer.task_gate]) for half in (slice(width), slice(width, None))
+        )
+        self.task_gate_bias = _stacked([gate.bias for gate in peer.task_gate])
+        own = [experts(groups + t) for t in range(self.tasks)]
+        self.level2.place_gates([experts(0) + experts(1 + c) + own[t] for t, c in enumerate(peer.category)], own)
+        self.source = (*range(groups), *(1 + c for c in peer.category))
+        self.tower, self.tower_out = (_stacked([t[index].weight for t in peer.tower]) for index in (0, 2))
+        self.tower_bias, self.tower_out_bias = (_stacked([t[index].bias for t in peer.tower]) for index in (0, 2))
 
     def forward(self, v: Tensor) -> Tensor:
-        gates = torch.cat([gate(v) for gate in self.meta_gate], 1)
-        y = self.meta(v, (0,) * (1 + self.categories))
-        mixed = self.meta.mix(torch.cat([gates, self.meta.self_logits(v)], 1), y)
-        z = mixed[:, : 1 + self.categories] + mixed[:, 1 + self.categories :]
-        both = [torch.cat([z[:, 1 + c], z[:, 0]], 1) for c in range(self.categories)]
-        gates = torch.cat([gate(both[c]) for gate, c in zip(self.task_gate, self.category, strict=True)], 1)
-        own = self.level2.self_logits(z, self.source[1 + self.categories :])
-        mixed = self.level2.mix(torch.cat([gates, own], 1), self.level2(z, self.source))
-        towers = mixed[:, : self.tasks] + mixed[:, self.tasks :]
-        hidden = expert_mlp(towers, Layer(self.tower[0], self.tower[1], None, "silu"))
-        return expert_mlp(hidden, Layer(self.tower[2], self.tower[3])).flatten(1)
+        logits = expert_mlp(v, Layer(self.meta_gate, self.meta_gate_bias)).flatten(1)
+        z = self.meta(v, (0,) * (1 + self.categories), logits)
+        # W·[z_category; z_shared] without the pair: its halves are at hand.
+        own = expert_mlp(z, Layer(self.own_gate, self.task_gate_bias), source=self.source[1 + self.categories :])
+        logits = (own + expert_mlp(z, Layer(self.shared_gate), source=(0,) * self.tasks)).flatten(1)
+        mixed = self.level2(z, self.source, logits)
+        tower = Layer(self.tower.to(self.dtype), self.tower_bias, None, "silu")
+        hidden = expert_mlp(mixed, tower).float()
+        return expert_mlp(hidden, Layer(self.tower_out, self.tower_out_bias)).flatten(1)
 
 
 class Groups(nn.Module):
-    """Groups of HoME experts of one level: feature gates, Linear → BatchNorm → SiLU, gates over chosen experts."""
+    """Groups of HoME experts of one level: feature gates, Linear → BatchNorm → SiLU, and gates and self gates over them."""
 
+    in_precision = ("down", "up", "weight")
     place: Tensor
     mask: Tensor
-    head_place: Tensor
-    head_mask: Tensor
+    own_place: Tensor
     mean: Tensor
     var: Tensor
 
     def __init__(self, groups: list[Any], dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype, self.groups, self.experts, self.heads = dtype, len(groups), len(groups[0].experts), len(groups[0].gate.down)
-
-        def stack(parts: list[Tensor]) -> nn.Parameter:
-            return nn.Parameter(torch.stack([p.detach() for p in parts]))
-
-        self.down = stack([d.weight for g in groups for d in g.gate.down])
-        self.up = stack([u.weight for g in groups for u in g.gate.up])
-        self.head = stack([g.gate.mix.weight for g in groups])
-        self.head_bias = stack([g.gate.mix.bias for g in groups])
-        self.weight = stack([e.linear.weight for g in groups for e in g.experts])
-        self.bias = stack([e.linear.bias for g in groups for e in g.experts])
-        self.scale = stack([e.norm.weight for g in groups for e in g.experts])
-        self.shift = stack([e.norm.bias for g in groups for e in g.experts])
-        self.self_weight = stack([g.self_gate.weight for g in groups])
-        self.self_bias = stack([g.self_gate.bias for g in groups])
+        self.down = _stacked([d.weight for g in groups for d in g.gate.down])
+        self.up = _stacked([u.weight for g in groups for u in g.gate.up])
+        self.head, self.head_bias = _stacked([g.gate.mix.weight for g in groups]), _stacked([g.gate.mix.bias for g in groups])
+        self.weight = _stacked([e.linear.weight for g in groups for e in g.experts])
+        self.bias = _stacked([e.linear.bias for g in groups for e in g.experts])
+        self.scale = _stacked([e.norm.weight for g in groups for e in g.experts])
+        self.shift = _stacked([e.norm.bias for g in groups for e in g.experts])
+        self.self_weight = _stacked([g.self_gate.weight for g in groups])
+        self.self_bias = _stacked([g.self_gate.bias for g in groups])
         self.register_buffer("mean", torch.zeros_like(self.scale.data))
         self.register_buffer("var", torch.ones_like(self.scale.data))
-        heads = torch.eye(self.groups, dtype=torch.bool).repeat_interleave(self.heads, 1)
-        self.register_buffer("head_mask", heads)
-        self.register_buffer("head_place", heads.flatten().nonzero().squeeze(1))
 
-    def own_experts(self) -> list[list[int]]:
-        return [list(range(self.experts * g, self.experts * (g + 1))) for g in range(self.groups)]
-
-    def place_gates(self, experts: list[Any]) -> None:
-        """Which experts each gate sees; gates' logits come one after the other."""
+    def place_gates(self, seen: list[list[int]], own: list[list[int]]) -> None:
+        """Which experts each gate sees, in the order of its logits, and which its self gate weighs."""
         total = self.groups * self.experts
-        mask = torch.zeros(len(experts), total, dtype=torch.bool)
-        for t, seen in enumerate(experts):
-            mask[t, list(seen)] = True
+        mask = torch.zeros(len(seen), total, dtype=torch.bool)
+        for t, experts in enumerate(seen):
+            mask[t, experts] = True
         self.register_buffer("mask", mask)
-        self.register_buffer("place", torch.tensor([t * total + e for t, seen in enumerate(experts) for e in seen]))
+        self.register_buffer("place", torch.tensor([t * total + e for t, experts in enumerate(seen) for e in experts]))
+        self.register_buffer("own_place", torch.tensor([t * total + e for t, experts in enumerate(own) for e in experts]))
 
-    def forward(self, x: Tensor, source: tuple[int, ...]) -> Tensor:
-        """x `[B, D]` or `[B, S, D]` → `[B, G·E, H]`."""
+    def forward(self, x: Tensor, source: tuple[int, ...], logits: Tensor) -> Tensor:
+        """x `[B, D]` or `[B, S, D]`, the gates' logits `[B, n]` → each gate's mixture `[B, T, H]`, its self gate's added."""
         by_head = tuple(s for s in source for _ in range(self.heads))
         low = expert_mlp(x, Layer(self.down.to(self.dtype)), source=by_head)
         heads = expert_mlp(low, Layer(self.up.to(self.dtype), activation="double_sigmoid"))
         mix = expert_mlp(x, Layer(self.head, self.head_bias), source=source)
-        gate = gate_mix(_spread(mix.flatten(1), self.head_place, self.head_mask), heads, mask_te=self.head_mask)
+        pairs = heads.view(-1, self.heads, heads.shape[2])  # a group's heads are its own: B·G rows of one gate each
+        gate = gate_mix(mix.view(-1, 1, self.heads), pairs).view(len(x), self.groups, -1)
         norm = BatchNorm(self.scale, self.shift, self.mean, self.var, self.training)
-        return expert_mlp(x, Layer(self.weight.to(self.dtype), self.bias, norm, "silu"), gate_bgd=gate, source=source)
-
-    def self_logits(self, x: Tensor, source: tuple[int, ...] | None = None) -> Tensor:
-        """The self gates' logits, of the last groups where `source` names fewer inputs than there are groups."""
-        source = source or (0,) * self.groups
-        n = len(source)
-        return expert_mlp(x, Layer(self.self_weight[-n:], self.self_bias[-n:]), source=source).flatten(1)
-
-    def mix(self, logits: Tensor, y: Tensor) -> Tensor:
-        return gate_mix(_spread(logits, self.place, self.mask), y, mask_te=self.mask)
+        layer = Layer(self.weight.to(self.dtype), self.bias, norm, "silu")
+        y = expert_mlp(x, layer, gate_bgd=gate, source=source)
+        gates = len(self.own_place) // self.experts  # self gates belong to the last groups: at level 2, the tasks'
+        own = Layer(self.self_weight[-gates:], self.self_bias[-gates:])
+        weights = expert_mlp(x, own, source=source[-gates:]).softmax(-1).flatten(1)
+        residual = _spread(weights, self.own_place, self.mask)
+        return gate_mix(_spread(logits, self.place, self.mask), y, mask_te=self.mask, residual_bte=residual)
 
 
-def _spread(logits: Tensor, place: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the allowed (gate, expert) pairs, `[B, n]` → `[B, T, E]`."""
-    return logits.new_zeros(len(logits), mask.numel()).index_copy(1, place, logits).view(-1, *mask.shape)
+def _stacked(parts: list[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.stack([p.detach() for p in parts]))
+
+
+def _spread(values: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+    """Values of some (gate, expert) pairs, `[B, n]` → `[B, T, E]`, zeros elsewhere."""
+    return values.new_zeros(len(values), mask.numel()).index_copy(1, place, values).view(-1, *mask.shape)
 
 
 def bench_loop(folder: Path) -> Iterator[Row]:
@@ -347,10 +341,19 @@ def _bench_dense(peer: ModuleType, name: str, theirs: nn.Module, ours: Callable[
 
             return call
 
+        # A served model holds its experts' weights in their precision; a trained one casts fp32 weights in every step.
+        served = copy.deepcopy(model).eval()
+        for module in served.modules():
+            for cast in getattr(module, "in_precision", ()):
+                parameter = getattr(module, cast)
+                parameter.data = parameter.data.to(dtype)
         for what, make, repeats in (("forward + backward", train, 9), ("forward of 200 rows", serve, 25)):
-            for m in (model, theirs):
-                m.train(make is train)
-            calls = {"cpu": make(model, False), "eager": make(theirs, half), "compiled": make(compiled, half)}
+            theirs.train(make is train)
+            calls = {
+                "cpu": make(model if make is train else served, False),
+                "eager": make(theirs, half),
+                "compiled": make(compiled, half),
+            }
             ms = alternate(calls, repeats, warmup=3)
             best = min(("eager", "compiled"), key=lambda kind: ms[kind])
             yield Row(f"{name} {str(dtype)[6:]} {what}", "cpu", ms["cpu"], f"modules {best}", ms[best], ms[best] / ms["cpu"])
