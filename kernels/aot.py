@@ -258,7 +258,14 @@ def described(launch: Launch) -> str:
 
 
 _DATA = re.compile(r"(x|weight|z|dz|dy|outputs|experts|logits)_ptr")
-_WORDS = {"offsets_ptr": "sparse", "gate_ptr": "gated", "mean_ptr": "norm", "mask_ptr": "masked", "lengths_ptr": "unit"}
+_WORDS = {
+    "offsets_ptr": "sparse",
+    "gate_ptr": "gated",
+    "mean_ptr": "norm",
+    "mask_ptr": "masked",
+    "residual_ptr": "residual",
+    "lengths_ptr": "unit",
+}
 
 
 def table(rows: list[Compiled]) -> str:

@@ -639,14 +639,13 @@ def _gates(logits_ptr, mask_ptr, b, t, rows, tasks, experts, BLOCK_E: tl.constex
 @triton.jit
 def _plus_residual(gates, residual_ptr, mask_ptr, place, known, t, tasks, experts, BLOCK_E: tl.constexpr):
     """The weights of rows × tasks × experts: the softmax, and beside it what a residual gate gives the experts in sight."""
-    if residual_ptr is None:
-        return gates
-    seen = known
-    if mask_ptr is not None:
-        e = tl.arange(0, BLOCK_E)
-        here = (t < tasks)[:, None] & (e < experts)[None, :]
-        seen = known & (tl.load(mask_ptr + t[:, None] * experts + e[None, :], mask=here, other=0) != 0)[None, :, :]
-    return gates + tl.load(residual_ptr + place, mask=seen, other=0.0)
+    if residual_ptr is not None:
+        if mask_ptr is not None:
+            e = tl.arange(0, BLOCK_E)
+            here = (t < tasks)[:, None] & (e < experts)[None, :]
+            known &= (tl.load(mask_ptr + t[:, None] * experts + e[None, :], mask=here, other=0) != 0)[None, :, :]
+        gates += tl.load(residual_ptr + place, mask=known, other=0.0)
+    return gates
 
 
 @triton.jit
