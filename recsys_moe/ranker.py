@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_moe.embeddings import FusedEmbeddings, one_id_each
@@ -18,8 +19,9 @@ class Ranker(nn.Module):
     """ids int32 `[B, F]` and dense inputs `[B, D]` → logits `[B, T]`.
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
-    optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `prior_rates` are the tasks' positive rates, in
-    (0, 1), that a fresh model starts at (None: the weights are loaded).
+    optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
+    training: nothing else regularises them. `prior_rates` are the tasks' positive rates, in (0, 1), that a fresh model
+    starts at (None: the weights are loaded).
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Ranker(nn.Module):
         super().__init__()
         self.sparse_names = sparse_names
         width = config.embedding_dim
+        self.dropout = config.dropout
         self.embeddings = FusedEmbeddings(sparse_names, cardinalities, width) if sparse_names else None
         self.network = MODELS[type(config)](config, len(sparse_names) * width + num_dense, num_tasks, PRECISIONS[precision])
         if prior_rates is not None:
@@ -56,7 +59,8 @@ class Ranker(nn.Module):
         """Logits and, where the family has gates, their plan."""
         inputs = [dense_bd] if dense_bd.shape[1] else []
         if self.embeddings is not None:
-            inputs.insert(0, self.embeddings(one_id_each(self.sparse_names, ids_bf)).values())
+            embedded = self.embeddings(one_id_each(self.sparse_names, ids_bf)).values()
+            inputs.insert(0, F.dropout(embedded, self.dropout, self.training))
         logits: Tensor
         logits, plan = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
         return logits, plan

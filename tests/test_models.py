@@ -290,9 +290,9 @@ class Capture(nn.Module):
 CARDINALITIES = [5, 3, 40]
 
 
-def ranker(num_dense: int = 2, cardinalities: list[int] = CARDINALITIES) -> Ranker:
+def ranker(num_dense: int = 2, cardinalities: list[int] = CARDINALITIES, dropout: float = 0.0) -> Ranker:
     names = ["user", "price.bucket", "item"][: len(cardinalities)]
-    return Ranker(MMoEConfig(embedding_dim=4, num_experts=2), names, cardinalities, num_dense, TASKS)
+    return Ranker(MMoEConfig(embedding_dim=4, num_experts=2, dropout=dropout), names, cardinalities, num_dense, TASKS)
 
 
 def tables(model: Ranker) -> list[nn.Embedding]:
@@ -313,6 +313,29 @@ def test_the_network_sees_each_rows_embeddings_then_its_numbers() -> None:
     ids, dense = draw_ids(13), torch.randn(13, 2)
     expected = torch.cat([table(ids[:, f].long()) for f, table in enumerate(tables(model))] + [dense], 1)
     assert torch.equal(model(ids, dense)[0], expected)
+
+
+def test_dropout_drops_and_rescales_embeddings_but_no_numbers_and_in_training_only() -> None:
+    model = ranker(dropout=0.25)
+    model.network = Capture()
+    ids, dense = draw_ids(2000).clamp_min(2), torch.randn(2000, 2)  # rows 0 and 1 of a table start at zero
+    whole = torch.cat([table(ids[:, f].long()) for f, table in enumerate(tables(model))], 1)
+    in_training = model(ids, dense)[0]
+    kept = in_training[:, :-2] != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    torch.testing.assert_close(in_training[:, :-2], whole / 0.75 * kept)
+    assert torch.equal(in_training[:, -2:], dense)
+    assert torch.equal(model.eval()(ids, dense)[0], torch.cat([whole, dense], 1))
+
+
+def test_what_is_dropped_is_not_updated() -> None:
+    model = ranker(num_dense=0, dropout=0.5)
+    model.network = Capture()
+    before = torch.cat([table.weight.detach() for table in tables(model)])
+    out = model(torch.tensor([[2, 2, 2]], dtype=torch.int32), torch.empty(1, 0))[0]
+    out.sum().backward()
+    after = torch.cat([table.weight.detach() for table in tables(model)])
+    assert torch.equal((after != before).sum(), (out != 0).sum())
 
 
 def test_a_ranker_of_numbers_only_and_one_of_categories_only() -> None:

@@ -23,6 +23,7 @@ Width = Annotated[int, Field(ge=1)]
 class MMoEConfig:
     """Number and widths of the experts, hidden widths of the towers, width of each feature's embedding.
 
+    `dropout` is of the embeddings and of the experts' units.
     `gate="topk"`: each task uses only the `top_k` experts of its largest gate weights, divided by their sum (Shazeer et al.
     2017), and only those are computed.
     """

@@ -18,7 +18,10 @@ Width = Annotated[int, Field(ge=1)]
 
 @typed
 class SharedBottomConfig:
-    """Widths of the shared network and of the towers' hidden layers, and of each feature's embedding."""
+    """Widths of the shared network and of the towers' hidden layers, and of each feature's embedding.
+
+    `dropout` is of the embeddings and of the shared network's units.
+    """
 
     name: Literal["shared_bottom"] = "shared_bottom"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
