@@ -16,6 +16,7 @@ from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
 from recsys_moe.ranker import Ranker
 
 IN_DIM, TASKS = 6, 3
+WIDTHS = [1] * TASKS
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 2e-6}
 
 
@@ -125,7 +126,8 @@ def expert_pairs(stacked: MLPExperts, singles: Any) -> Iterator[Pair]:
 
 
 def pairs(model: Any, naive: Any) -> Iterator[Pair]:
-    yield from expert_pairs(model.towers, naive.towers)
+    yield from expert_pairs(model.towers.hidden, [tower[:-1] for tower in naive.towers])
+    yield from expert_pairs(model.towers.last[0], [tower[-1:] for tower in naive.towers])
     if isinstance(model, MMoE):
         yield from expert_pairs(model.experts, naive.experts)
         for t, gate in enumerate(naive.gates):
@@ -142,10 +144,10 @@ def build(family: str, norm: Any, dtype: torch.dtype = torch.float32) -> tuple[A
     naive: Any
     if family == "mmoe":
         mmoe = MMoEConfig(num_experts=4, expert_dims=(7, 5), tower_dims=(4,), norm=norm, dropout=0.0)
-        model, naive = MMoE(mmoe, IN_DIM, TASKS, dtype), NaiveMMoE(mmoe)
+        model, naive = MMoE(mmoe, IN_DIM, WIDTHS, dtype), NaiveMMoE(mmoe)
     else:
         bottom = SharedBottomConfig(bottom_dims=(9, 5), tower_dims=(4,), norm=norm, dropout=0.0)
-        model, naive = SharedBottom(bottom, IN_DIM, TASKS, dtype), NaiveSharedBottom(bottom)
+        model, naive = SharedBottom(bottom, IN_DIM, WIDTHS, dtype), NaiveSharedBottom(bottom)
     with torch.no_grad():
         for stacked, where, single in pairs(model, naive):
             single.copy_(stacked[where])
@@ -211,7 +213,7 @@ def test_at_inference_a_row_has_the_same_bits_in_every_batch(family: str, dtype:
 def test_sparse_gates_equal_softmax_gates_over_their_best_experts(top_k: int) -> None:
     soft, naive = build("mmoe", "none")
     config = MMoEConfig(num_experts=4, expert_dims=(7, 5), tower_dims=(4,), norm="none", dropout=0, gate="topk", top_k=top_k)
-    sparse = MMoE(config, IN_DIM, TASKS, torch.float32)
+    sparse = MMoE(config, IN_DIM, WIDTHS, torch.float32)
     sparse.load_state_dict(soft.state_dict())
     x = torch.randn(30, IN_DIM)
     outputs = torch.stack([expert(x) for expert in naive.experts], 1)
@@ -292,7 +294,7 @@ CARDINALITIES = [5, 3, 40]
 
 def ranker(num_dense: int = 2, cardinalities: list[int] = CARDINALITIES) -> Ranker:
     names = ["user", "price.bucket", "item"][: len(cardinalities)]
-    return Ranker(MMoEConfig(embedding_dim=4, num_experts=2), names, cardinalities, num_dense, TASKS)
+    return Ranker(MMoEConfig(embedding_dim=4, num_experts=2), names, cardinalities, num_dense, WIDTHS)
 
 
 def tables(model: Ranker) -> list[nn.Embedding]:

@@ -91,7 +91,7 @@ def test_load_schema_reads_yaml(tmp_path: Path) -> None:
         ({"features": [{"name": "age"}]}, "'features.0.kind' is missing"),
         ({"featuers": []}, "unknown key 'featuers'; did you mean 'features'?"),
         (task(lable="x"), "unknown key 'tasks.0.lable'; did you mean 'label'?"),
-        (task(kind="regression"), "'tasks.0.kind' is 'regression'"),
+        (task(kind="regresion"), "'tasks.0.kind' is 'regresion'; did you mean 'regression'?"),
         (task(name="in come"), "'tasks.0.name' is 'in come'"),
         (task(loss_weight=0), "'tasks.0.loss_weight' is 0; input should be greater than 0"),
         (task(label="income >"), "expression 'income >' can't be read"),

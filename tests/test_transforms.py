@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recsys_moe.columns import as_category, as_number, category_text
 from recsys_moe.errors import UserError
 from recsys_moe.schema import Schema
-from recsys_moe.transforms import PartialStatistics, Transform, as_category, as_number, category_text
+from recsys_moe.transforms import PartialStatistics, Transform
 from recsys_moe.typed import parse
 
 
