@@ -1,11 +1,11 @@
 """A hash of categories that is the same on every machine, in every version, in training and in serving.
 
-A text's hash is SipHash-2-4 (Aumasson & Bernstein 2012) of its UTF-8 bytes under a fixed key, read as a little-endian 64-bit
-number, as `pandas.util.hash_array` computes it. Several hashes become one, in order, by
+A text's hash is what `pandas.util.hash_array` makes of it: mix(SipHash-2-4 of its UTF-8 bytes under a fixed key) (Aumasson &
+Bernstein 2012), mix being SplitMix64's finaliser (Steele et al. 2014). Several hashes become one, in order, by
 
     h ← mix(h + 0x9E3779B97F4A7C15 + h_i),  h = 0 at first,
 
-with SplitMix64's finaliser mix (Steele et al. 2014), modulo 2^64. Bundles depend on it: change nothing here.
+all modulo 2^64. Bundles depend on it: change nothing here.
 """
 
 from collections.abc import Sequence
