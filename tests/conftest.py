@@ -73,7 +73,7 @@ def clicks() -> Callable[..., pa.Table]:
     return draw
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_prepared() -> Callable[..., Any]:
     """`write_prepared(folder, schema, {part: [table, …]})`: a prepared folder by hand, one shard for each table.
 
