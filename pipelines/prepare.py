@@ -25,7 +25,7 @@ import pyarrow as pa
 from recsys_moe.config import conf_dir
 from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
-from recsys_moe.schema import Schema
+from recsys_moe.schema import BinaryTask, Schema
 from recsys_moe.shards import FORMAT, Manifest, PreparedData, Rows, Shard, TaskCount, write_json, write_shard
 from recsys_moe.sources import CHUNK_ROWS, PARTS, Chunk, DataConfig, digest_files, list_files, plan_chunks, read_chunk
 from recsys_moe.transforms import PartialStatistics, Statistics, Transform
@@ -100,8 +100,8 @@ def _write(config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk],
     for summary in _map_chunks(chunks, fit, lambda done: progress("statistics", done, total)):
         partial.merge(PartialStatistics.from_json(summary["statistics"]))
         counts += np.asarray(summary["counts"])
-    _check_counts(schema, counts, chunks)
     statistics = partial.finish(schema)
+    _check_targets(schema, statistics, chunks)
     transform = _TransformAndWrite(dump(schema), dump(statistics), str(folder))
     shards: list[Shard] = []
     for summary in _map_chunks(chunks, transform, lambda done: progress("transform", done, total)):
@@ -109,9 +109,9 @@ def _write(config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk],
     write_json(folder / "schema.json", dump(schema))
     write_json(folder / "statistics.json", dump(statistics))
     task_counts = tuple(
-        TaskCount(task, part, int(counts[p, t, 0]), int(counts[p, t, 1]))
+        TaskCount(task.name, part, int(counts[p, t, 0]), int(counts[p, t, 1]) if isinstance(task, BinaryTask) else None)
         for p, part in enumerate(PARTS)
-        for t, task in enumerate(schema.task_names)
+        for t, task in enumerate(schema.tasks)
     )
     source = str(Path(config.source).resolve())
     manifest = Manifest(FORMAT, config.name, digest, source, tuple(shards), task_counts)
@@ -168,7 +168,9 @@ class _Fit:
                 seen = (weights > 0) & (parts == part)
                 counts[part, :, 0] += seen.sum(1)
                 counts[part, :, 1] += (seen & (labels > 0)).sum(1)
-            partial.merge(PartialStatistics.of(table.filter(pa.array(parts == PARTS.index("train"))), schema))
+            train = parts == PARTS.index("train")
+            partial.merge(PartialStatistics.of(table.filter(pa.array(train)), schema))
+            partial.merge(PartialStatistics.of_labels(labels[:, train], weights[:, train], schema))
         return {"statistics": partial.to_json(), "counts": counts.tolist()}
 
 
@@ -209,17 +211,19 @@ def _blocks(chunk: Chunk, schema: Schema) -> Iterator[tuple[pa.Table, npt.NDArra
         yield pa.concat_tables(tables), np.concatenate(parts)
 
 
-def _check_counts(schema: Schema, counts: np.ndarray, chunks: list[Chunk]) -> None:
+def _check_targets(schema: Schema, statistics: Statistics, chunks: list[Chunk]) -> None:
     rows = int(sum((c.parts == 0).sum() for c in chunks))
-    for number, task in enumerate(schema.tasks):
-        observed, positive = counts[PARTS.index("train"), number]
-        if not observed:
+    for task, target in zip(schema.tasks, statistics.targets, strict=True):
+        if not target.rows:
             raise UserError(
                 f"task {task.name!r} has no row left among the {rows:,} training rows (label {task.label!r}, mask "
                 f"{task.mask!r}); mend the mask or the label"
             )
-        if positive in (0, observed):
+        # float32, which labels are trained in, tells no smaller differences apart.
+        if target.std <= 1e-7 * abs(target.mean):
+            classes = task.classes_as_text
+            only = f"class {classes[round(target.mean)]}" if classes else "one value"
             raise UserError(
-                f"task {task.name!r} has only class {int(positive > 0)} in its {observed:,} training rows (label "
-                f"{task.label!r}); nothing can be learnt from it: mend the label or leave the task out with data.tasks"
+                f"task {task.name!r} has only {only} in its {target.rows:,} training rows (label {task.label!r}); nothing can "
+                "be learnt from it: mend the label or leave the task out with data.tasks"
             )

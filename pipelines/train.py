@@ -126,7 +126,7 @@ def _fit(job: TrainJob, folder: Path, data: Path, on_event: Callable[[Event], No
             storage_path=str(folder),
             name="ray",
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="mean_auc", checkpoint_score_order="max"
+                num_to_keep=1, checkpoint_score_attribute="mean_quality", checkpoint_score_order="max"
             ),
         ),
     )

@@ -15,7 +15,7 @@ from recsys_moe.models import ModelConfig
 from recsys_moe.process import keep_freed_memory, peak_memory, use_all_cores
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
-from recsys_moe.trainer import TrainConfig, Trainer, evaluate, single_class_warnings
+from recsys_moe.trainer import TrainConfig, Trainer, evaluate, undefined_quality_warnings
 from recsys_moe.typed import parse, plain
 
 
@@ -49,7 +49,7 @@ def _train(config: dict[str, Any], tell: Any) -> dict[str, Any]:
         tell(event)
         if event["kind"] != "epoch":
             return
-        metrics = {"mean_auc": event["validation.mean_auc"], "epoch": event["epoch"]}
+        metrics = {"mean_quality": event["validation.mean_quality"], "epoch": event["epoch"]}
         if not event["best"]:
             ray.train.report(metrics)
             return
@@ -62,7 +62,7 @@ def _train(config: dict[str, Any], tell: Any) -> dict[str, Any]:
     tell({"kind": "start", "total_steps": trainer.total_steps})
     result = trainer.fit()
     test = evaluate(trainer.model, data, "test")
-    for message in single_class_warnings(test, "test"):
+    for message in undefined_quality_warnings(test, "test"):
         tell({"kind": "warning", "message": message})
     return {
         "kind": "done",

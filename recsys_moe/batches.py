@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recsys_moe.embeddings import JaggedTensor, concatenate_rows, jagged_tensors, take_rows
 from recsys_moe.shards import PreparedData, Rows
 
 BLOCK_ROWS = 32_768
@@ -19,25 +20,31 @@ POOL_ROWS = 8 * BLOCK_ROWS
 
 @dataclass
 class Batch:
-    """B rows, row-major: ids int32 `[B, F]`, dense fp32 `[B, D]`, labels and weights fp32 `[B, T]`."""
+    """B rows, row-major: ids int32 `[B, F]`, dense fp32 `[B, D]`, labels and weights fp32 `[B, T]`, and `lists`, for each
+    feature of many ids a row its int32 ids and where each row's begin."""
 
     ids_bf: Tensor
     dense_bd: Tensor
     labels_bt: Tensor
     weights_bt: Tensor
+    lists: tuple[JaggedTensor, ...] = ()
 
     @classmethod
     def of(cls, rows: Rows) -> "Batch":
         columns = (rows.inputs.ids, rows.inputs.dense, rows.labels, rows.weights)
-        return cls(*(torch.from_numpy(c).t().contiguous() for c in columns))
+        ids, dense, labels, weights = (torch.from_numpy(c).t().contiguous() for c in columns)
+        return cls(ids, dense, labels, weights, jagged_tensors(rows.inputs))
 
     @classmethod
     def concatenate(cls, batches: list["Batch"]) -> "Batch":
-        return cls(*(torch.cat(parts) for parts in zip(*map(_tensors, batches), strict=True)))
+        ids, dense, labels, weights = (torch.cat(parts) for parts in zip(*map(_tensors, batches), strict=True))
+        lists = zip(*(batch.lists for batch in batches), strict=True)
+        return cls(ids, dense, labels, weights, tuple(map(concatenate_rows, lists)))
 
     def take(self, index: Tensor) -> "Batch":
         # Whole rows lie together: gathering them is ten times faster than picking from every column.
-        return Batch(*(tensor.index_select(0, index) for tensor in _tensors(self)))
+        ids, dense, labels, weights = (tensor.index_select(0, index) for tensor in _tensors(self))
+        return Batch(ids, dense, labels, weights, tuple(take_rows(rows, index) for rows in self.lists))
 
     def __len__(self) -> int:
         return self.labels_bt.shape[0]

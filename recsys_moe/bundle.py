@@ -2,7 +2,7 @@
 
     config.json         model family and widths, precision, what it was trained on
     schema.json         features and tasks
-    statistics.json     vocabularies and moments of the feature transforms
+    statistics.json     vocabularies and moments of the feature transforms and of the tasks' labels
     model.safetensors   the weights
     metrics.json        how it did on the validation part, which chose the epoch, and on the test part
 
@@ -18,6 +18,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from recsys_moe.errors import UserError
+from recsys_moe.heads import Heads
 from recsys_moe.models import ModelConfig
 from recsys_moe.ranker import Ranker
 from recsys_moe.schema import Schema
@@ -26,7 +27,7 @@ from recsys_moe.sources import DataConfig
 from recsys_moe.transforms import Statistics, Transform
 from recsys_moe.typed import dump, parse, typed
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("config.json", "schema.json", "statistics.json", "model.safetensors", "metrics.json")
 
 
@@ -42,7 +43,7 @@ class BundleConfig:
 
 
 class Bundle:
-    """A loaded bundle: configuration, transforms, metrics and the model in evaluation mode.
+    """A loaded bundle: configuration, transforms, heads, metrics and the model in evaluation mode.
 
     Raises:
         UserError: a file that is missing, cut short or does not fit the others; names it.
@@ -64,13 +65,15 @@ class Bundle:
         except UserError as error:
             raise UserError(f"{str(folder)!r} does not fit together: {error}") from None
         t = self.transform
+        self.heads = Heads(schema, statistics)
         self.model = Ranker(
             self.config.model,
             t.sparse_names,
             t.cardinalities,
             len(t.dense_names),
-            len(schema.tasks),
+            self.heads.outputs,
             self.config.precision,
+            t.lists,
         )
         path = folder / "model.safetensors"
         try:

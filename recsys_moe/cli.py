@@ -53,7 +53,7 @@ def root() -> None:
 @app.command(epilog="Example: `recsys-moe train data=census_full model=mmoe train.seed=1 train.epochs=4 --json`")
 def train(overrides: Overrides = None, json: Json = False) -> None:
     """Prepare the data if need be, train a model, track the run in MLflow, leave a bundle."""
-    from recsys_moe.console import PhaseProgress, number, print_json, print_metrics, progress, stderr, stdout
+    from recsys_moe.console import PhaseProgress, number, print_json, print_metrics, progress, qualities, stderr, stdout
 
     job = _job(_compose(overrides))
     from recsys_moe.pipelines.train import train as run_job
@@ -70,11 +70,10 @@ def train(overrides: Overrides = None, json: Json = False) -> None:
                 note = f"loss {event['train.loss']:.4f}  {event['train.samples_per_s']:,.0f} samples/s"
                 phases("train", event["step"], event["total_steps"], note)
             if event["kind"] == "epoch":
-                aucs = "  ".join(f"{task} {number(m['auc'])}" for task, m in event["validation"].items())
                 best = "  *" if event["best"] else ""
+                mean = number(event["validation.mean_quality"])
                 stderr.print(
-                    f"epoch {event['epoch']}: validation AUC  {aucs}  mean {event['validation.mean_auc']:.4f}{best}",
-                    soft_wrap=True,
+                    f"epoch {event['epoch']}: validation {qualities(event['validation'])}  mean {mean}{best}", soft_wrap=True
                 )
 
         summary = run_job(job, on_event, phases)
@@ -157,7 +156,7 @@ def evaluate(
     from recsys_moe.pipelines.prepare import digest_data
     from recsys_moe.predictor import Predictor
     from recsys_moe.sources import read_part, read_rows
-    from recsys_moe.trainer import single_class_warnings
+    from recsys_moe.trainer import undefined_quality_warnings
     from recsys_moe.typed import plain
 
     predictor = Predictor(folder)
@@ -177,7 +176,7 @@ def evaluate(
             )
         tables = read_part(data, schema, part)
     measured = predictor.evaluate(tables)
-    for message in single_class_warnings(measured, part if file is None else str(file)):
+    for message in undefined_quality_warnings(measured, part if file is None else str(file)):
         stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)
     metrics = {task: plain(asdict(m)) for task, m in measured.items()}
     rows = part if file is None else str(file)
@@ -191,7 +190,7 @@ def evaluate(
 def score(
     model: Model,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Rows to score: Parquet or CSV with the feature columns.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="A Parquet file, one probability column per task.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A Parquet file, one column per task (multiclass: per class).")],
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:

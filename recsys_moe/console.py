@@ -1,5 +1,6 @@
 """What people see while they wait: progress on standard error, tables, one JSON line on standard output."""
 
+import itertools
 import json
 import math
 import sys
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from recsys_moe.metrics import QUALITY_NAMES
 
 # What is no terminal has no width to keep to: a file or a pipe gets every line whole.
 _ENDLESS = 10_000
@@ -53,18 +56,40 @@ class PhaseProgress:
 
 
 def print_metrics(title: str, metrics: dict[str, dict[str, Any]], console: Console = stdout) -> None:
-    """Tasks down, metrics across; whole even where the terminal is too narrow for it. GAUC only where one is known."""
+    """Tasks down, metrics across, a table for each kind of task; whole even where the terminal is too narrow for it. GAUC
+    only where one is known."""
+    console.print(title, style="bold", soft_wrap=True)
+    for _, kind in itertools.groupby(sorted(metrics.items(), key=lambda m: list(m[1])), key=lambda m: list(m[1])):
+        _print_table(dict(kind), console)
+
+
+def _print_table(metrics: dict[str, dict[str, Any]], console: Console) -> None:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
     table.add_column("task", no_wrap=True)
-    grouped = any(values["gauc"] is not None or values["gauc_left_out"] for values in metrics.values())
+    grouped = any(values.get("gauc") is not None or values.get("gauc_left_out") for values in metrics.values())
     names = [name for name in next(iter(metrics.values())) if grouped or not name.startswith("gauc")]
     for name in names:
         table.add_column(_HEADERS.get(name, name), justify="right", vertical="bottom", no_wrap=True)
     for task, values in metrics.items():
         table.add_row(task, *(number(values[name]) for name in names))
     table.width = Measurement.get(console, console.options.update(width=_ENDLESS), table).maximum
-    console.print(title, style="bold", soft_wrap=True)
     console.print(table, crop=False)
+
+
+def qualities(metrics: dict[str, dict[str, Any]]) -> str:
+    """Each task's quality, which is the first of its metrics, under its name where that changes.
+
+    >>> qualities({"like": {"auc": 0.7, "rows": 9}, "share": {"auc": 0.6}, "minutes": {"r2": 0.5}})
+    'AUC  like 0.7000  share 0.6000  R²  minutes 0.5000'
+    """
+    words, last = [], ""
+    for task, values in metrics.items():
+        name, value = next(iter(values.items()))
+        if name != last:
+            words.append(QUALITY_NAMES[name])
+        words.append(f"{task} {number(value)}")
+        last = name
+    return "  ".join(words)
 
 
 def number(value: Any) -> str:

@@ -162,7 +162,7 @@ def _request_row(feed: Path, schema: Schema) -> dict[str, Any]:
     first: dict[str, Any] = {}
     for path in sorted((feed / "logs").glob("*.parquet")):
         for batch in pq.ParquetFile(path).iter_batches(4096, columns=list(schema.columns)):
-            rows = batch.select(schema.feature_names).to_pylist()
+            rows = batch.select(schema.feature_columns).to_pylist()
             observed = np.all([batch[name].is_valid() for name in schema.label_columns], axis=0)
             if observed.any():
                 found: dict[str, Any] = rows[int(observed.argmax())]
@@ -188,11 +188,11 @@ def _draw(
 
     predictor = Predictor(Path(results["mmoe"]["bundle"]))
     logs = sorted((feed / "logs").glob("*.parquet"))[-1]
-    columns = list(predictor.bundle.schema.feature_names)
+    columns = list(predictor.bundle.schema.feature_columns)
     rows = pa.Table.from_batches([next(pq.ParquetFile(logs).iter_batches(4096, columns=columns))])
     gates = predictor.gates(rows)
     assert gates is not None
-    tasks = predictor.tasks
+    tasks = predictor.bundle.schema.task_names
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     height = 0.8 / len(MODELS)
     for n, model in enumerate(MODELS):

@@ -1,8 +1,9 @@
-"""Embedding tables: torchrec's collection on fbgemm's fused table batch."""
+"""Embedding tables, torchrec's collection on fbgemm's fused table batch, and the jagged tensors of ids that they take."""
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from recsys_moe.transforms import Inputs
 
 
 class FusedEmbeddings(FusedEmbeddingBagCollection):
-    """One table per feature, all of one width, in one fused table batch whose backward pass applies Adagrad.
+    """One table per feature, all of one width and pooling, in one fused table batch whose backward pass applies Adagrad.
 
     A `FusedEmbeddingBagCollection` that hands a `KeyedJaggedTensor` whose keys are the tables in order to the kernel as it
     is. The parent takes every input apart by feature and puts it together again: forward and backward of 31 tables, width 4,
@@ -28,15 +31,17 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         names: the features, one table each.
         cardinalities: rows of each table.
         width: dimensions of an embedding, a multiple of 4.
+        pooling: what a row's ids become where they are not just one: their embeddings' sum or mean, zero if there is none.
     """
 
-    def __init__(self, names: list[str], cardinalities: list[int], width: int) -> None:
+    def __init__(self, names: list[str], cardinalities: list[int], width: int, pooling: Literal["sum", "mean"] = "sum") -> None:
         tables = [
             EmbeddingBagConfig(
                 name=_table_name(name),
                 embedding_dim=width,
                 num_embeddings=rows,
                 feature_names=[name],
+                pooling=PoolingType(pooling.upper()),
             )
             for name, rows in zip(names, cardinalities, strict=True)
         ]
@@ -77,6 +82,48 @@ def one_id_each(names: list[str], ids_bf: Tensor) -> KeyedJaggedTensor:
         offsets=_unit_offsets(len(names) * rows),
         stride=rows,
     )
+
+
+def jagged_tensors(inputs: Inputs) -> tuple[JaggedTensor, ...]:
+    """The lists of some rows, one jagged tensor for each feature."""
+    return tuple(JaggedTensor(torch.from_numpy(r.values), offsets=torch.from_numpy(r.offsets)) for r in inputs.lists)
+
+
+def take_rows(rows: JaggedTensor, index: Tensor) -> JaggedTensor:
+    """The rows that `index` `[B]` names, in its order.
+
+    >>> rows = JaggedTensor(torch.tensor([5, 6, 7]), offsets=torch.tensor([0, 2, 2, 3]))
+    >>> take_rows(rows, torch.tensor([2, 0])).values()
+    tensor([7, 5, 6])
+    """
+    starts = rows.offsets()[index]
+    lengths = rows.offsets()[index + 1] - starts
+    offsets = torch.zeros(len(index) + 1, dtype=lengths.dtype)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    place = torch.arange(int(offsets[-1])) + torch.repeat_interleave(starts - offsets[:-1], lengths)
+    return JaggedTensor(rows.values()[place], lengths=lengths, offsets=offsets)
+
+
+def concatenate_rows(pieces: Sequence[JaggedTensor]) -> JaggedTensor:
+    """The rows of all pieces, one piece after the other."""
+    return JaggedTensor(torch.cat([p.values() for p in pieces]), lengths=torch.cat([p.lengths() for p in pieces]))
+
+
+def padded(rows: JaggedTensor, length: int) -> tuple[Tensor, Tensor]:
+    """The rows as a block: ids `[B, L]`, 0 behind a row's end, and how many of them are its own, int32 `[B]`.
+
+    >>> padded(JaggedTensor(torch.tensor([5, 6, 7]), offsets=torch.tensor([0, 2, 2, 3])), 3)[0].tolist()
+    [[5, 6, 0], [0, 0, 0], [7, 0, 0]]
+    """
+    return rows.to_padded_dense(length, padding_value=0), rows.lengths()
+
+
+def last_ids(rows: JaggedTensor, length: int) -> JaggedTensor:
+    """The last id of each row; a row without any stays so. No row has more than `length`."""
+    ids_bl, lengths_b = padded(rows, length)
+    some_b = lengths_b > 0
+    last = ids_bl[some_b].gather(1, lengths_b[some_b].long().unsqueeze(1) - 1).squeeze(1)
+    return JaggedTensor(last, lengths=some_b.to(lengths_b.dtype))
 
 
 @lru_cache(maxsize=8)

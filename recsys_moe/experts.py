@@ -90,6 +90,45 @@ class MLPExperts(nn.Module):
         return Layer(weight, bias, norm, "relu", self.dropout if self.training else 0.0)
 
 
+class Towers(nn.Module):
+    """One tower a task: perceptrons of one shape, and behind them a linear layer of the task's own width.
+
+    The input is `[B, D]` (shared by all) or `[B, T, D]`, the output `[B, Σ widths]`: the first task's numbers, the second's …
+
+    >>> Towers(8, (4,), "none", [1, 3]).eval()(torch.zeros(5, 2, 8)).shape
+    torch.Size([5, 4])
+    """
+
+    def __init__(self, in_dim: int, dims: Sequence[int], norm: Norm, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.hidden = MLPExperts(len(widths), in_dim, dims, norm) if dims else None
+        # The last layers of tasks of one width are one stack.
+        self._stacks = [[t for t, w in enumerate(widths) if w == width] for width in dict.fromkeys(widths)]
+        self.last = nn.ModuleList(
+            MLPExperts(len(tasks), dims[-1] if dims else in_dim, (), linear_out=widths[tasks[0]]) for tasks in self._stacks
+        )
+        order = [t for tasks in self._stacks for t in tasks]
+        self._widths, self._place = [widths[t] for t in order], [order.index(t) for t in range(len(widths))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.hidden is None else self.hidden(x)
+        if len(self._stacks) == 1:
+            out: Tensor = self.last[0](x).flatten(1)
+            return out
+        outs = [
+            last(x if x.dim() == 2 else x[:, tasks]).flatten(1) for last, tasks in zip(self.last, self._stacks, strict=True)
+        ]
+        pieces = torch.cat(outs, 1).split(self._widths, 1)
+        return torch.cat([pieces[place] for place in self._place], 1)
+
+    def start_at(self, outputs: Sequence[Sequence[float]]) -> None:
+        """Set the last biases: each task's outputs where nothing else adds to them."""
+        with torch.no_grad():
+            for last, tasks in zip(self.last, self._stacks, strict=True):
+                assert isinstance(last, MLPExperts)
+                last.biases[-1].copy_(torch.tensor([outputs[t] for t in tasks]))
+
+
 class StackedBatchNorm(nn.Module):
     """The parameters and running moments of each unit of each expert's batch normalisation, `[E, H]`; the kernels apply it.
 

@@ -1,14 +1,12 @@
 """The multi-task loss."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def multi_task_loss(logits_bt: Tensor, labels_bt: Tensor, weights_bt: Tensor, task_weights_t: Tensor) -> Tensor:
-    """Σ_t ω_t · L_t with L_t = Σ_b w_bt·BCE(ŷ_bt, y_bt) / Σ_b w_bt, the loss over each task's own rows (PLE, eq. 7).
+def multi_task_loss(losses_bt: Tensor, weights_bt: Tensor, task_weights_t: Tensor) -> Tensor:
+    """Σ_t ω_t · L_t with L_t = Σ_b w_bt·l_bt / Σ_b w_bt, the mean loss over each task's own rows (PLE, eq. 7).
 
-    A task without rows in the batch adds 0. All fp32 `[B, T]`, `task_weights_t` `[T]`.
+    A task without rows in the batch adds 0. All fp32 `[B, T]`, `task_weights_t` `[T]`; l_bt as the tasks' heads have it.
     """
-    losses_bt = F.binary_cross_entropy_with_logits(logits_bt, labels_bt, weights_bt, reduction="none")
     totals_t = weights_bt.sum(0)
-    return (losses_bt.sum(0) / totals_t.clamp_min(1e-12) * task_weights_t).sum()
+    return ((losses_bt * weights_bt).sum(0) / totals_t.clamp_min(1e-12) * task_weights_t).sum()

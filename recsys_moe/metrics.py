@@ -1,10 +1,15 @@
-"""Metrics of binary tasks: ranking (AUC, GAUC), likelihood (logloss, normalized entropy) and calibration (ratio, ECE)."""
+"""Metrics by kind of task: of probabilities, of numbers, of classes, of levels.
+
+The first field of each is its quality: higher is better, and what is worth nothing is at 0 or a half (see `quality`).
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
+
+from recsys_moe.columns import signed_log1p
 
 Floats = npt.NDArray[np.floating]
 ECE_BINS = 15
@@ -34,6 +39,75 @@ class BinaryMetrics:
     rows: int
 
 
+@dataclass(frozen=True)
+class RegressionMetrics:
+    """One task's predictions on one set of rows.
+
+    - `r2`: 1 − Σ(z − ẑ)² / Σ(z − z̄)² on the scale that the task is trained on (z = log1p(y) if it asks for that): 0 is no
+      better than the mean. NaN where all labels are equal.
+    - `rmse`, `mae`: √mean (y − ŷ)² and mean |y − ŷ| in the label's own units.
+    - `rows`: how many rows were observed.
+    """
+
+    r2: float
+    rmse: float
+    mae: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class MulticlassMetrics:
+    """One task's class probabilities on one set of rows. The predicted class is the most probable, of equals the first.
+
+    - `accuracy`: the share of rows whose class is predicted.
+    - `macro_f1`: the mean of the classes' F1, over those that occur among labels or predictions.
+    - `logloss`: mean −log of the probability of the row's class, in nats.
+    - `rows`: how many rows were observed.
+    """
+
+    accuracy: float
+    macro_f1: float
+    logloss: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class OrdinalMetrics:
+    """One task's expected levels on one set of rows.
+
+    - `auc`: over pairs of rows of unlike level, the probability that the higher one has the higher score, ties half
+      (Harrell's concordance; with two levels the AUC). NaN if there is one level only.
+    - `qwk`: quadratic weighted kappa (Cohen 1968) between the level and the one nearest to the score:
+      1 − Σ(i − j)²·O_ij / Σ(i − j)²·E_ij over positions i, j. NaN where both are always the same one.
+    - `mae`: mean |level − score|, in levels' own numbers.
+    - `rows`: how many rows were observed.
+    """
+
+    auc: float
+    qwk: float
+    mae: float
+    rows: int
+
+
+QUALITY_NAMES = {"auc": "AUC", "r2": "R²", "accuracy": "accuracy"}
+TaskMetrics = BinaryMetrics | RegressionMetrics | MulticlassMetrics | OrdinalMetrics
+
+
+def quality(metrics: TaskMetrics) -> float:
+    """The number that training is to raise: a task's AUC, R², accuracy or concordance. NaN where it is not defined.
+
+    >>> quality(RegressionMetrics(r2=0.5, rmse=2.0, mae=1.0, rows=9))
+    0.5
+    """
+    value: float = getattr(metrics, fields(metrics)[0].name)
+    return value
+
+
+def quality_name(metrics: TaskMetrics) -> str:
+    """What people call it: AUC, R², accuracy."""
+    return QUALITY_NAMES[fields(metrics)[0].name]
+
+
 def binary_metrics(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64] | None = None) -> BinaryMetrics:
     """All metrics of probabilities `scores` against 0/1 `labels`, both `[N]`.
 
@@ -59,6 +133,71 @@ def binary_metrics(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]
         ece=expected_calibration_error(scores, labels),
         rows=rows,
     )
+
+
+def regression_metrics(predictions: Floats, labels: Floats, log1p: bool = False) -> RegressionMetrics:
+    """All metrics of `predictions` against `labels`, both `[N]`; `log1p`: the task is trained on log1p of its labels.
+
+    >>> regression_metrics(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))
+    RegressionMetrics(r2=0.5, rmse=0.5773502691896257, mae=0.3333333333333333, rows=3)
+    """
+    predictions, labels = np.asarray(predictions, np.float64), np.asarray(labels, np.float64)
+    if not len(labels):
+        return RegressionMetrics(math.nan, math.nan, math.nan, 0)
+    error = predictions - labels
+    scaled, target = (signed_log1p(predictions), signed_log1p(labels)) if log1p else (predictions, labels)
+    spread = float(((target - target.mean()) ** 2).sum())
+    r2 = 1 - float(((target - scaled) ** 2).sum()) / spread if spread else math.nan
+    return RegressionMetrics(r2, math.sqrt(float((error**2).mean())), float(np.abs(error).mean()), len(labels))
+
+
+def multiclass_metrics(probabilities: Floats, labels: Floats) -> MulticlassMetrics:
+    """All metrics of `probabilities` `[N, K]` against class positions `labels` `[N]`.
+
+    >>> multiclass_metrics(np.array([[0.5, 0.5], [0.25, 0.75]]), np.array([0, 0])).accuracy
+    0.5
+    """
+    truth, p = np.asarray(labels).astype(np.int64), np.asarray(probabilities, np.float64)
+    rows, classes = p.shape
+    if not rows:
+        return MulticlassMetrics(math.nan, math.nan, math.nan, 0)
+    predicted = p.argmax(1)
+    hits = np.bincount(truth[truth == predicted], minlength=classes)
+    occurs = np.bincount(truth, minlength=classes) + np.bincount(predicted, minlength=classes)
+    f1 = 2 * hits[occurs > 0] / occurs[occurs > 0]
+    likelihood = np.maximum(p[np.arange(rows), truth], np.finfo(np.float32).tiny)
+    return MulticlassMetrics(float(hits.sum() / rows), float(f1.mean()), float(-np.log(likelihood).mean()), rows)
+
+
+def ordinal_metrics(scores: Floats, labels: Floats, levels: Floats) -> OrdinalMetrics:
+    """All metrics of expected levels `scores` against positions `labels`, both `[N]`, among rising `levels` `[K]`.
+
+    >>> ordinal_metrics(np.array([1.2, 2.0, 4.4]), np.array([0, 1, 4]), np.array([1.0, 2.0, 3.0, 4.0, 5.0])).auc
+    1.0
+    """
+    scores, truth = np.asarray(scores, np.float64), np.asarray(labels).astype(np.int64)
+    rows, k = len(truth), len(levels)
+    if not rows:
+        return OrdinalMetrics(math.nan, math.nan, math.nan, 0)
+    nearest = np.searchsorted((levels[1:] + levels[:-1]) / 2, scores)
+    observed = np.bincount(truth * k + nearest, minlength=k * k).reshape(k, k)
+    expected = np.outer(observed.sum(1), observed.sum(0)) / rows
+    distance = (np.arange(k)[:, None] - np.arange(k)) ** 2
+    chance = float((distance * expected).sum())
+    qwk = 1 - float((distance * observed).sum()) / chance if chance else math.nan
+    return OrdinalMetrics(concordance(scores, truth), qwk, float(np.abs(levels[truth] - scores).mean()), rows)
+
+
+def concordance(scores: Floats, levels: npt.NDArray[np.int64]) -> float:
+    """Over pairs of unlike level, the share in which the higher one has the higher score, ties half; NaN without any."""
+    right, pairs = 0.0, 0
+    for level in np.unique(levels)[1:]:
+        below = levels < level
+        these = below | (levels == level)
+        auc, _ = grouped_auc(scores[these], (~below[these]).astype(np.float64), np.zeros(int(these.sum()), np.int64))
+        count = int(below.sum()) * int((these & ~below).sum())
+        right, pairs = right + auc * count, pairs + count
+    return right / pairs if pairs else math.nan
 
 
 def log_loss(scores: Floats, labels: Floats) -> float:

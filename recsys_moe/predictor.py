@@ -1,4 +1,4 @@
-"""The plain predictor: rows in, probabilities out. Offline scoring, evaluation and serving all go through it."""
+"""The plain predictor: rows in, scores out. Offline scoring, evaluation and serving all go through it."""
 
 import uuid
 from collections.abc import Callable, Iterable
@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 import torch
 
 from recsys_moe.bundle import Bundle
+from recsys_moe.embeddings import jagged_tensors
 from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
-from recsys_moe.metrics import BinaryMetrics
-from recsys_moe.routing import sigmoid
+from recsys_moe.metrics import TaskMetrics
 from recsys_moe.sources import count_rows, read_rows
-from recsys_moe.trainer import metrics_by_task
 
 
 class Predictor:
@@ -26,11 +25,15 @@ class Predictor:
         self.bundle = Bundle(folder)
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        return self.bundle.schema.task_names
+    def score_names(self) -> tuple[str, ...]:
+        """What is scored: a task by its name, a class of a multiclass task as `task.class`."""
+        return self.bundle.heads.score_names
 
     def score(self, table: pa.Table) -> npt.NDArray[np.float32]:
-        """Probabilities, fp32 `[T, N]`, of the rows of `table`, which has at least the feature columns.
+        """Scores, fp32 `[S, N]`, of the rows of `table`, which has at least the feature columns.
+
+        One of each binary task (its probability), regression (the value) and ordinal task (the expected level), one for each
+        class of a multiclass task (its probability): `score_names` has their order.
 
         Raises:
             UserError: a value of the wrong kind; names the column and the value.
@@ -44,21 +47,23 @@ class Predictor:
     def _forward(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         inputs = self.bundle.transform(table)
         with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
-            logits, plan = self.bundle.model(torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous())
-            gates = None if plan is None else plan.dense_weights.view(*logits.shape, -1).numpy()
-            return sigmoid(logits).t().contiguous().numpy(), gates
+            ids_bf, dense_bd = torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous()
+            outputs, plan = self.bundle.model(ids_bf, dense_bd, jagged_tensors(inputs))
+            shape = (table.num_rows, len(self.bundle.schema.tasks), -1)
+            gates = None if plan is None else plan.dense_weights.view(shape).numpy()
+            return self.bundle.heads.scores(outputs), gates
 
-    def evaluate(self, tables: Iterable[pa.Table]) -> dict[str, BinaryMetrics]:
+    def evaluate(self, tables: Iterable[pa.Table]) -> dict[str, TaskMetrics]:
         """Metrics of each task over raw rows that have the label columns too."""
         schema = self.bundle.schema
         collected = [(self.score(t), *task_labels(t, schema), group_ids(t, schema)) for t in tables]
-        return metrics_by_task(collected, schema.task_names)
+        return self.bundle.heads.metrics(collected)
 
 
 def score_file(
     folder: Path, source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
-    """Score every row of a Parquet or CSV file into `target`, one fp32 column per task, in order; returns the rows.
+    """Score every row of a Parquet or CSV file into `target`, one fp32 column per score, in order; returns the rows.
 
     Raises:
         UserError: a source that can't be read, a target that can't be written or is the source. An older target is then
@@ -69,13 +74,13 @@ def score_file(
     if source.exists() and target.exists() and target.samefile(source):
         raise UserError(f"OUT {str(target)!r} is the file that is to be scored; choose another OUT")
     predictor = Predictor(folder)
-    schema = pa.schema([(task, pa.float32()) for task in predictor.tasks])
+    schema = pa.schema([(name, pa.float32()) for name in predictor.score_names])
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     rows, total = 0, count_rows(source, predictor.bundle.schema)
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
             for table in read_rows(source, predictor.bundle.schema, labels=False):
-                writer.write_table(pa.table(dict(zip(predictor.tasks, predictor.score(table), strict=True)), schema))
+                writer.write_table(pa.table(dict(zip(predictor.score_names, predictor.score(table), strict=True)), schema))
                 rows += table.num_rows
                 progress(rows, total)
         temporary.replace(target)

@@ -1,27 +1,28 @@
 """A whole model: torchrec embeddings in front, a family's network behind."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.embeddings import FusedEmbeddings, one_id_each
-from recsys_moe.experts import MLPExperts
+from recsys_moe.embeddings import FusedEmbeddings, JaggedTensor, KeyedJaggedTensor, last_ids, one_id_each
+from recsys_moe.experts import Towers
 from recsys_moe.models import MODELS
 from recsys_moe.routing import RoutingPlan
+from recsys_moe.transforms import ListInput
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ranker(nn.Module):
-    """ids int32 `[B, F]` and dense inputs `[B, D]` → logits `[B, T]`.
+    """ids int32 `[B, F]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, `widths` of each task's tower.
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
-    training: nothing else regularises them. `prior_rates` are the tasks' positive rates, in (0, 1), that a fresh model
-    starts at (None: the weights are loaded).
+    training: nothing else regularises them. `start` has the outputs that a fresh model starts at, task by task (None: the
+    weights are loaded).
     """
 
     def __init__(
@@ -30,40 +31,53 @@ class Ranker(nn.Module):
         sparse_names: list[str],
         cardinalities: list[int],
         num_dense: int,
-        num_tasks: int,
+        widths: Sequence[int],
         precision: str = "fp32",
-        prior_rates: Sequence[float] | None = None,
+        lists: Sequence[ListInput] = (),
+        start: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
-        self.sparse_names = sparse_names
+        self.sparse_names, self.lists = sparse_names, lists
         width = config.embedding_dim
         self.dropout = config.dropout
         self.embeddings = FusedEmbeddings(sparse_names, cardinalities, width) if sparse_names else None
-        self.network = MODELS[type(config)](config, len(sparse_names) * width + num_dense, num_tasks, PRECISIONS[precision])
-        if prior_rates is not None:
-            self._start_at(prior_rates)
+        self.pooled = nn.ModuleDict(
+            {
+                pooling: FusedEmbeddings([f.name for f in of], [f.cardinality for f in of], width, pooling)
+                for pooling in ("sum", "mean")
+                if (of := [f for f in lists if _table_pooling(f) == pooling])
+            }
+        )
+        in_dim = (len(sparse_names) + len(lists)) * width + num_dense
+        self.network = MODELS[type(config)](config, in_dim, widths, PRECISIONS[precision])
+        if start is not None:
+            # A bias moves by a learning rate a step at most: from its usual 0 (a half) it would not come down to a rate of
+            # 0.3 % within a short training, nor ever where few rows observe the task. Scores would stay too high, most of
+            # all in rows like those that no label ever pulled down.
+            towers = self.network.towers
+            assert isinstance(towers, Towers)
+            towers.start_at(start)
 
-    def _start_at(self, rates: Sequence[float]) -> None:
-        """Set the towers' last biases to the tasks' rates.
-
-        A bias moves by a learning rate a step at most: from its usual 0 (a half) it would not come down to a rate of 0.3 %
-        within a short training, nor ever where few rows observe the task. Scores would stay too high, most of all in rows
-        like those that no label ever pulled down.
-        """
-        towers = self.network.towers
-        assert isinstance(towers, MLPExperts)
-        with torch.no_grad():
-            towers.biases[-1].copy_(torch.logit(torch.tensor(rates)).unsqueeze(1))
-
-    def forward(self, ids_bf: Tensor, dense_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
-        """Logits and, where the family has gates, their plan."""
-        inputs = [dense_bd] if dense_bd.shape[1] else []
+    def forward(
+        self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()
+    ) -> tuple[Tensor, RoutingPlan | None]:
+        """Outputs and, where the family has gates, their plan."""
+        inputs = []
         if self.embeddings is not None:
-            embedded = self.embeddings(one_id_each(self.sparse_names, ids_bf)).values()
-            inputs.insert(0, F.dropout(embedded, self.dropout, self.training))
-        logits: Tensor
-        logits, plan = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
-        return logits, plan
+            inputs.append(self.embeddings(one_id_each(self.sparse_names, ids_bf)).values())
+        for pooling, tables in self.pooled.items():
+            rows = {
+                f.name: last_ids(ids, f.max_length) if f.pooling == "last" and f.max_length else ids
+                for f, ids in zip(self.lists, lists, strict=True)
+                if _table_pooling(f) == pooling
+            }
+            inputs.append(tables(KeyedJaggedTensor.from_jt_dict(rows)).values())
+        inputs = [F.dropout(embedded, self.dropout, self.training) for embedded in inputs]
+        if dense_bd.shape[1]:
+            inputs.append(dense_bd)
+        outputs: Tensor
+        outputs, plan = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
+        return outputs, plan
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Everything but the embedding tables."""
@@ -71,5 +85,11 @@ class Ranker(nn.Module):
 
     def set_embedding_lr(self, rate: float) -> None:
         """The learning rate of the fused embedding optimizer, from the next backward pass on."""
-        if self.embeddings is not None:
-            self.embeddings.set_lr(rate)
+        for tables in (self.embeddings, *self.pooled.values()):
+            if isinstance(tables, FusedEmbeddings):
+                tables.set_lr(rate)
+
+
+def _table_pooling(feature: ListInput) -> Literal["sum", "mean"]:
+    # The last one alone is the sum of one.
+    return "mean" if feature.pooling == "mean" else "sum"

@@ -2,8 +2,9 @@
 
     manifest.json               what is here, with row counts and a SHA-256 for each shard
     schema.json statistics.json the features and tasks, and what was fitted
-    train-00000-000.arrow …     Arrow IPC, uncompressed: one int32 column per embedded feature, one float32 column per
-                                dense input, `label.<task>` and `weight.<task>` as float32, `group` as int64
+    train-00000-000.arrow …     Arrow IPC, uncompressed: one int32 column per embedded feature, one list<int32> column per
+                                feature of many ids, one float32 column per dense input, `label.<task>` and
+                                `weight.<task>` as float32, `group` as int64
 
 A folder is written under a temporary name and renamed when it is whole: a half-written one is never taken for data.
 """
@@ -11,6 +12,7 @@ A folder is written under a temporary name and renamed when it is whole: a half-
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +23,10 @@ import pyarrow as pa
 
 from recsys_moe.errors import UserError
 from recsys_moe.schema import Schema
-from recsys_moe.transforms import Inputs, Statistics, Transform
+from recsys_moe.transforms import Inputs, Jagged, Statistics, Transform
 from recsys_moe.typed import parse, typed
 
-FORMAT = 2
+FORMAT = 3
 
 T = TypeVar("T", np.int32, np.float32)
 
@@ -42,12 +44,12 @@ class Shard:
 
 @typed
 class TaskCount:
-    """Rows of a part that count for a task, and how many of them are positive."""
+    """Rows of a part that count for a task, and how many of them are positive (of a binary task)."""
 
     task: str
     part: str
     observed: int
-    positive: int
+    positive: int | None
 
 
 @typed
@@ -81,8 +83,12 @@ class Rows:
 def write_shard(path: Path, part: str, rows: Rows, transform: Transform) -> Shard:
     """Write one shard and describe it."""
     tasks = transform.schema.task_names
-    columns: dict[str, npt.NDArray[np.generic]] = {
+    columns: dict[str, Any] = {
         f"id.{name}": values for name, values in zip(transform.sparse_names, rows.inputs.ids, strict=True)
+    }
+    columns |= {
+        f"list.{feature.name}": pa.ListArray.from_arrays(jagged.offsets, jagged.values)
+        for feature, jagged in zip(transform.lists, rows.inputs.lists, strict=True)
     }
     columns |= {f"dense.{name}": values for name, values in zip(transform.dense_names, rows.inputs.dense, strict=True)}
     columns |= {f"label.{name}": values for name, values in zip(tasks, rows.labels, strict=True)}
@@ -106,7 +112,8 @@ class PreparedData:
     """A prepared folder, opened and checked.
 
     Raises:
-        UserError: no such folder, a shard that is missing, cut short or changed; names the file and the remedy.
+        UserError: no such folder, a shard that is missing, cut short or changed, or that holds ids beyond a feature's
+            table; names the file and the remedy.
     """
 
     def __init__(self, folder: Path, verify: bool = True) -> None:
@@ -132,6 +139,13 @@ class PreparedData:
             raise UserError(f"shard {str(path)!r} is missing; {remedy}")
         if path.stat().st_size != shard.bytes or _sha256(path) != shard.sha256:
             raise UserError(f"shard {str(path)!r} does not match the checksum in the manifest; {remedy}")
+        # The embedding kernel looks up whatever it is told, beyond a table's end too.
+        for name, rows, highest in MappedShard(path, self.transform).highest_ids():
+            if highest >= rows:
+                raise UserError(
+                    f"shard {str(path)!r} has id {highest} of {name!r}, whose table ends at {rows - 1}: its statistics were "
+                    f"changed; {remedy}"
+                )
 
     def shards(self, part: str) -> list["MappedShard"]:
         """The shards of a part, memory-mapped: nothing is read before it is used."""
@@ -149,7 +163,9 @@ class MappedShard:
         def views(names: list[str]) -> list[npt.NDArray[Any]]:
             return [table[name].chunk(0).to_numpy() for name in names]
 
+        self._transform = transform
         self._ids = views([f"id.{name}" for name in transform.sparse_names])
+        self._lists = [table[f"list.{feature.name}"].chunk(0) for feature in transform.lists]
         self._dense = views([f"dense.{name}" for name in transform.dense_names])
         self._labels = views([f"label.{name}" for name in tasks])
         self._weights = views([f"weight.{name}" for name in tasks])
@@ -168,12 +184,26 @@ class MappedShard:
                 out[row] = column[low:high]
             return out
 
+        lists = tuple(_slice(array, low, min(high, self._rows)) for array in self._lists)
         return Rows(
-            Inputs(stack(self._ids, np.int32), stack(self._dense, np.float32)),
+            Inputs(stack(self._ids, np.int32), stack(self._dense, np.float32), lists),
             stack(self._labels, np.float32),
             stack(self._weights, np.float32),
             None if self._group is None else self._group[low:high].astype(np.int64),
         )
+
+    def highest_ids(self) -> Iterator[tuple[str, int, int]]:
+        """Each embedded feature with its table's rows and its highest id here (−1: it has none)."""
+        t = self._transform
+        for name, rows, ids in zip(t.sparse_names, t.cardinalities, self._ids, strict=True):
+            yield name, rows, int(ids.max(initial=-1))
+        for feature, array in zip(t.lists, self._lists, strict=True):
+            yield feature.name, feature.cardinality, int(array.values.to_numpy().max(initial=-1))
+
+
+def _slice(array: pa.ListArray, low: int, high: int) -> Jagged:
+    offsets = array.offsets.to_numpy()[low : high + 1]
+    return Jagged(array.values.to_numpy()[offsets[0] : offsets[-1]].copy(), offsets - offsets[0])
 
 
 def _sha256(path: Path) -> str:

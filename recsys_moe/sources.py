@@ -8,6 +8,7 @@ worker reads, transforms and writes.
 import csv
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +202,7 @@ def read_rows(path: Path, schema: Schema, labels: bool = True) -> Iterator[pa.Ta
         UserError: it is not there, empty or damaged, or lacks a column.
     """
     rows = 0
-    for table in _read(path, schema.columns if labels else schema.feature_names, schema):
+    for table in _read(path, schema.columns if labels else schema.feature_columns, schema):
         rows += table.num_rows
         yield table
     if not rows:
@@ -214,7 +215,7 @@ def count_rows(path: Path, schema: Schema, labels: bool = False) -> int:
     Raises:
         UserError: it is not there, empty or damaged, or lacks a column.
     """
-    columns = schema.columns if labels else schema.feature_names
+    columns = schema.columns if labels else schema.feature_columns
     _check_there(path)
     if _is_csv(path):
         rows = sum(batch.num_rows for batch in _open_csv(path, schema, columns))
@@ -277,7 +278,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 def _open_csv(path: Path, schema: Schema, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
     numeric = {f.name for f in schema.features if isinstance(f, Numeric)}
     # Categories stay strings whatever they look like.
-    types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_names if n in columns}
+    types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_columns if n in columns}
     try:
         with _bytes_of(path) as stream:
             header = next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")), [])
@@ -332,9 +333,14 @@ def _check_there(path: Path) -> None:
 
 
 def _check_columns(path: Path, present: list[str], wanted: tuple[str, ...], schema: Schema) -> None:
+    times = Counter(present)
     for column in wanted:
-        if column not in present:
-            role = "feature" if column in schema.feature_names else "label" if column in schema.label_columns else "group"
+        if times[column] != 1:
+            role = "feature" if column in schema.feature_columns else "label" if column in schema.label_columns else "group"
+            if times[column]:
+                raise UserError(
+                    f"{role} column {column!r} is {times[column]} times in {str(path)!r}; give each column a name of its own"
+                )
             raise UserError(
                 f"{role} column {column!r} is not in {str(path)!r}; {nearest(column, present)} Mend the schema or the file"
             )

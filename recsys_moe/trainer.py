@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.errors import UserError
+from recsys_moe.heads import Heads, mean_quality
 from recsys_moe.losses import multi_task_loss
-from recsys_moe.metrics import BinaryMetrics, binary_metrics
+from recsys_moe.metrics import TaskMetrics, quality, quality_name
 from recsys_moe.ranker import Ranker
 from recsys_moe.shards import PreparedData
 from recsys_moe.typed import typed
@@ -31,7 +31,8 @@ class TrainConfig:
     same `schedule`: a `one_cycle` (Smith 2018) over all epochs, or `constant`. `clip_norm` bounds the dense gradient's norm
     (0: off; the fused embedding optimizer applies its update inside the backward pass, where no norm over all parameters is
     known yet).
-    Training stops when the mean validation AUC has not risen for `patience` epochs (0: never) and keeps the best epoch.
+    Training stops when the mean validation quality (of a binary task its AUC; see `recsys_moe.heads`) has not risen for
+    `patience` epochs (0: never) and keeps the best epoch.
     `precision` is the experts' (`bf16`: their matrix products; gates, norms, towers and losses stay fp32).
     """
 
@@ -56,8 +57,8 @@ class TrainResult:
     seconds: float
     samples_per_s: float
     best_epoch: int
-    best_auc: float
-    validation: dict[str, BinaryMetrics] = field(default_factory=dict)
+    best_quality: float
+    validation: dict[str, TaskMetrics] = field(default_factory=dict)
 
 
 class Trainer:
@@ -69,7 +70,7 @@ class Trainer:
             (`{"kind": "epoch", …}` with the validation metrics of each task and whether it is the best so far).
 
     Raises:
-        UserError: a loss that is not finite, or a validation part in which no task has both classes.
+        UserError: a loss that is not finite, or a validation part in which no task has a quality.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Trainer:
         multiplying = [p for p in self.dense if all(p is not other for other in spared)]
         groups: list[dict[str, Any]] = [{"params": multiplying}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
+        self.heads = Heads(data.schema, data.transform.statistics)
         self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks])
         self.batches = ShuffledBatches(data, "train", config.batch_size, config.seed)
         self.rows = data.manifest.rows("train")
@@ -108,15 +110,17 @@ class Trainer:
             seconds += time.perf_counter() - start
             validation = evaluate(self.model, self.data, "validation")
             if epoch == 0:
-                for message in single_class_warnings(validation, "validation"):
+                for message in undefined_quality_warnings(validation, "validation"):
                     self.on_event({"kind": "warning", "message": message})
-            auc = mean_auc(validation)
+            mean = mean_quality(validation)
             rate = (epoch + 1) * self.rows / seconds
-            if math.isnan(auc):
-                raise UserError("no task has both classes in the validation part; make data.split.validation larger")
-            improved = best is None or auc > best.best_auc
+            if math.isnan(mean):
+                raise UserError(
+                    "no task has both classes, or labels that differ, in the validation part; make data.split.validation larger"
+                )
+            improved = best is None or mean > best.best_quality
             if improved:
-                best = TrainResult(epoch + 1, self.rows, seconds, rate, epoch + 1, auc, validation)
+                best = TrainResult(epoch + 1, self.rows, seconds, rate, epoch + 1, mean, validation)
                 best_weights = copy.deepcopy(self.model.state_dict())
             assert best is not None
             best.epochs, best.seconds, best.samples_per_s = epoch + 1, seconds, rate
@@ -128,7 +132,7 @@ class Trainer:
                     "total_steps": self.total_steps,
                     "train.loss": loss,
                     "train.samples_per_s": rate,
-                    "validation.mean_auc": auc,
+                    "validation.mean_quality": mean,
                     "validation": {task: asdict(m) for task, m in validation.items()},
                     "best": improved,
                 }
@@ -165,8 +169,9 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> float:
         self._set_rates()
-        logits, _ = self.model(batch.ids_bf, batch.dense_bd)
-        loss = multi_task_loss(logits, batch.labels_bt, batch.weights_bt, self.task_weights_t)
+        outputs, _ = self.model(batch.ids_bf, batch.dense_bd, batch.lists)
+        losses = self.heads.losses(outputs, batch.labels_bt)
+        loss = multi_task_loss(losses, batch.weights_bt, self.task_weights_t)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.config.clip_norm:
@@ -199,28 +204,19 @@ def schedule(kind: str, progress: float) -> float:
 
 
 def build_ranker(data: PreparedData, model_config: Any, precision: str) -> Ranker:
-    """A freshly initialised model for prepared data, which scores every task near its training rate."""
+    """A freshly initialised model for prepared data, which starts where each task's training labels are."""
     t = data.transform
+    heads = Heads(t.schema, t.statistics)
     return Ranker(
         model_config,
         t.sparse_names,
         t.cardinalities,
         len(t.dense_names),
-        len(t.schema.tasks),
+        heads.outputs,
         precision,
-        prior_rates(data),
+        t.lists,
+        heads.start(),
     )
-
-
-def prior_rates(data: PreparedData) -> list[float]:
-    """Each task's positive rate in the training rows that observe it: (positive + ½) / (observed + 1).
-
-    Half a row of each class keeps the rate of a task without positives (or negatives) off 0 and 1, and gives ½ where
-    nothing is observed.
-    """
-    counts = {c.task: c for c in data.manifest.counts if c.part == "train"}
-    pairs = [(counts[task].positive, counts[task].observed) if task in counts else (0, 0) for task in data.schema.task_names]
-    return [(positive + 0.5) / (observed + 1) for positive, observed in pairs]
 
 
 def has_bf16() -> bool:
@@ -229,42 +225,23 @@ def has_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, BinaryMetrics]:
+def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetrics]:
     """Metrics of each task on a part of prepared data, over the rows in which the task is observed."""
     model.eval()
+    heads = Heads(data.schema, data.transform.statistics)
     collected = []
     with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
         for rows in ordered_rows(data, part):
             batch = Batch.of(rows)
-            scores = torch.sigmoid(model(batch.ids_bf, batch.dense_bd)[0]).numpy().T
+            scores = heads.scores(model(batch.ids_bf, batch.dense_bd, batch.lists)[0])
             collected.append((scores, rows.labels, rows.weights, rows.groups))
-    return metrics_by_task(collected, data.schema.task_names)
+    return heads.metrics(collected)
 
 
-def metrics_by_task(
-    collected: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]], tasks: tuple[str, ...]
-) -> dict[str, BinaryMetrics]:
-    """Metrics by task from pieces of (scores, labels, weights, each `[T, N]`, and groups `[N]` or None)."""
-    scores, labels, weights = (np.concatenate([piece[i] for piece in collected], axis=1) for i in range(3))
-    groups = [piece[3] for piece in collected]
-    group = np.concatenate([g for g in groups if g is not None]) if groups and groups[0] is not None else None
-    out = {}
-    for row, task in enumerate(tasks):
-        seen = weights[row] > 0
-        out[task] = binary_metrics(scores[row][seen], labels[row][seen], group[seen] if group is not None else None)
-    return out
-
-
-def single_class_warnings(metrics: dict[str, BinaryMetrics], part: str) -> list[str]:
-    """A sentence for each task whose AUC is not defined on the part."""
+def undefined_quality_warnings(metrics: dict[str, TaskMetrics], part: str) -> list[str]:
+    """A sentence for each task whose quality is not defined on the part."""
     return [
-        f"task {task!r} has one class only in its {m.rows:,} {part} rows: its AUC is NaN and counts in no mean"
+        f"task {task!r} has one class only in its {m.rows:,} {part} rows: its {quality_name(m)} is NaN and counts in no mean"
         for task, m in metrics.items()
-        if math.isnan(m.auc)
+        if math.isnan(quality(m))
     ]
-
-
-def mean_auc(metrics: dict[str, BinaryMetrics]) -> float:
-    """The mean of the tasks' AUCs, over the tasks that have one; NaN if none has."""
-    known = [m.auc for m in metrics.values() if not math.isnan(m.auc)]
-    return float(np.mean(known)) if known else math.nan

@@ -7,26 +7,35 @@ Fitting is a sum over chunks: `PartialStatistics.of(table)` anywhere, `merge` in
 """
 
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_moe.columns import as_category, as_lists, as_number, as_vectors, signed_log1p
 from recsys_moe.errors import UserError
-from recsys_moe.schema import BUCKET_SUFFIX, MISSING_SUFFIX, Categorical, Numeric, Schema
+from recsys_moe.hashing import Hashes, combine, hash_texts
+from recsys_moe.labels import target_scale
+from recsys_moe.schema import (
+    BUCKET_SUFFIX,
+    MISSING_SUFFIX,
+    Categorical,
+    Cross,
+    Embedding,
+    Hashed,
+    Multi,
+    Numeric,
+    Schema,
+    Sequence,
+)
 from recsys_moe.typed import typed
 
 MISSING, UNKNOWN = 0, 1
-"""Ids of a category that is null and of one that the training part does not have; the vocabulary follows."""
-
-_WHOLE = re.compile(r"-?[0-9]+\.0+|-0")
-_LARGE = re.compile(r"-?[0-9](\.[0-9]+)?e\+[0-9]+", re.IGNORECASE)
-_NOT_CANONICAL = rf"(?i)^(|true|false|{_WHOLE.pattern}|{_LARGE.pattern})$"
+"""Ids of a category that is null and of one that the training part does not have; the vocabulary or the buckets follow."""
 
 _SKETCH = 4096
 """Quantile points kept per chunk and column: exact while a chunk has no more distinct values than that."""
@@ -34,7 +43,7 @@ _SKETCH = 4096
 
 @typed
 class CategoricalStatistics:
-    """The vocabulary, most frequent first; value i has id i + 2."""
+    """The vocabulary of a feature that has one, most frequent first; value i has id i + 2."""
 
     name: str
     vocabulary: tuple[str, ...]
@@ -51,43 +60,115 @@ class NumericStatistics:
 
 
 @typed
+class TargetStatistics:
+    """A task's labels in the training rows that observe it: how many, their moments (after log1p where asked for; of a
+    class, its position), and how many there are of each class."""
+
+    name: str
+    rows: int = 0
+    mean: float = 0.0
+    std: float = 1.0
+    counts: tuple[int, ...] = ()
+
+
+@typed
 class Statistics:
-    """What was fitted, in the order of the schema's features."""
+    """What was fitted, in the order of the schema's features and tasks."""
 
     categorical: tuple[CategoricalStatistics, ...]
     numeric: tuple[NumericStatistics, ...]
+    targets: tuple[TargetStatistics, ...] = ()
+
+
+@dataclass
+class Jagged:
+    """Rows of any number of ids: row i has `values[offsets[i]:offsets[i + 1]]`. int32 `[V]` and `[N + 1]`."""
+
+    values: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int32]
 
 
 @dataclass
 class Inputs:
-    """Model inputs of N rows: `ids` int32 `[F, N]` (one row per embedded feature), `dense` float32 `[D, N]`."""
+    """Model inputs of N rows: `ids` int32 `[F, N]` (one row per embedded feature), `dense` float32 `[D, N]`, and `lists`,
+    one for each feature of many ids a row."""
 
     ids: npt.NDArray[np.int32]
     dense: npt.NDArray[np.float32]
+    lists: tuple[Jagged, ...] = ()
+
+
+@dataclass(frozen=True)
+class ListInput:
+    """A feature of many ids a row: its embedding table's rows, what becomes of a row's embeddings, its ids at most."""
+
+    name: str
+    cardinality: int
+    pooling: Literal["mean", "sum", "last"]
+    max_length: int | None
+
+
+class Vocabulary:
+    """Texts → ids: 0 missing, 1 unknown, 2… their places in the vocabulary."""
+
+    def __init__(self, values: tuple[str, ...]) -> None:
+        self.cardinality = len(values) + 2
+        self._values = pa.array(values, pa.string())
+
+    def __call__(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        position = pc.fill_null(pc.index_in(texts, value_set=self._values), UNKNOWN - 2).to_numpy()
+        missing = pc.is_null(texts).to_numpy(zero_copy_only=False)
+        ids: npt.NDArray[np.int32] = np.where(missing, MISSING, position + 2)
+        return ids
+
+
+class Buckets:
+    """Texts → ids: 0 missing, 2 + hash mod buckets; 1 is never given."""
+
+    def __init__(self, buckets: int) -> None:
+        self.cardinality = buckets + 2
+        self._buckets = np.uint64(buckets)
+
+    def __call__(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        return self.of_hashes(hash_texts(texts), pc.is_null(texts).to_numpy(zero_copy_only=False))
+
+    def of_hashes(self, hashes: Hashes, missing: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+        ids: npt.NDArray[np.int32] = np.where(missing, MISSING, (hashes % self._buckets).astype(np.int32) + 2)
+        return ids
 
 
 class Transform:
     """Apply a schema's feature transforms with fitted statistics.
 
-    `sparse_names` and `cardinalities` describe the rows of `Inputs.ids`, `dense_names` those of `Inputs.dense`.
+    `sparse_names` and `cardinalities` describe the rows of `Inputs.ids`, `dense_names` those of `Inputs.dense`, `lists` those
+    of `Inputs.lists`.
     """
 
     def __init__(self, schema: Schema, statistics: Statistics) -> None:
         self.schema, self.statistics = schema, statistics
-        categorical = {s.name: s for s in statistics.categorical}
+        vocabularies = {s.name: s.vocabulary for s in statistics.categorical}
         numeric = {s.name: s for s in statistics.numeric}
         for f in schema.features:
-            if f.name not in (categorical if isinstance(f, Categorical) else numeric):
+            if (_has_vocabulary(f) and f.name not in vocabularies) or (isinstance(f, Numeric) and f.name not in numeric):
                 raise UserError(f"the statistics lack feature {f.name!r} of the schema; fit them again")
-        self._categorical = [
-            (f, pa.array(categorical[f.name].vocabulary, pa.string())) for f in schema.features if isinstance(f, Categorical)
-        ]
+
+        def encoder(feature: Categorical | Hashed | Cross | Multi | Sequence) -> Vocabulary | Buckets:
+            buckets = None if isinstance(feature, Categorical) else feature.buckets
+            return Buckets(buckets) if buckets else Vocabulary(vocabularies[feature.name])
+
+        self._single = [(f, encoder(f)) for f in schema.features if isinstance(f, Categorical | Hashed)]
+        self._crosses = [(f, Buckets(f.buckets)) for f in schema.features if isinstance(f, Cross)]
+        self._lists = [(f, encoder(f)) for f in schema.features if isinstance(f, Multi | Sequence)]
         self._numeric = [(f, numeric[f.name]) for f in schema.features if isinstance(f, Numeric)]
+        self._embeddings = [f for f in schema.features if isinstance(f, Embedding)]
         bucketed = [(f, s) for f, s in self._numeric if f.buckets]
-        self.sparse_names = [f.name for f, _ in self._categorical] + [f.name + BUCKET_SUFFIX for f, _ in bucketed]
-        self.cardinalities = [len(v) + 2 for _, v in self._categorical] + [len(s.boundaries) + 2 for _, s in bucketed]
+        one_id = [*self._single, *self._crosses]
+        self.sparse_names = [f.name for f, _ in one_id] + [f.name + BUCKET_SUFFIX for f, _ in bucketed]
+        self.cardinalities = [e.cardinality for _, e in one_id] + [len(s.boundaries) + 2 for _, s in bucketed]
         self.dense_names = [f.name for f, _ in self._numeric]
         self.dense_names += [f.name + MISSING_SUFFIX for f, _ in self._numeric if f.missing_indicator]
+        self.dense_names += [f"{f.name}.{i}" for f in self._embeddings for i in range(f.dim)]
+        self.lists = [ListInput(f.name, encoder.cardinality, f.pooling, f.max_length) for f, encoder in self._lists]
 
     def __call__(self, table: pa.Table) -> Inputs:
         """Transform the rows of `table`, which has at least the feature columns.
@@ -97,11 +178,28 @@ class Transform:
         """
         ids = np.empty((len(self.sparse_names), table.num_rows), np.int32)
         dense = np.empty((len(self.dense_names), table.num_rows), np.float32)
-        for row, (feature, vocabulary) in enumerate(self._categorical):
-            values = as_category(table[feature.name], feature.name)
-            position = pc.fill_null(pc.index_in(values, value_set=vocabulary), UNKNOWN - 2).to_numpy()
-            ids[row] = np.where(pc.is_null(values).to_numpy(zero_copy_only=False), MISSING, position + 2)
-        next_id, next_flag = len(self._categorical), len(self._numeric)
+        self._write_categories(table, ids)
+        self._write_numbers(table, ids[len(self._single) + len(self._crosses) :], dense)
+        low = len(self.dense_names)
+        for vector in reversed(self._embeddings):
+            high, low = low, low - vector.dim
+            dense[low:high] = as_vectors(table[vector.name], vector.name, vector.dim).T
+        return Inputs(ids, dense, tuple(_jagged(table, feature, encoder) for feature, encoder in self._lists))
+
+    def _write_categories(self, table: pa.Table, ids: npt.NDArray[np.int32]) -> None:
+        crossed = {name for cross, _ in self._crosses for name in cross.of}
+        hashes: dict[str, tuple[Hashes, npt.NDArray[np.bool_]]] = {}
+        for row, (feature, encoder) in enumerate(self._single):
+            texts = as_category(table[feature.name], feature.name)
+            ids[row] = encoder(texts)
+            if feature.name in crossed:
+                hashes[feature.name] = hash_texts(texts), pc.is_null(texts).to_numpy(zero_copy_only=False)
+        for row, (cross, buckets) in enumerate(self._crosses, len(self._single)):
+            parts, missing = zip(*(hashes[name] for name in cross.of), strict=True)
+            ids[row] = buckets.of_hashes(combine(parts), np.logical_or.reduce(missing))
+
+    def _write_numbers(self, table: pa.Table, ids: npt.NDArray[np.int32], dense: npt.NDArray[np.float32]) -> None:
+        next_id, next_flag = 0, len(self._numeric)
         for row, (number, fitted) in enumerate(self._numeric):
             x = as_number(table[number.name], number.name)
             missing = np.isnan(x)
@@ -112,179 +210,160 @@ class Transform:
             if number.missing_indicator:
                 dense[next_flag] = missing
                 next_flag += 1
-            x = _log1p(x) if number.log1p else x
+            x = signed_log1p(x) if number.log1p else x
             x = (x - fitted.mean) / fitted.std if number.standardise else x
             x = np.where(missing, 0.0, x)
             if np.abs(x).max(initial=0) > np.finfo(np.float32).max:
                 raise UserError(f"column {number.name!r} holds a value too large for float32; replace it by null")
             dense[row] = x
-        return Inputs(ids, dense)
 
 
-def as_category(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
-    """The values of a categorical column as strings in the form of `category_text`, null where missing.
-
-    Raises:
-        UserError: a column of fractions, lists or structures.
-    """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):  # more than one piece is left only where offsets would overflow
-        array = pa.concat_arrays(array.chunks)
-    if pa.types.is_dictionary(array.type):
-        return as_category(array.dictionary, name).take(array.indices)
-    if pa.types.is_floating(array.type):
-        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
-        try:
-            array = array.cast(pa.int64())
-        except pa.ArrowInvalid:
-            raise UserError(
-                f"column {name!r} is categorical but holds fractions or numbers beyond 64 bits ({array.type}); declare it "
-                "kind: numeric with buckets"
-            ) from None
-    if pa.types.is_nested(array.type):
-        raise UserError(f"column {name!r} is {array.type}, but a categorical feature holds one value a row; leave it out")
-    try:
-        texts = array.cast(pa.string())
-    except pa.ArrowException:
-        raise UserError(f"column {name!r} is {array.type}, which has no text form; leave the feature out") from None
-    if pa.types.is_integer(array.type) or pa.types.is_boolean(array.type):
-        return texts
-    # Patterns are matched against each text once, not against each row.
-    distinct = texts.dictionary_encode()
-    if not pc.any(pc.match_substring_regex(distinct.dictionary, _NOT_CANONICAL)).as_py():
-        return texts
-    canonical = [None if text is None else category_text(text) for text in distinct.dictionary.to_pylist()]
-    return pa.array(canonical, pa.string()).take(distinct.indices)
+def _has_vocabulary(feature: Any) -> bool:
+    return isinstance(feature, Categorical) or (isinstance(feature, Multi | Sequence) and not feature.buckets)
 
 
-def category_text(text: str) -> str | None:
-    """The one form of a category: JSON's, which is Parquet's too; None where it is missing.
-
-    CSV files hold what was in memory when they were written: pandas turns whole numbers with a gap into `272.0`, from 1e16
-    on into `1.76e+18`, and booleans into `True`. An empty text is missing, since CSV has no other form for that.
-
-    >>> category_text("272.0"), category_text("True"), category_text("007"), category_text("")
-    ('272', 'true', '007', None)
-    """
-    if text.lower() in ("true", "false"):
-        return text.lower()
-    if _WHOLE.fullmatch(text):
-        number = text.partition(".")[0]
-        return "0" if number == "-0" else number
-    if _LARGE.fullmatch(text) and float(text).is_integer():
-        return str(int(float(text)))
-    return text or None
+def _list_texts(table: pa.Table, feature: Multi | Sequence) -> tuple[npt.NDArray[np.int64], pa.Array]:
+    """How many values of each row the model sees, and which, on end."""
+    lengths, texts = as_lists(table[feature.name], feature.name, feature.separator)
+    if isinstance(feature, Multi) and texts.null_count:
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        present = pc.is_valid(texts).to_numpy(zero_copy_only=False)
+        lengths, texts = np.bincount(rows[present], minlength=len(lengths)), texts.drop_null()
+    limit = feature.max_length
+    if limit is not None and lengths.max(initial=0) > limit:
+        place = np.arange(len(texts)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        kept = place >= np.repeat(lengths - limit, lengths) if isinstance(feature, Sequence) else place < limit
+        lengths, texts = np.minimum(lengths, limit), texts.filter(pa.array(kept))
+    return lengths, texts
 
 
-def as_number(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
-    """The values of a numeric column, NaN where missing.
-
-    Raises:
-        UserError: strings that are no numbers, or infinite values.
-    """
-    if not _is_number(column.type):
-        sample = next((v for v in column.to_pylist() if v is not None and not _reads_as_number(v)), None)
-        if sample is None and column.null_count < len(column):
-            sample = column.drop_null()[0].as_py()
-        if sample is not None:
-            raise UserError(
-                f"column {name!r} is numeric in the schema but holds {sample!r} ({column.type}); mend the data or declare "
-                "kind: categorical"
-            )
-        return np.full(len(column), np.nan)
-    x: npt.NDArray[np.float64] = pc.cast(column, pa.float64(), safe=False).to_numpy().astype(np.float64, copy=False)
-    if np.isinf(x).any():
-        raise UserError(f"column {name!r} holds an infinite value; replace it by null or a finite number")
-    return x
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
-
-
-def _reads_as_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _log1p(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.sign(x) * np.log1p(np.abs(x))
+def _jagged(table: pa.Table, feature: Multi | Sequence, encoder: Vocabulary | Buckets) -> Jagged:
+    lengths, texts = _list_texts(table, feature)
+    if len(texts) > np.iinfo(np.int32).max:
+        raise UserError(
+            f"column {feature.name!r} holds {len(texts):,} values in {len(lengths):,} rows, which is too many; set max_length"
+        )
+    return Jagged(encoder(texts), np.r_[0, np.cumsum(lengths)].astype(np.int32))
 
 
 class PartialStatistics:
     """Mergeable statistics of some training rows; `to_json` / `from_json` carry them between processes."""
 
-    def __init__(self, counts: dict[str, Counter[str]], moments: dict[str, list[float]], sketches: dict[str, Any]) -> None:
-        self._counts, self._moments, self._sketches = counts, moments, sketches
+    def __init__(
+        self,
+        counts: dict[str, Counter[str]],
+        moments: dict[str, list[float]],
+        sketches: dict[str, Any],
+        targets: dict[str, tuple[list[float], list[int]]],
+    ) -> None:
+        self._counts, self._moments, self._sketches, self._targets = counts, moments, sketches, targets
 
     @classmethod
     def empty(cls) -> "PartialStatistics":
-        return cls({}, {}, {})
+        return cls({}, {}, {}, {})
 
     @classmethod
     def of(cls, table: pa.Table, schema: Schema) -> "PartialStatistics":
-        """The statistics of the rows of `table`.
+        """The features' statistics of the rows of `table`.
 
         Raises:
             UserError: a value of the wrong kind; names the column and the value.
         """
         partial = cls.empty()
         for feature in schema.features:
-            if isinstance(feature, Categorical):
-                counts = pc.value_counts(as_category(table[feature.name], feature.name))
-                pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
-                partial._counts[feature.name] = Counter({v: n for v, n in pairs if v is not None})
-                continue
-            x = as_number(table[feature.name], feature.name)
-            x = x[~np.isnan(x)]
-            y = _log1p(x) if feature.log1p else x
-            mean = float(y.mean()) if len(y) else 0.0
-            partial._moments[feature.name] = [len(y), mean, float(((y - mean) ** 2).sum())]
-            if feature.buckets:
-                partial._sketches[feature.name] = _sketch(*np.unique(x, return_counts=True))
+            match feature:
+                case Categorical():
+                    partial._counts[feature.name] = _count(as_category(table[feature.name], feature.name))
+                case Multi() | Sequence() if not feature.buckets:
+                    partial._counts[feature.name] = _count(_list_texts(table, feature)[1])
+                case Numeric():
+                    x = as_number(table[feature.name], feature.name)
+                    x = x[~np.isnan(x)]
+                    partial._moments[feature.name] = _moments(signed_log1p(x) if feature.log1p else x)
+                    if feature.buckets:
+                        partial._sketches[feature.name] = _sketch(*np.unique(x, return_counts=True))
+        return partial
+
+    @classmethod
+    def of_labels(
+        cls, labels: npt.NDArray[np.float32], weights: npt.NDArray[np.float32], schema: Schema
+    ) -> "PartialStatistics":
+        """The targets' statistics of some rows' labels and weights, each `[T, N]`."""
+        partial = cls.empty()
+        for row, task in enumerate(schema.tasks):
+            y = labels[row][weights[row] > 0].astype(np.float64)
+            classes = len(task.classes_as_text)
+            counts = np.bincount(y.astype(np.int64), minlength=classes).tolist() if classes else []
+            partial._targets[task.name] = _moments(target_scale(y, task)), counts
         return partial
 
     def merge(self, other: "PartialStatistics") -> None:
-        """Take in the statistics of further rows (Chan et al. 1979 for the moments)."""
+        """Take in the statistics of further rows."""
         for name, counts in other._counts.items():
             self._counts.setdefault(name, Counter()).update(counts)
-        for name, (n_b, mean_b, m2_b) in other._moments.items():
-            n_a, mean_a, m2_a = self._moments.get(name, [0, 0.0, 0.0])
-            n = n_a + n_b
-            delta = mean_b - mean_a
-            share = n_b / n if n else 0.0
-            self._moments[name] = [n, mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share]
+        for name, moments in other._moments.items():
+            self._moments[name] = _add_moments(self._moments.get(name, _NO_MOMENTS), moments)
         for name, (values, weights) in other._sketches.items():
             old_values, old_weights = self._sketches.get(name, ([], []))
             self._sketches[name] = _combine([*old_values, *values], [*old_weights, *weights])
+        for name, (moments, classes) in other._targets.items():
+            old_moments, old_classes = self._targets.get(name, (_NO_MOMENTS, [0] * len(classes)))
+            added = [a + b for a, b in zip(old_classes, classes, strict=True)]
+            self._targets[name] = _add_moments(old_moments, moments), added
 
     def to_json(self) -> dict[str, Any]:
-        return {"counts": self._counts, "moments": self._moments, "sketches": self._sketches}
+        return {"counts": self._counts, "moments": self._moments, "sketches": self._sketches, "targets": self._targets}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "PartialStatistics":
-        return cls({k: Counter(v) for k, v in data["counts"].items()}, data["moments"], data["sketches"])
+        counts = {k: Counter(v) for k, v in data["counts"].items()}
+        return cls(counts, data["moments"], data["sketches"], data["targets"])
 
     def finish(self, schema: Schema) -> Statistics:
         """The fitted statistics: deterministic whatever the order in which equal counts were met."""
-        categorical, numeric = [], []
+        categorical, numeric, targets = [], [], []
         for feature in schema.features:
-            if isinstance(feature, Categorical):
-                counts = self._counts.get(feature.name, Counter())
-                ranked = sorted((-n, v) for v, n in counts.items() if n >= feature.min_count)
-                vocabulary = tuple(v for _, v in ranked[: feature.max_size])
-                categorical.append(CategoricalStatistics(feature.name, vocabulary))
-            else:
-                n, mean, m2 = self._moments.get(feature.name, [0, 0.0, 0.0])
-                std = math.sqrt(m2 / n) if n else 0.0
-                values, weights = self._sketches.get(feature.name, ([], []))
-                boundaries = _boundaries(values, weights, feature.buckets)
-                # A constant column has no spread to divide by.
-                numeric.append(NumericStatistics(feature.name, mean, std if std > 0 else 1.0, boundaries))
-        return Statistics(tuple(categorical), tuple(numeric))
+            match feature:
+                case Categorical() | Multi() | Sequence() if _has_vocabulary(feature):
+                    counts = self._counts.get(feature.name, Counter())
+                    ranked = sorted((-n, v) for v, n in counts.items() if n >= feature.min_count)
+                    vocabulary = tuple(v for _, v in ranked[: feature.max_size])
+                    categorical.append(CategoricalStatistics(feature.name, vocabulary))
+                case Numeric():
+                    n, mean, m2 = self._moments.get(feature.name, _NO_MOMENTS)
+                    std = math.sqrt(m2 / n) if n else 0.0
+                    values, weights = self._sketches.get(feature.name, ([], []))
+                    boundaries = _boundaries(values, weights, feature.buckets)
+                    # A constant column has no spread to divide by.
+                    numeric.append(NumericStatistics(feature.name, mean, std if std > 0 else 1.0, boundaries))
+        for task in schema.tasks:
+            (n, mean, m2), classes = self._targets.get(task.name, (_NO_MOMENTS, []))
+            targets.append(TargetStatistics(task.name, int(n), mean, math.sqrt(m2 / n) if n else 0.0, tuple(classes)))
+        return Statistics(tuple(categorical), tuple(numeric), tuple(targets))
+
+
+def _count(texts: pa.Array) -> Counter[str]:
+    counts = pc.value_counts(texts)
+    pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
+    return Counter({v: n for v, n in pairs if v is not None})
+
+
+_NO_MOMENTS = [0, 0.0, 0.0]
+
+
+def _moments(x: npt.NDArray[np.float64]) -> list[float]:
+    """Number, mean and sum of squared deviations."""
+    mean = float(x.mean()) if len(x) else 0.0
+    return [len(x), mean, float(((x - mean) ** 2).sum())]
+
+
+def _add_moments(a: list[float], b: list[float]) -> list[float]:
+    """The moments of the values of both (Chan et al. 1979)."""
+    (n_a, mean_a, m2_a), (n_b, mean_b, m2_b) = a, b
+    n = n_a + n_b
+    delta = mean_b - mean_a
+    share = n_b / n if n else 0.0
+    return [n, mean_a + delta * share, m2_a + m2_b + delta * delta * n_a * share]
 
 
 def _sketch(values: npt.NDArray[Any], weights: npt.NDArray[Any]) -> tuple[list[float], list[float]]:

@@ -67,11 +67,11 @@ def _sentence(kind: Any, error: ValidationError, where: str) -> str:
     if first["type"] in ("missing", "missing_argument"):
         return f"{where}: {'.'.join(path)!r} is missing; add it"
     if first["type"] == "union_tag_not_found":
-        field = ".".join([*path, first["ctx"]["discriminator"].strip("'")])
+        field = ".".join([*path, first["ctx"]["discriminator"].strip("'()")])
         return f"{where}: {field!r} is missing; add it"
     if first["type"] == "union_tag_invalid":
         tag, valid = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "").split(", ")
-        field = ".".join([*path, first["ctx"]["discriminator"].strip("'")])
+        field = ".".join([*path, first["ctx"]["discriminator"].strip("'()")])
         return f"{where}: {field!r} is {tag!r}; {nearest(tag, valid)}"
     if first["type"] == "value_error":  # raised by the dataclass itself, which says it all
         return f"{where}: {first['ctx']['error']}"

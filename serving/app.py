@@ -22,10 +22,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recsys_moe import __version__
+from recsys_moe.columns import category_text
 from recsys_moe.errors import UserError
 from recsys_moe.process import keep_freed_memory, local_ray_options, neutral_directory, use_all_cores
-from recsys_moe.schema import Numeric, Schema
-from recsys_moe.transforms import category_text
+from recsys_moe.schema import Cross, Embedding, Multi, Schema, Sequence
 from recsys_moe.typed import typed
 
 log = logging.getLogger(__name__)
@@ -41,15 +41,22 @@ class ServeConfig:
     max_body_mb: Annotated[float, Field(gt=0)] = 8
 
 
+Value = str | float | int | bool | None
+
+
 class ScoreRequest(BaseModel):
-    """Rows to score. Each row names every feature of the model; null stands for a missing value."""
+    """Rows to score. Each row names every feature of the model; null stands for a missing value.
+
+    A feature of many values and a vector are lists.
+    """
 
     model_config = ConfigDict(extra="forbid")
-    rows: Annotated[list[dict[str, str | float | int | bool | None]], Field(min_length=1)]
+    rows: Annotated[list[dict[str, Value | list[Value]]], Field(min_length=1)]
 
 
 class ScoreResponse(BaseModel):
-    """One probability per task and row, in the rows' order. `model` is its family and a digest of its weights."""
+    """One score per row, in the rows' order: of a task its probability, value or expected level; of each class of a
+    multiclass task, as `task.class`, its probability. `model` is its family and a digest of its weights."""
 
     model: str
     scores: dict[str, list[float]]
@@ -69,19 +76,22 @@ def rows_to_table(rows: list[dict[str, Any]], schema: Schema) -> pa.Table:
     """
     columns: dict[str, pa.Array] = {}
     for feature in schema.features:
+        if isinstance(feature, Cross):  # of columns that others read
+            continue
+        read, kind = _JSON[feature.kind]
         values = []
         for number, row in enumerate(rows):
             if feature.name not in row:
                 raise UserError(f"row {number} has no feature {feature.name!r}; add it, or null if it is not known")
             try:
-                values.append((as_float if isinstance(feature, Numeric) else as_text)(row[feature.name]))
+                values.append(read(row[feature.name], feature))
             except UserError as error:
                 raise UserError(f"row {number} has {feature.name!r} = {reprlib.repr(row[feature.name])}, {error}") from None
-        columns[feature.name] = pa.array(values, pa.float64() if isinstance(feature, Numeric) else pa.string())
+        columns[feature.name] = pa.array(values, kind)
     return pa.table(columns)
 
 
-def as_float(value: Any) -> float | None:
+def as_float(value: Any, feature: Any = None) -> float | None:
     """A number as preparation reads it: whole numbers beyond 2^53 are rounded.
 
     Raises:
@@ -89,6 +99,8 @@ def as_float(value: Any) -> float | None:
     """
     if value is None:
         return None
+    if isinstance(value, list):
+        raise UserError("which is not one value; send a number or null")
     if isinstance(value, str | bool):
         raise UserError("which is not a number; send a number or null")
     try:
@@ -97,7 +109,7 @@ def as_float(value: Any) -> float | None:
         raise UserError("which is too large a number; send one below 1e308 or null") from None
 
 
-def as_text(value: Any) -> str | None:
+def as_text(value: Any, feature: Any = None) -> str | None:
     """A category in the form that the vocabulary has it in.
 
     Raises:
@@ -105,6 +117,8 @@ def as_text(value: Any) -> str | None:
     """
     if value is None:
         return None
+    if isinstance(value, list):
+        raise UserError("which is not one value; send a string, a number, true, false or null")
     if isinstance(value, float):
         if math.isnan(value):
             return None
@@ -116,6 +130,44 @@ def as_text(value: Any) -> str | None:
         except UnicodeEncodeError:  # half of a surrogate pair
             raise UserError("which is not Unicode text; send whole characters or null") from None
     return category_text(str(value))
+
+
+def as_texts(value: Any, feature: Multi | Sequence) -> list[str | None] | None:
+    """A list of categories, or the text that the feature's separator takes apart.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(value, str) and feature.separator is not None:
+        value = value.split(feature.separator) if value else None
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise UserError("which is not a list; send a list of values or null")
+    return [as_text(v) for v in value]
+
+
+def as_vector(value: Any, feature: Embedding) -> list[float | None] | None:
+    """A list of the feature's `dim` numbers.
+
+    Raises:
+        UserError: anything else.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != feature.dim:
+        raise UserError(f"which is not a list of {feature.dim} numbers; send all of them or null")
+    return [as_float(v) for v in value]
+
+
+_JSON: dict[str, tuple[Callable[[Any, Any], Any], pa.DataType]] = {
+    "categorical": (as_text, pa.string()),
+    "hashed": (as_text, pa.string()),
+    "numeric": (as_float, pa.float64()),
+    "multi": (as_texts, pa.list_(pa.string())),
+    "sequence": (as_texts, pa.list_(pa.string())),
+    "embedding": (as_vector, pa.list_(pa.float64())),
+}
 
 
 class LimitBody:
@@ -182,7 +234,7 @@ def _sentence(error: RequestValidationError) -> str:
     loc = first["loc"]
     if loc[:2] == ("body", "rows") and len(loc) > 3:
         value = reprlib.repr(first["input"])
-        return f"row {loc[2]} has {loc[3]!r} = {value}, which is not one value; send a string, a number, true, false or null"
+        return f"row {loc[2]} has {loc[3]!r} = {value}, which is not one value or a list of values; send those or null"
     return f"{'.'.join(str(part) for part in loc)}: {first['msg']}; see /docs for the request's form"
 
 
@@ -221,7 +273,7 @@ def build_api(folder: Path, config: ServeConfig) -> FastAPI:
         if len(request.rows) > config.max_rows:
             raise UserError(f"{len(request.rows):,} rows are more than serve.max_rows = {config.max_rows:,}; send fewer")
         scores = predictor.score(rows_to_table(request.rows, predictor.bundle.schema))
-        return ScoreResponse(model=name, scores={t: s.tolist() for t, s in zip(predictor.tasks, scores, strict=True)})
+        return ScoreResponse(model=name, scores={t: s.tolist() for t, s in zip(predictor.score_names, scores, strict=True)})
 
     @api.get("/v1/model", summary="What is served: tasks, features, metrics")
     def model() -> dict[str, Any]:
@@ -229,6 +281,7 @@ def build_api(folder: Path, config: ServeConfig) -> FastAPI:
         return {
             "model": name,
             "tasks": list(schema.task_names),
+            "scores": list(predictor.score_names),
             "features": {f.name: f.kind for f in schema.features},
             "metrics": predictor.bundle.metrics,
         }

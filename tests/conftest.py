@@ -73,7 +73,7 @@ def clicks() -> Callable[..., pa.Table]:
     return draw
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_prepared() -> Callable[..., Any]:
     """`write_prepared(folder, schema, {part: [table, …]})`: a prepared folder by hand, one shard for each table.
 
@@ -86,7 +86,10 @@ def write_prepared() -> Callable[..., Any]:
 
     def write(folder: Path, schema: Any, parts: dict[str, list[pa.Table]]) -> PreparedData:
         folder.mkdir()
-        statistics = PartialStatistics.of(pa.concat_tables(parts["train"]), schema).finish(schema)
+        train = pa.concat_tables(parts["train"])
+        fitted = PartialStatistics.of(train, schema)
+        fitted.merge(PartialStatistics.of_labels(*task_labels(train, schema), schema))
+        statistics = fitted.finish(schema)
         transform = Transform(schema, statistics)
         shards = []
         for part, tables in parts.items():

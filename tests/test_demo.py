@@ -68,7 +68,7 @@ def test_the_request_is_a_row_that_every_task_observes_without_its_labels(tmp_pa
     synthesise(tmp_path / "feed", 500, 0)
     schema = load_schema(conf_dir() / "schema" / "short_video.yaml")
     row = demo._request_row(tmp_path / "feed", schema)
-    assert set(row) == set(schema.feature_names)
+    assert set(row) == set(schema.feature_columns)
     json.dumps(row)
     logs = pq.read_table(tmp_path / "feed" / "logs").to_pylist()
     (position,) = [n for n, r in enumerate(logs) if all(r[c] == v for c, v in row.items())]
@@ -85,7 +85,7 @@ def test_a_feed_without_such_a_row_still_gives_one(tmp_path: Path) -> None:
     table = pq.read_table(file)
     at = table.column_names.index("purchase")
     pq.write_table(table.set_column(at, "purchase", pa.nulls(table.num_rows, pa.int8())), file)
-    assert set(demo._request_row(tmp_path / "feed", schema)) == set(schema.feature_names)
+    assert set(demo._request_row(tmp_path / "feed", schema)) == set(schema.feature_columns)
 
 
 def test_the_commands_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:

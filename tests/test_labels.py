@@ -130,3 +130,58 @@ def test_a_group_is_the_same_in_every_chunk(values: list[Any]) -> None:
 
 def test_no_group_column_no_groups() -> None:
     assert group_ids(pa.table({"y": [1]}), schema_of({"label": "y"})) is None
+
+
+# -- labels of other kinds
+
+REGRESSION = {"label": "y", "kind": "regression"}
+MULTICLASS = {"label": "y", "kind": "multiclass", "classes": ["a", 1, True]}
+ORDINAL = {"label": "y", "kind": "ordinal", "levels": [1, 2, 5]}
+
+
+def test_a_regressions_label_is_its_number_and_the_expression_may_compute_it() -> None:
+    assert labels(REGRESSION, y=[1.5, None, -3.0]) == ([1.5, 0, -3.0], [1, 0, 1])
+    assert labels(REGRESSION | {"label": "y / 1000"}, y=[1500, 0, None]) == ([1.5, 0, 0], [1, 1, 0])
+    assert labels(REGRESSION, y=pa.array([1, 2], pa.decimal128(5, 2))) == ([1, 2], [1, 1])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [["a", "1", "true", None, ""], pa.array(["a", "1.0", "True", None, None]).dictionary_encode()],
+    ids=["text", "dictionary"],
+)
+def test_a_class_is_its_place_among_those_declared(values: Any) -> None:
+    # In the one text form that categories have.
+    assert labels(MULTICLASS, y=values) == ([0, 1, 2, 0, 0], [1, 1, 1, 0, 0])
+
+
+@pytest.mark.parametrize("values", [[5, 1, None], [5.0, 1.0, None], ["5", "1", None]], ids=["int", "float", "text"])
+def test_a_level_is_its_place_too(values: list[Any]) -> None:
+    assert labels(ORDINAL, y=values) == ([2, 0, 0], [1, 1, 0])
+
+
+def test_a_class_that_is_not_declared_is_named_unless_it_is_masked_out() -> None:
+    with pytest.raises(UserError, match=r"label 'y' of task 't0' gives '4', which the task does not declare; valid: 1, 2, 5"):
+        labels(ORDINAL, y=[1, 4])
+    with pytest.raises(UserError, match=r"gives 'aa', .* did you mean 'a'\? Declare it, or mask such rows out"):
+        labels(MULTICLASS, y=["a", "aa"])
+    assert labels(ORDINAL | {"mask": "y != 4"}, y=[1, 4, 5]) == ([0, 0, 2], [1, 0, 1])
+    assert labels(ORDINAL | {"weight": "w"}, y=[1, 4, 5], w=[1, 0, 2]) == ([0, 0, 2], [1, 0, 2])
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "sentence"),
+    [
+        (REGRESSION, ["long"], "label 'y' of task 't0' is string, not a number; a regression needs one"),
+        (REGRESSION, [1.0, NAN], "holds NaN or an infinite value in 1 rows"),
+        (REGRESSION, [1e39], "gives 1e[+]39, which float32 can't hold; scale it"),
+        (REGRESSION | {"label": "1 / y"}, [0.0], "gives inf, which float32 can't hold"),
+        (ORDINAL, [1.5], "label 'y' of task 't0' is double, whose values are no classes; use whole numbers or text"),
+        (MULTICLASS, [["a"]], "label 'y' of task 't0' is list<.*, whose values are no classes"),
+    ],
+    ids=str,
+)
+def test_a_label_that_its_kind_cannot_have(task: dict[str, Any], values: list[Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        labels(task, y=pa.array(values, from_pandas=False))
+    assert "\n" not in str(caught.value)

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from recsys_moe.heads import BinaryHead
 from recsys_moe.losses import multi_task_loss
+
+
+def loss_of(logits: Tensor, labels: Tensor, weights: Tensor, task_weights: Tensor) -> Tensor:
+    """The loss of binary tasks."""
+    return multi_task_loss(BinaryHead().losses(logits.unsqueeze(2), labels), weights, task_weights)
 
 
 def naive(logits: Tensor, labels: Tensor, weights: Tensor, task_weights: Tensor) -> float:
@@ -30,29 +36,29 @@ def draw(rows: int = 20, tasks: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def test_equals_the_loop() -> None:
     arguments = draw()
-    assert multi_task_loss(*arguments).item() == pytest.approx(naive(*arguments), rel=1e-5)
+    assert loss_of(*arguments).item() == pytest.approx(naive(*arguments), rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_the_scale_of_the_weights_does_not_matter(scale: float) -> None:
     # Also where a task's weights in a batch sum to less than 1.
     logits, labels, weights, task_weights = draw()
-    before = multi_task_loss(logits, labels, weights, task_weights)
-    assert multi_task_loss(logits, labels, scale * weights, task_weights).item() == pytest.approx(before.item(), rel=1e-5)
+    before = loss_of(logits, labels, weights, task_weights)
+    assert loss_of(logits, labels, scale * weights, task_weights).item() == pytest.approx(before.item(), rel=1e-5)
 
 
 def test_a_task_is_averaged_over_its_own_rows() -> None:
     # Twice the rows of the same kind change nothing: a rare task is not drowned by a frequent one.
     logits, labels, weights, task_weights = draw()
-    twice = multi_task_loss(*(torch.cat([x, x]) for x in (logits, labels, weights)), task_weights)
-    assert twice.item() == pytest.approx(multi_task_loss(logits, labels, weights, task_weights).item(), rel=1e-5)
+    twice = loss_of(*(torch.cat([x, x]) for x in (logits, labels, weights)), task_weights)
+    assert twice.item() == pytest.approx(loss_of(logits, labels, weights, task_weights).item(), rel=1e-5)
 
 
 def test_a_task_without_rows_adds_nothing_and_sends_no_gradient() -> None:
     logits, labels, weights, task_weights = draw()
     weights[:, 1] = 0
     logits.requires_grad_()
-    loss = multi_task_loss(logits, labels, weights, task_weights)
+    loss = loss_of(logits, labels, weights, task_weights)
     assert loss.item() == pytest.approx(naive(logits, labels, weights, task_weights), rel=1e-5)
     loss.backward()
     assert logits.grad is not None
@@ -63,7 +69,7 @@ def test_a_task_without_rows_adds_nothing_and_sends_no_gradient() -> None:
 def test_no_rows_at_all_give_zero() -> None:
     logits, labels, weights, task_weights = draw()
     logits.requires_grad_()
-    loss = multi_task_loss(logits, labels, torch.zeros_like(weights), task_weights)
+    loss = loss_of(logits, labels, torch.zeros_like(weights), task_weights)
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
@@ -73,14 +79,14 @@ def test_no_rows_at_all_give_zero() -> None:
 def test_a_row_that_a_task_does_not_observe_has_no_influence() -> None:
     logits, labels, weights, task_weights = draw()
     weights[3] = 0
-    before = multi_task_loss(logits, labels, weights, task_weights)
+    before = loss_of(logits, labels, weights, task_weights)
     logits[3], labels[3] = 50.0, 0.0
-    assert torch.equal(multi_task_loss(logits, labels, weights, task_weights), before)
+    assert torch.equal(loss_of(logits, labels, weights, task_weights), before)
 
 
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[1e4], [-1e4]])
-    loss = multi_task_loss(logits, torch.tensor([[0.0], [1.0]]), torch.ones(2, 1), torch.ones(1))
+    loss = loss_of(logits, torch.tensor([[0.0], [1.0]]), torch.ones(2, 1), torch.ones(1))
     assert loss.item() == pytest.approx(1e4)
 
 
@@ -88,6 +94,6 @@ def test_the_gradient_is_weighted_error() -> None:
     # ∂L/∂z = ω_t·w/Σw·(p − y)
     logits, labels, weights, task_weights = draw()
     logits.requires_grad_()
-    multi_task_loss(logits, labels, weights, task_weights).backward()
+    loss_of(logits, labels, weights, task_weights).backward()
     expected = task_weights * weights / weights.sum(0) * (torch.sigmoid(logits) - labels)
     torch.testing.assert_close(logits.grad, expected.detach())

@@ -1,6 +1,7 @@
 """Metrics against scikit-learn, torchmetrics and naive loops."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import BinaryCalibrationError
+from torchmetrics.functional import classification as functional
 
-from recsys_moe.metrics import binary_metrics, expected_calibration_error, grouped_auc, log_loss
+from recsys_moe.metrics import (
+    binary_metrics,
+    expected_calibration_error,
+    grouped_auc,
+    log_loss,
+    multiclass_metrics,
+    ordinal_metrics,
+    quality,
+    quality_name,
+    regression_metrics,
+)
 
 # Eighths: ties between scores are the rule.
 tied_scores = st.integers(1, 7).map(lambda n: n / 8)
@@ -168,3 +180,99 @@ def test_the_order_of_the_rows_does_not_matter(drawn: list[Row], random: Any) ->
     a, b = (binary_metrics(*columns(d)) for d in (drawn, mixed))
     for name in ("auc", "gauc", "gauc_left_out", "logloss", "ne", "calibration", "ece", "rows"):
         assert getattr(a, name) == pytest.approx(getattr(b, name), nan_ok=True), name
+
+
+# -- numbers, classes, levels
+
+numbers = st.lists(st.tuples(st.integers(-40, 40), st.integers(-40, 40)), min_size=1, max_size=40)
+
+
+@given(numbers, st.booleans())
+def test_regression_metrics_are_scikit_learns(drawn: list[tuple[int, int]], log1p: bool) -> None:
+    predictions, labels = (np.array(c) / 4 for c in zip(*drawn, strict=True))
+    m = regression_metrics(predictions, labels, log1p)
+    assert m.rmse == pytest.approx(sklearn.metrics.root_mean_squared_error(labels, predictions))
+    assert m.mae == pytest.approx(sklearn.metrics.mean_absolute_error(labels, predictions))
+    scale = [np.sign(x) * np.log1p(np.abs(x)) if log1p else x for x in (labels, predictions)]
+    if np.ptp(labels):
+        assert m.r2 == pytest.approx(sklearn.metrics.r2_score(*scale))
+    else:
+        assert math.isnan(m.r2)
+    assert m.rows == len(drawn)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 8)), min_size=1, max_size=40))
+def test_multiclass_metrics_are_scikit_learns(drawn: list[tuple[int, int, int]]) -> None:
+    labels, favourites, weight = (np.array(c) for c in zip(*drawn, strict=True))
+    p = np.full((len(labels), 4), 1.0)
+    p[np.arange(len(labels)), favourites] += weight
+    p /= p.sum(1, keepdims=True)
+    m = multiclass_metrics(p, labels.astype(np.float32))
+    assert m.accuracy == pytest.approx(sklearn.metrics.accuracy_score(labels, favourites))
+    assert m.macro_f1 == pytest.approx(sklearn.metrics.f1_score(labels, favourites, average="macro"))
+    assert m.logloss == pytest.approx(sklearn.metrics.log_loss(labels, p, labels=range(4)))
+    assert m.rows == len(drawn)
+
+
+LEVELS = np.array([1.0, 2.0, 3.0, 5.0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(8, 40).map(lambda n: n / 8)), min_size=1, max_size=40))
+def test_ordinal_metrics_are_scikit_learns_and_the_share_of_pairs(drawn: list[tuple[int, float]]) -> None:
+    labels, scores = (np.array(c) for c in zip(*drawn, strict=True))
+    m = ordinal_metrics(scores, labels.astype(np.float32), LEVELS)
+    pairs = [
+        (s > r) + 0.5 * (s == r)
+        for (y, s) in zip(labels, scores, strict=True)
+        for (x, r) in zip(labels, scores, strict=True)
+        if y > x
+    ]
+    assert m.auc == pytest.approx(np.mean(pairs)) if pairs else math.isnan(m.auc)
+    nearest = np.abs(LEVELS - scores[:, None]).argmin(1)  # of two equally near ones the lower
+    if len({*labels, *nearest}) > 1:
+        expected = sklearn.metrics.cohen_kappa_score(labels, nearest, weights="quadratic", labels=range(4))
+        assert m.qwk == pytest.approx(expected)
+    else:
+        assert math.isnan(m.qwk)
+    assert m.mae == pytest.approx(np.abs(LEVELS[labels] - scores).mean())
+    assert m.rows == len(drawn)
+
+
+def test_the_concordance_of_two_levels_is_the_auc() -> None:
+    scores, labels = random_rows(300)
+    m = ordinal_metrics(scores, labels, np.array([0.0, 1.0]))
+    assert m.auc == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores))
+
+
+def test_metrics_of_other_kinds_are_torchmetrics() -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 4, 500)
+    p = random.dirichlet(np.ones(4), 500)
+    scores = LEVELS[labels] + random.normal(size=500)
+    t_labels, t_p = torch.from_numpy(labels), torch.from_numpy(p)
+    m = multiclass_metrics(p, labels)
+    assert m.accuracy == pytest.approx(functional.multiclass_accuracy(t_p, t_labels, 4, average="micro").item(), abs=1e-6)
+    assert m.macro_f1 == pytest.approx(functional.multiclass_f1_score(t_p, t_labels, 4, average="macro").item(), abs=1e-6)
+    o = ordinal_metrics(scores, labels, LEVELS)
+    nearest = torch.from_numpy(np.abs(LEVELS - scores[:, None]).argmin(1))
+    kappa = functional.multiclass_cohen_kappa(nearest, t_labels, 4, weights="quadratic")
+    assert o.qwk == pytest.approx(kappa.item(), abs=1e-6)
+
+
+def test_no_rows_no_metrics_of_any_kind() -> None:
+    none = np.empty(0)
+    for m in (regression_metrics(none, none), multiclass_metrics(np.empty((0, 3)), none), ordinal_metrics(none, none, LEVELS)):
+        assert m.rows == 0
+        assert math.isnan(quality(m))
+        assert all(math.isnan(value) for name, value in asdict(m).items() if name != "rows")
+
+
+def test_the_quality_is_the_first_metric_and_has_a_name() -> None:
+    found: list[Any] = [
+        binary_metrics(*random_rows(50)),
+        regression_metrics(np.array([0.0, 1.0]), np.array([0.0, 2.0])),
+        multiclass_metrics(np.array([[0.3, 0.7]]), np.array([1])),
+        ordinal_metrics(np.array([1.0, 2.0]), np.array([0, 1]), LEVELS),
+    ]
+    assert [quality_name(m) for m in found] == ["AUC", "R²", "accuracy", "AUC"]
+    assert [quality(m) for m in found] == [found[0].auc, found[1].r2, found[2].accuracy, found[3].auc]

@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.experts import MLPExperts, StackedBatchNorm
+from recsys_moe.embeddings import JaggedTensor, concatenate_rows, take_rows
+from recsys_moe.experts import MLPExperts, StackedBatchNorm, Towers
 from recsys_moe.kernels import Layer, expert_mlp
 from recsys_moe.models.mmoe import MMoE, MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
 from recsys_moe.ranker import Ranker
+from recsys_moe.transforms import ListInput
 
 IN_DIM, TASKS = 6, 3
+WIDTHS = [1] * TASKS
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 2e-6}
 
 
@@ -125,7 +128,8 @@ def expert_pairs(stacked: MLPExperts, singles: Any) -> Iterator[Pair]:
 
 
 def pairs(model: Any, naive: Any) -> Iterator[Pair]:
-    yield from expert_pairs(model.towers, naive.towers)
+    yield from expert_pairs(model.towers.hidden, [tower[:-1] for tower in naive.towers])
+    yield from expert_pairs(model.towers.last[0], [tower[-1:] for tower in naive.towers])
     if isinstance(model, MMoE):
         yield from expert_pairs(model.experts, naive.experts)
         for t, gate in enumerate(naive.gates):
@@ -142,10 +146,10 @@ def build(family: str, norm: Any, dtype: torch.dtype = torch.float32) -> tuple[A
     naive: Any
     if family == "mmoe":
         mmoe = MMoEConfig(num_experts=4, expert_dims=(7, 5), tower_dims=(4,), norm=norm, dropout=0.0)
-        model, naive = MMoE(mmoe, IN_DIM, TASKS, dtype), NaiveMMoE(mmoe)
+        model, naive = MMoE(mmoe, IN_DIM, WIDTHS, dtype), NaiveMMoE(mmoe)
     else:
         bottom = SharedBottomConfig(bottom_dims=(9, 5), tower_dims=(4,), norm=norm, dropout=0.0)
-        model, naive = SharedBottom(bottom, IN_DIM, TASKS, dtype), NaiveSharedBottom(bottom)
+        model, naive = SharedBottom(bottom, IN_DIM, WIDTHS, dtype), NaiveSharedBottom(bottom)
     with torch.no_grad():
         for stacked, where, single in pairs(model, naive):
             single.copy_(stacked[where])
@@ -211,7 +215,7 @@ def test_at_inference_a_row_has_the_same_bits_in_every_batch(family: str, dtype:
 def test_sparse_gates_equal_softmax_gates_over_their_best_experts(top_k: int) -> None:
     soft, naive = build("mmoe", "none")
     config = MMoEConfig(num_experts=4, expert_dims=(7, 5), tower_dims=(4,), norm="none", dropout=0, gate="topk", top_k=top_k)
-    sparse = MMoE(config, IN_DIM, TASKS, torch.float32)
+    sparse = MMoE(config, IN_DIM, WIDTHS, torch.float32)
     sparse.load_state_dict(soft.state_dict())
     x = torch.randn(30, IN_DIM)
     outputs = torch.stack([expert(x) for expert in naive.experts], 1)
@@ -292,7 +296,7 @@ CARDINALITIES = [5, 3, 40]
 
 def ranker(num_dense: int = 2, cardinalities: list[int] = CARDINALITIES, dropout: float = 0.0) -> Ranker:
     names = ["user", "price.bucket", "item"][: len(cardinalities)]
-    return Ranker(MMoEConfig(embedding_dim=4, num_experts=2, dropout=dropout), names, cardinalities, num_dense, TASKS)
+    return Ranker(MMoEConfig(embedding_dim=4, num_experts=2, dropout=dropout), names, cardinalities, num_dense, WIDTHS)
 
 
 def tables(model: Ranker) -> list[nn.Embedding]:
@@ -376,3 +380,118 @@ def test_inference_changes_no_table() -> None:
     with torch.no_grad():
         model(draw_ids(10), torch.randn(10, 2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# -- features of many ids
+
+POOLINGS: tuple[Any, ...] = ("mean", "sum", "last", "mean")
+
+
+def jagged(rows: int, cardinality: int, longest: int) -> JaggedTensor:
+    lengths = torch.randint(0, longest + 1, (rows,), dtype=torch.int32)
+    return JaggedTensor(torch.randint(0, cardinality, (int(lengths.sum()),), dtype=torch.int32), lengths=lengths)
+
+
+def pooled_ranker(num_sparse: int = 2, num_dense: int = 2) -> Ranker:
+    lists = [ListInput(f"l.{n}", 6 + n, pooling, 5) for n, pooling in enumerate(POOLINGS)]
+    names = ["user", "price.bucket"][:num_sparse]
+    config = MMoEConfig(embedding_dim=4, num_experts=2)
+    return Ranker(config, names, CARDINALITIES[:num_sparse], num_dense, WIDTHS, lists=lists)
+
+
+def list_tables(model: Ranker) -> list[nn.Embedding]:
+    """The tables of the lists as plain embeddings, in the order of the features."""
+    state = model.state_dict()
+    found = []
+    for n, pooling in enumerate(POOLINGS):
+        weight = state[f"pooled.{'mean' if pooling == 'mean' else 'sum'}.embedding_bags.l__{n}.weight"]
+        found.append(nn.Embedding.from_pretrained(weight.clone(), freeze=False))
+    return found
+
+
+def pool(table: nn.Embedding, rows: JaggedTensor, pooling: str) -> Tensor:
+    out = []
+    for ids in rows.to_dense():
+        vectors = table(ids.long())
+        if not len(ids):
+            out.append(torch.zeros(4))
+        else:
+            out.append({"mean": vectors.mean(0), "sum": vectors.sum(0), "last": vectors[-1]}[pooling])
+    return torch.stack(out)
+
+
+def naive_lists(tables: list[nn.Embedding], lists: list[JaggedTensor]) -> list[Tensor]:
+    """Pooled one by one, in the order of the network's input: what is summed, then what is averaged."""
+    pooled = [pool(*parts) for parts in zip(tables, lists, POOLINGS, strict=True)]
+    return [pooled[n] for n in sorted(range(len(POOLINGS)), key=lambda n: POOLINGS[n] == "mean")]
+
+
+def test_lists_are_pooled_by_mean_sum_or_their_last() -> None:
+    model = pooled_ranker()
+    model.network = Capture()
+    ids, dense = draw_ids(30)[:, :2], torch.randn(30, 2)
+    lists = [jagged(30, f.cardinality, 5) for f in model.lists]
+    singles = [table(ids[:, f].long()) for f, table in enumerate(tables(model))]
+    expected = torch.cat([*singles, *naive_lists(list_tables(model), lists), dense], 1)
+    torch.testing.assert_close(model(ids, dense, lists)[0], expected)
+
+
+def test_a_ranker_of_lists_only() -> None:
+    model = pooled_ranker(0, 0)
+    lists = [jagged(7, f.cardinality, 5) for f in model.lists]
+    assert model(torch.empty(7, 0, dtype=torch.int32), torch.empty(7, 0), lists)[0].shape == (7, TASKS)
+
+
+def test_the_backward_pass_is_adagrad_on_the_pooled_tables() -> None:
+    model = pooled_ranker(0, 0)
+    model.network = Capture()
+    naive = list_tables(model)
+    adagrad = torch.optim.Adagrad([table.weight for table in naive], lr=0.05, eps=1e-8)
+    empty = torch.empty(20, 0)
+    for rate in (0.05, 0.02):
+        model.set_embedding_lr(rate)
+        adagrad.param_groups[0]["lr"] = rate
+        lists, target = [jagged(20, f.cardinality, 4) for f in model.lists], torch.randn(20, 16)
+        ((model(empty.int(), empty, lists)[0] - target) ** 2).sum().backward()
+        adagrad.zero_grad()
+        ((torch.cat(naive_lists(naive, lists), 1) - target) ** 2).sum().backward()
+        adagrad.step()
+        for mine, reference in zip(list_tables(model), naive, strict=True):
+            torch.testing.assert_close(mine.weight, reference.weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [[], [3], [2, 2, 0], [4, 3, 2, 1, 0]])
+def test_rows_of_ids_are_taken_and_joined(index: list[int]) -> None:
+    torch.manual_seed(3)
+    rows = jagged(5, 9, 4)
+    taken = take_rows(rows, torch.tensor(index, dtype=torch.int64))
+    assert [r.tolist() for r in taken.to_dense()] == [rows.to_dense()[i].tolist() for i in index]
+    assert taken.offsets().tolist() == [0, *taken.lengths().cumsum(0).tolist()]
+    joined = concatenate_rows([rows, taken, rows])
+    assert [r.tolist() for r in joined.to_dense()] == [r.tolist() for part in (rows, taken, rows) for r in part.to_dense()]
+
+
+# -- towers
+
+
+@pytest.mark.parametrize("dims", [(4,), ()], ids=["hidden", "flat"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own inputs", "one input"])
+@pytest.mark.parametrize("widths", [[1, 1, 1], [1, 3, 1, 2, 3], [5], [2, 2]], ids=str)
+def test_towers_of_any_widths_stand_in_the_tasks_order(dims: tuple[int, ...], shared: bool, widths: list[int]) -> None:
+    torch.manual_seed(0)
+    towers = Towers(6, dims, "none", widths)
+    towers.start_at([[10.0 * t + n for n in range(width)] for t, width in enumerate(widths)])
+    x = torch.randn(7, 6) if shared else torch.randn(7, len(widths), 6)
+    got, at = towers(x), 0
+    for t, width in enumerate(widths):
+        h = x if shared else x[:, t]
+        if dims:
+            assert towers.hidden is not None
+            h = torch.relu(h @ towers.hidden.weights[0][t].t() + towers.hidden.biases[0][t])
+        same = [n for n, w in enumerate(widths) if w == width]
+        stack: Any = towers.last[list(dict.fromkeys(widths)).index(width)]
+        weight, bias = stack.weights[0][same.index(t)], stack.biases[0][same.index(t)]
+        assert bias.tolist() == [10.0 * t + n for n in range(width)]
+        torch.testing.assert_close(got[:, at : at + width], h @ weight.t() + bias, rtol=1e-4, atol=1e-5)
+        at += width
+    assert got.shape == (7, at)

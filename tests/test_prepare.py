@@ -161,6 +161,66 @@ def test_a_change_of_source_schema_or_protocol_is_prepared_anew(tmp_path: Path) 
     assert len(folders) == 4
 
 
+def test_every_kind_is_prepared_in_pieces_as_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = prepare_module.plan_chunks
+    monkeypatch.setattr(prepare_module, "plan_chunks", lambda config, schema: plan(config, schema, chunk_rows=70))
+    r = np.random.default_rng(1)
+    tags = [r.choice(list("abcdef"), r.integers(0, 4)).tolist() for _ in range(600)]
+    frame = rows().assign(tags=tags, path=["/".join(t) for t in tags], v=list(r.normal(size=(600, 2))), z=r.normal(5, 3, 600))
+    frame["size"] = r.integers(1, 5, 600)
+    schema = {
+        "features": [
+            {"name": "color", "kind": "hashed", "buckets": 30},
+            {"name": "size", "kind": "categorical"},
+            {"name": "both", "kind": "cross", "of": ["color", "size"], "buckets": 30},
+            {"name": "tags", "kind": "multi"},
+            {"name": "path", "kind": "sequence", "separator": "/", "max_length": 2},
+            {"name": "v", "kind": "embedding", "dim": 2},
+        ],
+        "tasks": [
+            {"name": "click", "label": "clicked == 1"},
+            {"name": "z", "label": "z", "kind": "regression"},
+            {"name": "o", "label": "user", "kind": "ordinal", "levels": ["a", "b", "c"]},
+        ],
+    }
+    data = prepare(data_set(tmp_path / "source", frame, schema), tmp_path / "runs")
+    order = np.random.default_rng(0).permutation(600)
+    for part, index in (("train", order[:480]), ("test", order[540:])):
+        raw = pa.Table.from_pandas(frame.iloc[np.sort(index)], preserve_index=False)
+        expected, got = data.transform(raw), list(ordered_rows(data, part))
+        assert np.array_equal(np.concatenate([g.inputs.ids for g in got], 1), expected.ids)
+        assert np.array_equal(np.concatenate([g.inputs.dense for g in got], 1), expected.dense)
+        for n, jagged in enumerate(expected.lists):
+            assert np.array_equal(np.concatenate([g.inputs.lists[n].values for g in got]), jagged.values)
+            lengths = np.concatenate([np.diff(g.inputs.lists[n].offsets) for g in got])
+            assert np.array_equal(lengths, np.diff(jagged.offsets))
+    train = frame.iloc[order[:480]]
+    click, z, o = data.transform.statistics.targets
+    assert click.counts[1] == (train["clicked"] == 1).sum()
+    assert (z.rows, z.mean, z.std) == (
+        480,
+        pytest.approx(train["z"].mean(), rel=1e-6),
+        pytest.approx(train["z"].std(ddof=0), rel=1e-6),
+    )
+    assert o.counts == tuple((train["user"] == name).sum() for name in "abc")
+    positives = {(c.task, c.part): c.positive for c in data.manifest.counts}
+    assert positives["z", "train"] is positives["o", "test"] is None
+    assert positives["click", "train"] == click.counts[1]
+
+
+def test_a_list_in_one_file_and_text_in_another(tmp_path: Path) -> None:
+    # Mixed types in one column: what both files say in one form is taken, what they don't is named.
+    schema = {"features": [{"name": "tags", "kind": "multi"}], "tasks": SCHEMA["tasks"]}
+    config = data_set(tmp_path / "source", rows().assign(tags=[[1, 2]] * 600), schema)
+    again = rows().assign(tags=[["1", "two"]] * 600)
+    again.to_parquet(tmp_path / "source" / "second.parquet")
+    data = prepare(config, tmp_path / "runs")
+    assert set(data.transform.statistics.categorical[0].vocabulary) == {"1", "2", "two"}
+    again.assign(tags="1").to_parquet(tmp_path / "source" / "second.parquet")
+    with pytest.raises(UserError, match="column 'tags' holds text, not lists"):
+        prepare(config, tmp_path / "runs")
+
+
 def nan_label(frame: pd.DataFrame, schema: dict[str, Any]) -> pa.Table:
     # Arrow tells NaN from null: null is unobserved, NaN is a mistake upstream.
     label = frame["clicked"].to_numpy().copy()
@@ -204,7 +264,56 @@ def label_as_input(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
     return frame
 
 
+def timestamp_feature(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["features"][1] = {"name": "at", "kind": "categorical"}
+    return frame.assign(at=pd.Timestamp("2022-04-08", tz="Asia/Shanghai"))
+
+
+def ragged_embedding(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["features"].append({"name": "v", "kind": "embedding", "dim": 2})
+    return frame.assign(v=[[1.0, 2.0]] * 599 + [[1.0]])
+
+
+def single_values_for_lists(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["features"][1] |= {"kind": "multi"}
+    return frame
+
+
+def undeclared_class(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["tasks"] = [{"name": "user", "label": "user", "kind": "multiclass", "classes": ["a", "b"]}]
+    del schema["group"]
+    return frame
+
+
+def class_that_never_varies(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["tasks"] = [{"name": "k", "label": "k", "kind": "multiclass", "classes": ["a", "b"]}]
+    return frame.assign(k="b")
+
+
+def number_that_never_varies(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["tasks"] = [{"name": "n", "label": "n", "kind": "regression"}]
+    return frame.assign(n=0.1)
+
+
+def column_named_twice(frame: pd.DataFrame, schema: dict[str, Any]) -> pa.Table:
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    return table.append_column("x", table["x"])
+
+
+def schema_of_another_data_set(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    schema["features"] = [{"name": "age", "kind": "numeric"}, {"name": "race", "kind": "categorical"}]
+    return frame
+
+
 BAD = {
+    timestamp_feature: r"column 'at' is timestamp.*Asia/Shanghai.*depends on its unit and time zone",
+    ragged_embedding: "column 'v' holds a list of 1 numbers, but the embedding's dim is 2",
+    single_values_for_lists: "column 'color' holds text, not lists; declare the feature's separator",
+    undeclared_class: "label 'user' of task 'user' gives 'c', which the task does not declare",
+    class_that_never_varies: "task 'k' has only class b in its 480 training rows",
+    number_that_never_varies: "task 'n' has only one value in its 480 training rows",
+    column_named_twice: "feature column 'x' is 2 times in",
+    schema_of_another_data_set: "feature column 'age' is not in",
     nan_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
     infinite_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
     all_one_class: "task 'click' has only class 1 in its 480 training rows",

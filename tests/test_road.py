@@ -294,7 +294,7 @@ def test_a_lost_mlflow_leaves_the_bundle(work: Path) -> None:
     result, err = run("train", *SETTINGS, "train.epochs=1", "tracking.uri=http://127.0.0.1:9", cwd=work, code=2)
     assert "does not answer" in result["error"]
     bundle = Path(result["error"].split("kept in ")[1].strip("'"))
-    assert Predictor(bundle).tasks == TASKS
+    assert Predictor(bundle).score_names == TASKS
     assert "Training goes on without it" in " ".join(err.split())
 
 
@@ -383,7 +383,7 @@ def test_a_loss_that_explodes_late_leaves_the_bundle(work: Path) -> None:
     result, _ = run("train", *SETTINGS, *settings, cwd=work, code=2)
     assert "the loss became" in result["error"]
     bundle = Path(result["error"].split("kept in ")[1].strip("'"))
-    assert Predictor(bundle).tasks == TASKS
+    assert Predictor(bundle).score_names == TASKS
     assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "events.jsonl", "ray"]
 
 
@@ -437,7 +437,7 @@ def test_a_tracking_server_lost_mid_run_leaves_the_bundle(
     assert process.returncode == 2
     assert "Traceback" not in err
     bundle = Path(json.loads(out.splitlines()[-1])["error"].split("kept in ")[1].strip("'"))
-    assert Predictor(bundle).tasks == TASKS
+    assert Predictor(bundle).score_names == TASKS
     # Every epoch's metrics are still there.
     events = [json.loads(line) for line in (bundle.parent / "events.jsonl").read_text().splitlines()]
     assert len([e for e in events if e["kind"] == "epoch"]) == 60

@@ -85,7 +85,71 @@ def test_a_feature_may_be_called_group(tmp_path: Path, write_prepared: Any, grou
     assert (None if rows.groups is None else rows.groups.tolist()) == (None if group is None else [7, 8, 9])
 
 
+MANY: Schema = parse(
+    Schema,
+    {
+        "features": [
+            {"name": "tags", "kind": "multi"},
+            {"name": "watched", "kind": "sequence", "max_length": 3, "buckets": 10},
+            {"name": "v", "kind": "embedding", "dim": 2},
+        ],
+        "tasks": [{"name": "y", "label": "y", "kind": "regression"}],
+    },
+    "schema",
+)
+MANY_ROWS = pa.table(
+    {
+        "tags": [["a", "b"], None, [], ["b"], ["c", "a", "b", "a"]],
+        "watched": [[1, 2, 3, 4], [5], None, [], [6]],
+        "v": [[1.0, 2.0], None, [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]],
+        "y": [1.5, -2.0, None, 1e6, 0.0],
+    }
+)
+
+
+def test_lists_and_vectors_come_back_in_any_range(tmp_path: Path, write_prepared: Any) -> None:
+    (shard,) = write_prepared(tmp_path / "p", MANY, {"train": [MANY_ROWS]}).shards("train")
+    transform = PreparedData(tmp_path / "p").transform
+    for low, high in ((0, 5), (0, 1), (1, 4), (4, 9), (2, 2)):
+        expected, got = transform(MANY_ROWS.slice(low, min(high, 5) - low)), shard.rows(low, high).inputs
+        assert np.array_equal(got.dense, expected.dense)
+        for mine, theirs in zip(got.lists, expected.lists, strict=True):
+            assert mine.values.dtype == mine.offsets.dtype == np.int32
+            assert mine.values.tolist() == theirs.values.tolist()
+            assert mine.offsets.tolist() == theirs.offsets.tolist()
+            mine.values[:] = 0  # a copy: nothing is written to the file
+    labels = shard.rows(0, 5).labels
+    assert labels.tolist() == [[1.5, -2.0, 0.0, 1e6, 0.0]]
+
+
+def test_lists_without_a_value(tmp_path: Path, write_prepared: Any) -> None:
+    empty = MANY_ROWS.slice(1, 1).set_column(0, "tags", pa.array([[]], pa.list_(pa.string())))
+    rows = write_prepared(tmp_path / "p", MANY, {"train": [MANY_ROWS], "test": [empty]}).shards("test")[0].rows(0, 1)
+    assert rows.inputs.lists[0].offsets.tolist() == [0, 0]
+
+
 # -- damage
+
+
+@pytest.mark.parametrize("vocabulary", [["red"], []])
+def test_ids_beyond_a_table_are_refused(prepared_clicks: PreparedData, vocabulary: list[str]) -> None:
+    # The lookup would read, and training write, behind the table's end.
+    path = prepared_clicks.folder / "statistics.json"
+    statistics = json.loads(path.read_text())
+    statistics["categorical"][0]["vocabulary"] = vocabulary
+    write_json(path, statistics)
+    with pytest.raises(UserError, match=r"has id 4 of 'colour', whose table ends at \d: its statistics were changed; delete '"):
+        PreparedData(prepared_clicks.folder)
+
+
+def test_list_ids_beyond_a_table_are_refused_too(tmp_path: Path, write_prepared: Any) -> None:
+    write_prepared(tmp_path / "p", MANY, {"train": [MANY_ROWS]})
+    path = tmp_path / "p" / "statistics.json"
+    write_json(path, json.loads(path.read_text().replace('"c"', '"c", "d"')))
+    PreparedData(tmp_path / "p")  # a table may have rows that nobody uses
+    write_json(path, json.loads(path.read_text()) | {"categorical": [{"name": "tags", "vocabulary": ["a", "b"]}]})
+    with pytest.raises(UserError, match=r"has id 4 of 'tags', whose table ends at 3"):
+        PreparedData(tmp_path / "p")
 
 
 def test_a_missing_shard(prepared_clicks: PreparedData) -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from recsys_moe import trainer as trainer_module
 from recsys_moe.errors import UserError
-from recsys_moe.metrics import BinaryMetrics
+from recsys_moe.heads import Heads, mean_quality
+from recsys_moe.metrics import BinaryMetrics, RegressionMetrics
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
-from recsys_moe.shards import PreparedData, TaskCount
-from recsys_moe.trainer import TrainConfig, Trainer, evaluate, has_bf16, mean_auc, metrics_by_task, prior_rates, schedule
+from recsys_moe.shards import PreparedData
+from recsys_moe.trainer import TrainConfig, Trainer, evaluate, has_bf16, schedule
+from recsys_moe.transforms import Statistics, TargetStatistics
 from recsys_moe.typed import dump, parse
 
 MMOE = MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8,), tower_dims=(4,), dropout=0.1)
@@ -66,19 +68,13 @@ def test_learns_what_can_be_learnt(prepared_clicks: PreparedData, clicks: Any, m
 
 
 def with_counts(data: PreparedData, **observed_positive: tuple[int, int]) -> PreparedData:
-    """The same data, with a manifest that counts these training rows."""
-    counts = [TaskCount(task, "train", *pair) for task, pair in observed_positive.items()]
-    elsewhere = [TaskCount(task, part, 100, 50) for task in observed_positive for part in ("validation", "test")]
-    data.manifest = replace(data.manifest, counts=tuple(counts + elsewhere))
+    """The same data, whose statistics say that the training part has so many rows of each task."""
+    targets = [
+        TargetStatistics(task, rows, 0.0, 1.0, (rows - positive, positive))
+        for task, (rows, positive) in observed_positive.items()
+    ]
+    data.transform.statistics = replace(data.transform.statistics, targets=tuple(targets))
     return data
-
-
-def test_the_prior_is_the_training_rate_and_never_0_or_1(prepared_clicks: PreparedData) -> None:
-    assert prior_rates(with_counts(prepared_clicks, buy=(9999, 29), click=(999, 499))) == pytest.approx([0.4995, 0.00295])
-    none, all_of_them = prior_rates(with_counts(prepared_clicks, click=(1000, 0), buy=(1000, 1000)))
-    assert 0 < none < 0.001 < 0.999 < all_of_them < 1
-    # Nothing observed, or nothing counted: nothing is known.
-    assert prior_rates(with_counts(prepared_clicks, click=(0, 0))) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("model", [MMOE, BOTTOM], ids=["mmoe", "bottom"])
@@ -99,27 +95,29 @@ def test_metrics_are_over_the_rows_that_a_task_observes(prepared_clicks: Prepare
     assert (metrics["click"].rows, metrics["buy"].rows) == (400, raw["click"].sum())
 
 
-def test_metrics_by_task_joins_pieces_and_drops_what_is_unobserved() -> None:
+def test_metrics_join_pieces_and_drop_what_is_unobserved(clicks_schema: Any) -> None:
     random = np.random.default_rng(0)
     scores, labels = random.random((2, 90)), (random.random((2, 90)) < 0.5).astype(float)
     weights, groups = np.ones((2, 90)), random.integers(0, 5, 90)
     weights[1, ::3] = 0
     cuts = [slice(0, 40), slice(40, 41), slice(41, 90)]
     pieces: Any = [(scores[:, c], labels[:, c], weights[:, c], groups[c]) for c in cuts]
-    metrics = metrics_by_task(pieces, ("a", "b"))
+    metrics: Any = Heads(clicks_schema, Statistics((), ())).metrics(pieces)
     seen = weights[1] > 0
-    assert metrics["a"].auc == pytest.approx(sklearn.metrics.roc_auc_score(labels[0], scores[0]))
-    assert metrics["b"].auc == pytest.approx(sklearn.metrics.roc_auc_score(labels[1][seen], scores[1][seen]))
-    assert metrics["b"].rows == 60
-    assert not math.isnan(metrics["b"].gauc)
+    assert metrics["click"].auc == pytest.approx(sklearn.metrics.roc_auc_score(labels[0], scores[0]))
+    assert metrics["buy"].auc == pytest.approx(sklearn.metrics.roc_auc_score(labels[1][seen], scores[1][seen]))
+    assert metrics["buy"].rows == 60
+    assert not math.isnan(metrics["buy"].gauc)
 
 
-def test_mean_auc_is_over_the_tasks_that_have_one() -> None:
+def test_the_mean_quality_is_over_the_tasks_that_have_one() -> None:
     def task(auc: float) -> BinaryMetrics:
         return BinaryMetrics(auc, math.nan, 0, 0.0, 0.0, 0.0, 0.0, 1)
 
-    assert mean_auc({"a": task(0.6), "b": task(math.nan), "c": task(0.8)}) == pytest.approx(0.7)
-    assert math.isnan(mean_auc({"a": task(math.nan)}))
+    values = RegressionMetrics(0.4, 9.0, 9.0, 1)
+    assert mean_quality({"a": task(0.6), "b": task(math.nan), "c": task(0.8)}) == pytest.approx(0.7)
+    assert mean_quality({"a": task(0.6), "b": values}) == pytest.approx(0.5)
+    assert math.isnan(mean_quality({"a": task(math.nan)}))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +125,7 @@ def test_mean_auc_is_over_the_tasks_that_have_one() -> None:
     [(1, 2, 1), (2, 5, 3), (3, 6, 3), (0, 7, 7)],
     ids=lambda n: str(n),
 )
-def test_stops_when_the_mean_auc_has_not_risen_and_keeps_the_best_epochs_weights(
+def test_stops_when_the_mean_quality_has_not_risen_and_keeps_the_best_epochs_weights(
     prepared_clicks: PreparedData, monkeypatch: pytest.MonkeyPatch, patience: int, epochs_run: int, best_epoch: int
 ) -> None:
     aucs = [0.6, 0.5, 0.7, 0.65, 0.7, 0.6, 0.9]  # equal is not better
@@ -143,10 +141,10 @@ def test_stops_when_the_mean_auc_has_not_risen_and_keeps_the_best_epochs_weights
     monkeypatch.setattr(trainer_module, "evaluate", fake)
     trainer = Trainer(prepared_clicks, MMOE, quick(epochs=7, patience=patience), events.append)
     result = trainer.fit()
-    assert (result.epochs, result.best_epoch, result.best_auc) == (epochs_run, best_epoch, aucs[best_epoch - 1])
+    assert (result.epochs, result.best_epoch, result.best_quality) == (epochs_run, best_epoch, aucs[best_epoch - 1])
     assert same_weights(trainer.model.state_dict(), seen[best_epoch - 1])
     told = [event for event in events if event["kind"] == "epoch"]
-    assert [event["validation.mean_auc"] for event in told] == aucs[:epochs_run]
+    assert [event["validation.mean_quality"] for event in told] == aucs[:epochs_run]
     assert [event["best"] for event in told] == [auc > max(aucs[:i], default=0) for i, auc in enumerate(aucs[:epochs_run])]
 
 
@@ -273,5 +271,5 @@ def test_a_validation_part_of_one_class(tmp_path: Any, write_prepared: Any, clic
     rows = table.filter(table["click"].combine_chunks().cast("bool"))
     rows = rows.filter(rows["buy"].combine_chunks().cast("bool"))
     data = write_prepared(tmp_path / "p", clicks_schema, {"train": [table], "validation": [rows]})
-    with pytest.raises(UserError, match="no task has both classes in the validation part"):
+    with pytest.raises(UserError, match="no task has both classes, or labels that differ, in the validation part"):
         trained(data)

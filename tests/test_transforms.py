@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recsys_moe.columns import as_category, as_number, category_text
 from recsys_moe.errors import UserError
+from recsys_moe.hashing import combine, hash_texts
+from recsys_moe.labels import task_labels
 from recsys_moe.schema import Schema
-from recsys_moe.transforms import PartialStatistics, Transform, as_category, as_number, category_text
+from recsys_moe.transforms import PartialStatistics, Transform
 from recsys_moe.typed import parse
 
 
@@ -385,3 +388,179 @@ def test_a_row_transforms_the_same_alone_and_in_company(drawn: list[tuple[str | 
         alone = transform(mixed(drawn[row : row + 1]))
         assert np.array_equal(alone.ids[:, 0], together.ids[:, row])
         assert np.array_equal(alone.dense[:, 0], together.dense[:, row])
+
+
+# -- hashed categories and crosses
+
+
+def single_ids(transform: Transform, table: pa.Table, name: str) -> list[int]:
+    return transform(table).ids[transform.sparse_names.index(name)].tolist()
+
+
+HASHED = schema_of(
+    {"name": "user", "kind": "hashed", "buckets": 50},
+    {"name": "hour", "kind": "categorical", "min_count": 2},
+    {"name": "both", "kind": "cross", "of": ["user", "hour"], "buckets": 1000},
+    {"name": "turned", "kind": "cross", "of": ["hour", "user"], "buckets": 1000},
+)
+
+
+def test_hashed_ids_are_missing_0_then_2_and_the_hash_modulo_the_buckets() -> None:
+    transform = fit(HASHED, pa.table({"user": ["a"], "hour": [1]}))
+    users = [f"user {n}" for n in range(2000)]
+    ids = np.array(single_ids(transform, pa.table({"user": users, "hour": [1] * 2000}), "user"))
+    assert (ids == 2 + hash_texts(pa.array(users)) % np.uint64(50)).all()
+    assert set(ids) == set(range(2, 52))
+    assert transform.cardinalities == [52, 2, 1002, 1002]
+    table = pa.table({"user": ["272", None, "272.0", ""], "hour": [1, 1, 1, 1]})
+    first, *others = single_ids(transform, table, "user")
+    assert others == [0, first, 0]  # one text form, hashed too
+
+
+def test_a_cross_tells_every_combination_of_values_apart() -> None:
+    # Of values, not of ids: those that the vocabulary lacks are crossed as well.
+    transform = fit(HASHED, pa.table({"user": ["a"], "hour": [1]}))
+    pairs = [(f"u{n % 5}", n // 5) for n in range(25)]
+    table = pa.table({"user": [u for u, _ in pairs], "hour": [h for _, h in pairs]})
+    both, turned = (single_ids(transform, table, name) for name in ("both", "turned"))
+    assert len(set(both)) >= 24  # of 1000 buckets: a collision at most
+    assert both != turned
+    assert both == single_ids(transform, table, "both")
+    expected = combine([hash_texts(pa.array([u])) for u in ("u3",)] + [hash_texts(pa.array(["2"]))]) % np.uint64(1000)
+    assert both[pairs.index(("u3", 2))] == 2 + int(expected[0])
+
+
+def test_a_cross_is_missing_where_one_of_its_values_is() -> None:
+    transform = fit(HASHED, pa.table({"user": ["a"], "hour": [1]}))
+    table = pa.table({"user": ["a", None, "a", None], "hour": pa.array([None, 1, 1, None], pa.int64())})
+    assert [n > 0 for n in single_ids(transform, table, "both")] == [False, False, True, False]
+
+
+# -- many values a row
+
+
+def many(kind: str, **keys: Any) -> Schema:
+    return schema_of({"name": "c", "kind": kind} | keys)
+
+
+def list_ids(transform: Transform, column: Any) -> list[list[int]]:
+    (jagged,) = transform(pa.table({"c": column})).lists
+    assert jagged.values.dtype == jagged.offsets.dtype == np.int32
+    return [jagged.values[low:high].tolist() for low, high in pairwise(jagged.offsets)]
+
+
+TAGS = [["b", "a"], ["b"], None, ["b", None, "a", "b"], []]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_a_multis_vocabulary_counts_every_value(pieces: int) -> None:
+    schema = many("multi", min_count=2)
+    size = -(-len(TAGS) // pieces)
+    tables = [pa.table({"c": pa.array(TAGS[low : low + size], pa.list_(pa.string()))}) for low in range(0, len(TAGS), size)]
+    transform = fit(schema, *tables)
+    assert transform.statistics.categorical[0].vocabulary == ("b", "a")
+    assert list_ids(transform, TAGS) == [[2, 3], [2], [], [2, 3, 2], []]
+    assert list_ids(transform, [["z", "a"]]) == [[1, 3]]
+    assert [(f.name, f.cardinality, f.pooling, f.max_length) for f in transform.lists] == [("c", 4, "mean", None)]
+
+
+def test_a_missing_value_keeps_its_place_in_a_sequence() -> None:
+    transform = fit(many("sequence", max_length=9), pa.table({"c": TAGS}))
+    assert list_ids(transform, TAGS) == [[2, 3], [2], [], [2, 0, 3, 2], []]
+
+
+@given(
+    st.lists(st.none() | st.lists(st.none() | st.sampled_from("abcd"), max_size=6), min_size=1, max_size=8),
+    st.integers(1, 4),
+    st.sampled_from([None, 7]),
+)
+def test_long_lists_keep_their_beginning_and_long_sequences_their_end(
+    rows: list[list[str | None] | None], limit: int, buckets: int | None
+) -> None:
+    table = pa.table({"c": pa.array(rows, pa.list_(pa.string()))})
+    for kind in ("multi", "sequence"):
+        transform = fit(many(kind, max_length=limit, buckets=buckets), table)
+        whole = fit(many("sequence", max_length=99, buckets=buckets), pa.table({"c": [["d", "c", "c", "b", "b", "b"]]}))
+        if buckets:
+            ids = dict(zip("abcd", list_ids(whole, [list("abcd")])[0], strict=True))
+        else:
+            vocabulary = transform.statistics.categorical[0].vocabulary
+            ids = {text: n for n, text in enumerate(vocabulary, 2)}
+        expected = []
+        for row in rows:
+            kept = [t for t in row or [] if t is not None] if kind == "multi" else row or []
+            kept = kept[:limit] if kind == "multi" else kept[-limit:]
+            expected.append([0 if t is None else ids[t] for t in kept])
+        assert list_ids(transform, table["c"]) == expected
+
+
+def test_what_is_cut_off_is_not_counted() -> None:
+    transform = fit(many("sequence", max_length=1), pa.table({"c": [["a", "b"], ["a", "b"]]}))
+    assert transform.statistics.categorical[0].vocabulary == ("b",)
+
+
+def test_separated_text_and_lists_get_the_same_ids() -> None:
+    transform = fit(many("multi", separator="|"), pa.table({"c": ["b|a", "b", None, ""]}))
+    assert list_ids(transform, pa.array([["b", "a"], ["b"], None, []])) == [[2, 3], [2], [], []]
+    assert list_ids(transform, ["b|a", "b", None, ""]) == [[2, 3], [2], [], []]
+
+
+# -- vectors
+
+
+def test_vectors_stand_behind_the_numbers_as_they_are() -> None:
+    schema = schema_of(
+        {"name": "v", "kind": "embedding", "dim": 3},
+        {"name": "x", "kind": "numeric", "missing_indicator": True},
+        {"name": "w", "kind": "embedding", "dim": 1},
+    )
+    table = pa.table({"v": [[1.0, 2.0, 3.0], None], "x": [1.0, None], "w": [[9.0], [8.0]]})
+    transform = fit(schema, table)
+    assert transform.dense_names == ["x", "x.missing", "v.0", "v.1", "v.2", "w.0"]
+    assert transform(table).dense.T.tolist() == [[0, 0, 1, 2, 3, 9], [0, 1, 0, 0, 0, 8]]
+
+
+# -- labels
+
+
+TARGETS: Schema = parse(
+    Schema,
+    {
+        "features": [{"name": "c", "kind": "categorical"}],
+        "tasks": [
+            {"name": "b", "label": "b"},
+            {"name": "r", "kind": "regression", "label": "r", "log1p": True, "mask": "b == 1"},
+            {"name": "m", "kind": "multiclass", "label": "m", "classes": ["x", "y", "z"]},
+            {"name": "o", "kind": "ordinal", "label": "o", "levels": [1, 2, 5]},
+        ],
+    },
+    "schema",
+)
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 50])
+def test_targets_are_fitted_on_the_rows_that_observe_them(pieces: int) -> None:
+    random = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "b": random.integers(0, 2, 50),
+            "r": random.normal(0, 50, 50),
+            "m": pa.array(random.choice(list("xy"), 50), mask=random.random(50) < 0.2),
+            "o": random.choice([1, 2, 5], 50),
+        }
+    )
+    partial = PartialStatistics.empty()
+    for piece in range(pieces):
+        part = table.slice(piece * 50 // pieces, (piece + 1) * 50 // pieces - piece * 50 // pieces)
+        found = PartialStatistics.of_labels(*task_labels(part, TARGETS), TARGETS)
+        partial.merge(PartialStatistics.from_json(json.loads(json.dumps(found.to_json()))))
+    b, r, m, o = partial.finish(TARGETS).targets
+    frame = table.to_pandas()
+    assert b.counts == tuple(np.bincount(frame["b"]))
+    assert (b.rows, b.mean) == (50, pytest.approx(frame["b"].mean()))
+    y = frame["r"][frame["b"] == 1].astype(np.float32).astype(float)
+    z = np.sign(y) * np.log1p(np.abs(y))
+    assert (r.rows, r.mean, r.std) == (len(y), pytest.approx(z.mean()), pytest.approx(z.std(ddof=0)))
+    assert r.counts == ()
+    assert m.counts == ((frame["m"] == "x").sum(), (frame["m"] == "y").sum(), 0)
+    assert o.counts == tuple((frame["o"] == level).sum() for level in (1, 2, 5))

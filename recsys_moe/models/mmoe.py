@@ -5,13 +5,14 @@
 Shapes: B rows, D inputs, E experts, H expert units, T tasks.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from recsys_moe.experts import MLPExperts, Norm
+from recsys_moe.experts import MLPExperts, Norm, Towers
 from recsys_moe.kernels import gate_mix
 from recsys_moe.routing import RoutingPlan, SoftPlan, SoftRouter, TopKRouter
 from recsys_moe.typed import typed
@@ -46,24 +47,25 @@ class MMoEConfig:
 
 
 class MMoE(nn.Module):
-    """x `[B, D]` → logits `[B, T]` and the gates' plan. `dtype` is the experts' precision; gates and towers are fp32.
+    """x `[B, D]` → outputs `[B, Σ widths]` and the gates' plan. `widths` has the outputs of each task's tower, `dtype` is the
+    experts' precision; gates and towers are fp32.
 
-    >>> model = MMoE(MMoEConfig(), in_dim=12, num_tasks=3, dtype=torch.float32).eval()
-    >>> logits, plan = model(torch.zeros(5, 12))
-    >>> logits.shape, plan.weights.shape
-    (torch.Size([5, 3]), torch.Size([5, 3, 8]))
+    >>> model = MMoE(MMoEConfig(), in_dim=12, widths=[1, 1, 3], dtype=torch.float32).eval()
+    >>> outputs, plan = model(torch.zeros(5, 12))
+    >>> outputs.shape, plan.weights.shape
+    (torch.Size([5, 5]), torch.Size([5, 3, 8]))
     """
 
-    def __init__(self, config: MMoEConfig, in_dim: int, num_tasks: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: MMoEConfig, in_dim: int, widths: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
-        experts, dropout = config.num_experts, config.dropout
+        experts, dropout, num_tasks = config.num_experts, config.dropout, len(widths)
         self.router = (
             SoftRouter(in_dim, num_tasks, experts)
             if config.gate == "softmax"
             else TopKRouter(in_dim, experts, config.top_k, num_tasks=num_tasks, renormalize=True, bias=True)
         )
         self.experts = MLPExperts(experts, in_dim, config.expert_dims, config.norm, dropout, dtype=dtype)
-        self.towers = MLPExperts(num_tasks, self.experts.out_dim, config.tower_dims, config.norm, linear_out=1)
+        self.towers = Towers(self.experts.out_dim, config.tower_dims, config.norm, widths)
 
     def forward(self, x_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
         plan = self.router(x_bd)
@@ -71,4 +73,4 @@ class MMoE(nn.Module):
             mixed_bth = gate_mix(plan.logits, self.experts(x_bd))
         else:
             mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], -1, self.experts.out_dim)
-        return self.towers(mixed_bth).squeeze(2), plan
+        return self.towers(mixed_bth), plan

@@ -3,13 +3,14 @@
 Shapes: B rows, D inputs, H bottom units, T tasks.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from recsys_moe.experts import MLPExperts, Norm
+from recsys_moe.experts import MLPExperts, Norm, Towers
 from recsys_moe.routing import RoutingPlan
 from recsys_moe.typed import typed
 
@@ -32,18 +33,18 @@ class SharedBottomConfig:
 
 
 class SharedBottom(nn.Module):
-    """x `[B, D]` → logits `[B, T]`; it has no gates, so no plan.
+    """x `[B, D]` → outputs `[B, Σ widths]`, of which each task's tower has its own; it has no gates, so no plan.
 
-    >>> model = SharedBottom(SharedBottomConfig(), in_dim=12, num_tasks=3, dtype=torch.float32).eval()
+    >>> model = SharedBottom(SharedBottomConfig(), in_dim=12, widths=[1, 1, 3], dtype=torch.float32).eval()
     >>> model(torch.zeros(5, 12))[0].shape
-    torch.Size([5, 3])
+    torch.Size([5, 5])
     """
 
-    def __init__(self, config: SharedBottomConfig, in_dim: int, num_tasks: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: SharedBottomConfig, in_dim: int, widths: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
         self.bottom = MLPExperts(1, in_dim, config.bottom_dims, config.norm, config.dropout, dtype=dtype)
-        self.towers = MLPExperts(num_tasks, self.bottom.out_dim, config.tower_dims, config.norm, linear_out=1)
+        self.towers = Towers(self.bottom.out_dim, config.tower_dims, config.norm, widths)
 
     def forward(self, x_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
         shared_bh = self.bottom(x_bd).squeeze(1)
-        return self.towers(shared_bh).squeeze(2), None
+        return self.towers(shared_bh), None
