@@ -156,7 +156,7 @@ def evaluate(
 
     from recsys_moe.pipelines.prepare import digest_data
     from recsys_moe.predictor import Predictor
-    from recsys_moe.sources import read_part, read_rows
+    from recsys_moe.sources import list_joins, read_part, read_rows
     from recsys_moe.trainer import single_class_warnings
     from recsys_moe.typed import plain
 
@@ -164,7 +164,7 @@ def evaluate(
     schema, trained_on = predictor.bundle.schema, predictor.bundle.config.data
     same_data = None
     if file is not None:
-        tables = read_rows(file, schema)
+        tables = read_rows(file, schema, joins=list_joins(trained_on))
     else:
         data = _section(config, "data") if "data" in config else trained_on
         same_data = digest_data(data, schema) == predictor.bundle.config.data_digest
