@@ -137,6 +137,33 @@ def synth(
         stdout.print(f"  {task:15s} rate {values['rate']:.4f}  best reachable AUC {number(values['best_auc'])}")
 
 
+@data_app.command(epilog="Example: `recsys-moe data fetch movielens_1m`, then `recsys-moe train data=movielens_1m`")
+def fetch(
+    name: Annotated[str, typer.Argument(help="census_income, kuairand_pure, kuairand_1k or movielens_1m.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="A new folder for its files [default: runs/data/NAME].", show_default=False)
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="A mirror of the official archive; the checks are the same.")] = None,
+    json: Json = False,
+) -> None:
+    """Download a public data set from its official place, check it and convert it to Parquet; goes on where it was stopped."""
+    from recsys_moe.console import PhaseProgress, print_json, progress, stdout
+    from recsys_moe.fetch import fetch as run_fetch
+    from recsys_moe.fetch import load_fetch_config
+
+    config = load_fetch_config(name, url)
+    with progress() as display:
+        summary = run_fetch(config, folder or Path("runs/data") / name, PhaseProgress(display))
+    if json:
+        print_json(summary)
+        return
+    stdout.print(f"{summary['folder']} ({summary['licence']}; {summary['homepage']})", soft_wrap=True)
+    for file, rows in summary["files"].items():
+        stdout.print(f"  {file:35s} {rows:,} rows")
+    source = f" data.source={folder}" if folder else ""
+    stdout.print(f"train on it  recsys-moe train data={name}{source}", soft_wrap=True)
+
+
 @app.command(epilog="Example: `recsys-moe evaluate models:/census_full@candidate data=census_full --part test`")
 def evaluate(
     model: Model,

@@ -377,7 +377,7 @@ def _find_columns(
             own += [] if join.key in own else [join.key]
             missing = [name for name in missing if name not in names]
             present = [*present, *names]
-    roles: dict[str | None, str] = {schema.group: "group"}
+    roles = {schema.group or "": "group"}
     roles |= dict.fromkeys(schema.label_columns, "label") | dict.fromkeys(schema.feature_names, "feature")
     _check_columns(path, present, wanted, roles, joins)
     return own, lookups
@@ -474,7 +474,7 @@ def _open_csv(path: Path, schema: Schema, columns: Sequence[str]) -> Iterator[pa
     # Categories stay strings whatever they look like.
     types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_names if n in columns}
     try:
-        types |= _settle_types(path, [name for name in columns if name not in types])
+        types |= settle_types(path, [name for name in columns if name not in types])
         yield from stream_csv(path, types)
     except (pa.ArrowException, OSError) as error:
         raise _not_csv(path, error) from None
@@ -497,7 +497,7 @@ def is_csv(path: Path) -> bool:
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def _settle_types(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
+def settle_types(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
     """The narrowest type that every value of each column has, from the whole file: Arrow would guess from its beginning."""
     possible = {name: list(CSV_TYPES) for name in columns}
     if columns:
@@ -528,7 +528,7 @@ def _check_columns(
     path: Path,
     present: Sequence[str],
     wanted: Sequence[str],
-    roles: Mapping[str | None, str] = MappingProxyType({}),
+    roles: Mapping[str, str] = MappingProxyType({}),
     joins: tuple[Join, ...] = (),
 ) -> None:
     repeated = {name for name, times in Counter(present).items() if times > 1}

@@ -18,6 +18,7 @@ COMMANDS = [
     ("demo",),
     ("data", "prepare"),
     ("data", "synth"),
+    ("data", "fetch"),
 ]
 
 
@@ -71,6 +72,11 @@ MISTAKES = {
     "no source": (["data", "prepare", "data=census_full", "data.source=nowhere"], "does not exist; name the folder or file"),
     "no model": (["score", "nowhere", "a.parquet", "b.parquet"], "model 'nowhere' is neither a folder nor models:/NAME@alias"),
     "no bundle": (["score", ".", "a.parquet", "b.parquet"], "is not a bundle: it has no config.json"),
+    "unknown data set": (["data", "fetch", "movielens"], "data set 'movielens' is unknown; did you mean 'movielens_1m'?"),
+    "no address": (
+        ["data", "fetch", "movielens_1m", "--url", "ftp://a/b"],
+        "'url' is 'ftp://a/b'; string should match pattern",
+    ),
     "no part": (["evaluate", ".", "--part", "tset"], "--part 'tset' is unknown"),
 }
 
