@@ -118,23 +118,43 @@ def prepare(
 @data_app.command(epilog="Example: `recsys-moe data synth runs/feed_synth --rows 1000000 --seed 0`")
 def synth(
     folder: Annotated[Path, typer.Argument(help="A new folder for logs/, truth/ and synth.json.")],
+    numbers: Annotated[
+        list[str] | None, typer.Argument(help="Numbers of task_correlation, such as p=0.9 m=5.", show_default=False)
+    ] = None,
+    generator: Annotated[str, typer.Option(help="short_video, or task_correlation: the MMoE paper's regression pair.")] = (
+        "short_video"
+    ),
     rows: Annotated[int, typer.Option(min=1, help="How many log rows.")] = 1_000_000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed is another world of users and items.")] = 0,
     json: Json = False,
 ) -> None:
-    """Write synthetic short-video feed logs: ten tasks, known true probabilities, any number of rows."""
+    """Write synthetic logs whose truth is known: a short-video feed of ten tasks, or two tasks of a given correlation."""
+    from recsys_moe.config import options
     from recsys_moe.console import PhaseProgress, number, print_json, progress, stdout
+    from recsys_moe.correlated import load_correlated_config, synthesise_correlated
+    from recsys_moe.errors import nearest
     from recsys_moe.synth import synthesise
 
+    if generator not in options("synth"):
+        raise UserError(f"--generator {generator!r} is unknown; {nearest(generator, options('synth'))}")
+    if numbers and generator == "short_video":
+        raise UserError(f"{numbers[0]!r}: short_video is frozen and takes no numbers; only task_correlation does")
     with progress() as display:
         phases = PhaseProgress(display)
-        summary = synthesise(folder, rows, seed, lambda done: phases("rows", done, rows))
+        if generator == "short_video":
+            summary = synthesise(folder, rows, seed, lambda done: phases("rows", done, rows))
+        else:
+            config = load_correlated_config(numbers or [])
+            summary = synthesise_correlated(config, folder, rows, seed, lambda done: phases("rows", done, rows))
     if json:
         print_json(summary)
-        return
-    stdout.print(f"{folder}: {rows:,} rows, digest {summary['digest'][:12]}", soft_wrap=True)
-    for task, values in summary["tasks"].items():
-        stdout.print(f"  {task:15s} rate {values['rate']:.4f}  best reachable AUC {number(values['best_auc'])}")
+    elif generator == "short_video":
+        stdout.print(f"{folder}: {rows:,} rows, digest {summary['digest'][:12]}", soft_wrap=True)
+        for task, values in summary["tasks"].items():
+            stdout.print(f"  {task:15s} rate {values['rate']:.4f}  best reachable AUC {number(values['best_auc'])}")
+    else:
+        stdout.print(f"{folder}: {rows:,} rows", soft_wrap=True)
+        stdout.print(f"  cos(w1, w2) {summary['p']:.4f}  correlation of y1 and y2 as measured {number(summary['correlation'])}")
 
 
 @data_app.command(epilog="Example: `recsys-moe data fetch movielens_1m`, then `recsys-moe train data=movielens_1m`")

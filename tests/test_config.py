@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from recsys_moe.config import compose, conf_dir, options
+from recsys_moe.correlated import CorrelatedConfig, load_correlated_config
 from recsys_moe.errors import UserError
 from recsys_moe.fetch import load_fetch_config
 from recsys_moe.models import MMoEConfig, ModelConfig, SharedBottomConfig
@@ -37,6 +38,8 @@ def test_every_file_composes_and_builds(file: Path) -> None:
             job("data=census_full")
         case ("schema", name):
             assert load_schema(conf_dir() / "schema" / f"{name}.yaml").tasks
+        case ("synth", "task_correlation"):
+            assert isinstance(load_correlated_config(), CorrelatedConfig)
         case ("synth", name):
             assert isinstance(load_synth_config(name), SynthConfig)
         case ("fetch", name):
