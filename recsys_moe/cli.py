@@ -157,6 +157,44 @@ def synth(
         stdout.print(f"  cos(w1, w2) {summary['p']:.4f}  correlation of y1 and y2 as measured {number(summary['correlation'])}")
 
 
+@data_app.command(epilog="Example: `recsys-moe data describe logs.parquet --label is_click --output shop.yaml`")
+def describe(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet or CSV, or a folder of such files.")],
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="A column of two values that is to be learnt, or NAME=CONDITION; repeatable.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A new file for the schema [default: standard output].", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Look at somebody's log rows and propose a schema to train on them with: types, rates, suspected labels and leaks."""
+    from recsys_moe.console import PhaseProgress, print_json, print_table, progress, stderr
+    from recsys_moe.describe import COLUMN_TITLES
+    from recsys_moe.describe import describe as look_at
+
+    if output is not None and output.exists():
+        raise UserError(f"--output {str(output)!r} exists already; name a new file or delete it")
+    with progress() as display:
+        phases = PhaseProgress(display)
+        found = look_at(source, label or [], lambda done, total: phases("rows", done, total))
+    sampled = "" if found.sampled == found.rows else f", judged by a random sample of {found.sampled:,}"
+    print_table(f"{source}: {found.rows:,} rows{sampled}", COLUMN_TITLES, found.table(), stderr)
+    if output is not None:
+        try:
+            output.write_text(found.schema)
+        except OSError as error:
+            raise UserError(f"--output {str(output)!r} can't be written ({error.strerror}); name another file") from None
+    elif not json:
+        print(found.schema, end="")
+    if not found.tasks:
+        stderr.print("no column looks like a label: name one with --label", style="yellow", soft_wrap=True)
+    stderr.print(f"go on with  {found.train_command(output)}", soft_wrap=True)
+    if json:
+        print_json(found.to_json() | {"output": output and str(output), "next": found.train_command(output)})
+
+
 @data_app.command(epilog="Example: `recsys-moe data fetch movielens_1m`, then `recsys-moe train data=movielens_1m`")
 def fetch(
     name: Annotated[str, typer.Argument(help="census_income, kuairand_pure, kuairand_1k or movielens_1m.")],

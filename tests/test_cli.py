@@ -18,6 +18,7 @@ COMMANDS = [
     ("demo",),
     ("data", "prepare"),
     ("data", "synth"),
+    ("data", "describe"),
     ("data", "fetch"),
 ]
 
