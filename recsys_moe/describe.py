@@ -761,7 +761,8 @@ def _flow(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*( (==|<=?|>=?) [0-9]+)?", value) and value.lower() not in _YAML_WORDS
+        if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*( (==|<=?|>=?) [0-9]+)?", value) and value.lower() not in _YAML_WORDS:
+            return value
         quoted: str = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True)
-        return value if plain else quoted.rstrip("\n")
+        return quoted.rstrip("\n")
     return json.dumps(value)
