@@ -27,7 +27,17 @@ from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.schema import BinaryTask, Schema
 from recsys_moe.shards import FORMAT, Manifest, PreparedData, Rows, Shard, TaskCount, write_json, write_shard
-from recsys_moe.sources import CHUNK_ROWS, PARTS, Chunk, DataConfig, digest_files, list_files, plan_chunks, read_chunk
+from recsys_moe.sources import (
+    CHUNK_ROWS,
+    PARTS,
+    Chunk,
+    DataConfig,
+    digest_files,
+    list_files,
+    list_joins,
+    plan_chunks,
+    read_chunk,
+)
 from recsys_moe.transforms import PartialStatistics, Statistics, Transform
 from recsys_moe.typed import dump, parse
 
@@ -86,9 +96,12 @@ def digest_data(config: DataConfig, schema: Schema) -> str:
     protocol = {
         "format": FORMAT,
         "schema": dump(schema),
-        "split": asdict(config.split),
+        "split": {key: value for key, value in asdict(config.split).items() if value is not None},
         "files": [len(files), len(held_out), digest_files([*files, *held_out])],
     }
+    if config.join:
+        joins = list_joins(config)
+        protocol["join"] = [[join.key for join in joins], digest_files([Path(join.file) for join in joins])]
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,17 @@ def qualities(metrics: dict[str, dict[str, Any]]) -> str:
         words.append(f"{task} {number(value)}")
         last = name
     return "  ".join(words)
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], console: Console = stdout) -> None:
+    """Text in columns; what is too long for the terminal is folded."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(title, style="bold", soft_wrap=True)
+    console.print(table)
 
 
 def number(value: Any) -> str:

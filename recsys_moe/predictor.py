@@ -15,7 +15,7 @@ from recsys_moe.embeddings import jagged_tensors
 from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.metrics import TaskMetrics
-from recsys_moe.sources import count_rows, read_rows
+from recsys_moe.sources import count_rows, list_joins, read_rows
 
 
 class Predictor:
@@ -65,6 +65,8 @@ def score_file(
 ) -> int:
     """Score every row of a Parquet or CSV file into `target`, one fp32 column per score, in order; returns the rows.
 
+    Feature columns that the file lacks are joined as they were for training.
+
     Raises:
         UserError: a source that can't be read, a target that can't be written or is the source. An older target is then
             still whole.
@@ -76,10 +78,11 @@ def score_file(
     predictor = Predictor(folder)
     schema = pa.schema([(name, pa.float32()) for name in predictor.score_names])
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    rows, total = 0, count_rows(source, predictor.bundle.schema)
+    joins = list_joins(predictor.bundle.config.data)
+    rows, total = 0, count_rows(source, predictor.bundle.schema, joins=joins)
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
-            for table in read_rows(source, predictor.bundle.schema, labels=False):
+            for table in read_rows(source, predictor.bundle.schema, labels=False, joins=joins):
                 writer.write_table(pa.table(dict(zip(predictor.score_names, predictor.score(table), strict=True)), schema))
                 rows += table.num_rows
                 progress(rows, total)

@@ -2,31 +2,37 @@
 
 A source is Parquet or CSV (`.csv`, `.csv.gz`; every other name is taken for Parquet). Its rows are numbered through all
 files in the order given; the protocol gives each row to `train`, `validation` or `test`; a chunk is a run of rows that one
-worker reads, transforms and writes.
+worker reads, transforms and writes. What the log files lack may come from second tables, joined by key while rows are read.
 """
 
 import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from recsys_moe.errors import UserError, nearest
-from recsys_moe.schema import Numeric, Schema, load_schema
+from recsys_moe.schema import Name, Numeric, Schema, load_schema
+from recsys_moe.transforms import as_category
 from recsys_moe.typed import typed
 
 PARTS = ("train", "validation", "test")
 CHUNK_ROWS = 131_072
+CSV_TYPES = (pa.int64(), pa.float64(), pa.bool_(), pa.string())
+"""What the text of a CSV column may mean, narrowest first."""
 
 Size = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
@@ -36,15 +42,37 @@ class Split:
     """How the rows are shared out: the first `train`, the next `validation`, the last `test` of them, in `order`.
 
     Sizes are rows (whole numbers) or shares (between 0 and 1). `order`: `given` (the files' own, right for logs in time
-    order) or `permuted` by `numpy.random.default_rng(seed).permutation`. With `held_out` files, `files` are the training
-    part whole, `train` is not used, and the sizes share out the held-out rows.
+    order), `sorted` by the column `by` (numbers or times, rising; equal ones keep the files' order) or `permuted` by
+    `numpy.random.default_rng(seed).permutation`. With `held_out` files, `files` are the training part whole, `train` is not
+    used, and the sizes share out the held-out rows.
     """
 
     train: Size = 0.8
     validation: Size = 0.1
     test: Size = 0.1
-    order: Literal["given", "permuted"] = "permuted"
+    order: Literal["given", "permuted", "sorted"] = "permuted"
+    by: Name | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.order == "sorted") != (self.by is not None):
+            raise ValueError(
+                f"'data.split.by' is {self.by!r} with data.split.order={self.order}; name a column with order=sorted, and "
+                "only there"
+            )
+
+
+@typed
+class Join:
+    """A second table: each row gets the columns of the row of `file` that has the same value of the column `key`.
+
+    `file` is Parquet or CSV, below the source's folder unless its path is absolute; it is kept in memory, and a value of
+    `key` stands in one of its rows only. A row without a counterpart gets nulls. Only columns that the schema names and the
+    log file lacks are taken.
+    """
+
+    file: Name
+    key: Name
 
 
 @typed
@@ -52,7 +80,8 @@ class DataConfig:
     """A data set: where its rows are, its schema and its protocol.
 
     `source` is a folder or a file; `files` and `held_out` are glob patterns below a folder. A file that both match is held
-    out. `schema` is a file, or the name of one in `conf/schema`. `tasks` picks some of the schema's tasks; empty means all.
+    out; one that is joined is neither. `schema` is a file, or the name of one in `conf/schema`. `tasks` picks some of the
+    schema's tasks; empty means all.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -60,6 +89,7 @@ class DataConfig:
     schema: str
     files: tuple[str, ...] = ("*.parquet", "*.csv", "*.csv.gz", "*.CSV")
     held_out: tuple[str, ...] = ()
+    join: tuple[Join, ...] = ()
     tasks: tuple[str, ...] = ()
     split: Split = Split()
 
@@ -83,13 +113,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows `start` … `start + len(parts)` of all rows; in `path`, from its row `offset` on. `parts` indexes PARTS."""
+    """Rows `start` … `start + len(parts)` of all rows; in `path`, from its row `offset` on. `parts` indexes PARTS.
+
+    The files of `joins` have whole paths.
+    """
 
     index: int
     path: Path
     offset: int
     start: int
     parts: npt.NDArray[np.int8]
+    joins: tuple[Join, ...] = ()
+
+
+def list_joins(config: DataConfig) -> tuple[Join, ...]:
+    """The joined tables with their files' whole paths."""
+    source = Path(config.source).absolute()
+    folder = source.parent if source.is_file() else source
+    return tuple(replace(join, file=str(folder / join.file)) for join in config.join)
 
 
 def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
@@ -99,6 +140,9 @@ def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
         UserError: nothing there, nothing that a pattern matches, or a file that is to be trained on and held out.
     """
     source = Path(config.source).absolute()
+    for join in list_joins(config) if source.exists() else ():
+        if not Path(join.file).is_file():
+            raise UserError(f"data.join: {join.file!r} is no file; name a Parquet or CSV file below data.source")
     if source.is_file():
         if config.held_out:
             raise UserError(
@@ -111,13 +155,17 @@ def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
     default = DataConfig.__dataclass_fields__["files"].default
     files = _matches(source, "data.files", config.files, together=config.files == default)
     held_out = _matches(source, "data.held_out", config.held_out, together=False)
+    spoken_for = {Path(join.file).resolve(): "data.join names" for join in list_joins(config)}
+    spoken_for |= dict.fromkeys(held_out, "data.held_out matches")
     for path, pattern in files.values():
         # A pattern that spells a file out means just that file; a wildcard means whatever is not spoken for.
-        if path.resolve() in held_out and not any(sign in pattern for sign in "*?["):
-            raise UserError(f"data.files names {pattern!r}, which data.held_out matches too; take it out of one of them")
-    training = [path for path, _ in files.values() if path.resolve() not in held_out]
-    if held_out and not training:
-        raise UserError("data.held_out matches every file that data.files matches, which leaves none to train on; narrow it")
+        if path.resolve() in spoken_for and not any(sign in pattern for sign in "*?["):
+            by = spoken_for[path.resolve()]
+            raise UserError(f"data.files names {pattern!r}, which {by} too; take it out of one of them")
+    training = [path for path, _ in files.values() if path.resolve() not in spoken_for]
+    if not training:
+        by = "data.held_out matches" if held_out else "data.join names"
+        raise UserError(f"{by} every file that data.files matches, which leaves none to train on; narrow it")
     return training, [path for path, _ in held_out.values()]
 
 
@@ -155,28 +203,33 @@ def plan_chunks(config: DataConfig, schema: Schema, chunk_rows: int = CHUNK_ROWS
     """Number the rows, apply the protocol and cut the files into chunks.
 
     Raises:
-        UserError: an empty or damaged file, or a split that the rows can't fill.
+        UserError: an empty or damaged file, a table that can't be joined, or a split that the rows can't fill.
     """
     files, held_out = list_files(config)
-    counts = [count_rows(path, schema, labels=True) for path in (*files, *held_out)]
-    in_files = sum(counts[: len(files)])
+    joins = list_joins(config)
+    counts = [count_rows(path, schema, labels=True, joins=joins) for path in (*files, *held_out)]
+    _check_joins(files[0], schema, joins)
+    shared_out, rows = (held_out, sum(counts[len(files) :])) if held_out else (files, sum(counts))
+    keys = None if config.split.by is None else _sort_keys(shared_out, config.split.by, schema, joins)
+    parts = _share_out(config.split, rows, (1, 2) if held_out else (0, 1, 2), keys)
     if held_out:
-        parts = np.concatenate([np.zeros(in_files, np.int8), _share_out(config.split, sum(counts[len(files) :]), (1, 2))])
-    else:
-        parts = _share_out(config.split, in_files, (0, 1, 2))
+        parts = np.concatenate([np.zeros(sum(counts[: len(files)]), np.int8), parts])
     chunks: list[Chunk] = []
     start = 0
     for path, rows in zip((*files, *held_out), counts, strict=True):
         # A CSV file can only be read from its beginning: it is one chunk, which its reader takes in blocks.
-        step = rows if _is_csv(path) else chunk_rows
+        step = rows if is_csv(path) else chunk_rows
         for offset in range(0, rows, step):
             size = min(step, rows - offset)
-            chunks.append(Chunk(len(chunks), path, offset, start, parts[start : start + size]))
+            chunks.append(Chunk(len(chunks), path, offset, start, parts[start : start + size], joins))
             start += size
     return chunks
 
 
-def _share_out(split: Split, rows: int, part_numbers: tuple[int, ...]) -> npt.NDArray[np.int8]:
+def _share_out(
+    split: Split, rows: int, part_numbers: tuple[int, ...], keys: npt.NDArray[Any] | None = None
+) -> npt.NDArray[np.int8]:
+    """The part of each of the rows; `keys` are the values of `split.by`."""
     wanted = [getattr(split, PARTS[number]) for number in part_numbers]
     sizes = [int(size * rows + 0.5) if isinstance(size, float) else size for size in wanted]
     shares = all(isinstance(size, float) for size in wanted)
@@ -187,7 +240,10 @@ def _share_out(split: Split, rows: int, part_numbers: tuple[int, ...]) -> npt.ND
             f"data.split asks for {' + '.join(map(str, wanted))} of {rows:,} rows, which leaves a part empty or asks for "
             "more than there is; change data.split"
         )
-    order = np.random.default_rng(split.seed).permutation(rows) if split.order == "permuted" else np.arange(rows)
+    if keys is not None:
+        order = np.argsort(keys, kind="stable")
+    else:
+        order = np.random.default_rng(split.seed).permutation(rows) if split.order == "permuted" else np.arange(rows)
     parts = np.full(rows, -1, np.int8)
     edges = np.cumsum([0, *sizes])
     for number, low, high in zip(part_numbers, edges, edges[1:], strict=False):
@@ -195,34 +251,56 @@ def _share_out(split: Split, rows: int, part_numbers: tuple[int, ...]) -> npt.ND
     return parts
 
 
-def read_rows(path: Path, schema: Schema, labels: bool = True) -> Iterator[pa.Table]:
+def _sort_keys(paths: list[Path], by: str, schema: Schema, joins: tuple[Join, ...]) -> npt.NDArray[Any]:
+    """The values of the column that the rows are sorted by: numbers as they are, times in microseconds."""
+    pieces = [_sort_key(table[by], by, path) for path in paths for table in _read(path, (by,), schema, joins=joins)]
+    return np.concatenate(pieces)
+
+
+def _sort_key(column: pa.ChunkedArray, by: str, path: Path) -> npt.NDArray[Any]:
+    if column.null_count:
+        raise UserError(
+            f"data.split.by: column {by!r} of {str(path)!r} is null in {column.null_count:,} rows, which have no place in "
+            "the order; leave those rows out or sort by another column"
+        )
+    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    for kind in (column.type,) if number else (pa.int64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            values = pc.cast(column, kind, safe=not pa.types.is_timestamp(column.type))
+            return np.asarray(values.to_numpy() if number else values.cast(pa.int64()).to_numpy())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            continue
+    raise UserError(
+        f"data.split.by: column {by!r} of {str(path)!r} is {column.type} such as {column[0].as_py()!r}, neither a number nor "
+        "a time; sort by another column"
+    )
+
+
+def read_rows(path: Path, schema: Schema, labels: bool = True, joins: tuple[Join, ...] = ()) -> Iterator[pa.Table]:
     """All rows of a file, in order, with the schema's columns only; without `labels`, the feature columns only.
 
     Raises:
-        UserError: it is not there, empty or damaged, or lacks a column.
+        UserError: it is not there, empty or damaged, or lacks a column that no joined table has.
     """
     rows = 0
-    for table in _read(path, schema.columns if labels else schema.feature_columns, schema):
+    for table in _read(path, schema.columns if labels else schema.feature_columns, schema, joins=joins):
         rows += table.num_rows
         yield table
     if not rows:
         raise _empty(path)
 
 
-def count_rows(path: Path, schema: Schema, labels: bool = False) -> int:
+def count_rows(path: Path, schema: Schema, labels: bool = False, joins: tuple[Join, ...] = ()) -> int:
     """The rows of a file.
 
     Raises:
-        UserError: it is not there, empty or damaged, or lacks a column.
+        UserError: it is not there, empty or damaged, or lacks a column that no joined table has.
     """
-    columns = schema.columns if labels else schema.feature_columns
-    _check_there(path)
-    if _is_csv(path):
-        rows = sum(batch.num_rows for batch in _open_csv(path, schema, columns))
+    own, _ = _find_columns(path, schema.columns if labels else schema.feature_columns, schema, joins)
+    if is_csv(path):
+        rows = sum(batch.num_rows for batch in _open_csv(path, schema, own))
     else:
-        file = _open_parquet(path)
-        _check_columns(path, file.schema_arrow.names, columns, schema)
-        rows = file.metadata.num_rows
+        rows = open_parquet(path).metadata.num_rows
     if not rows:
         raise _empty(path)
     return rows
@@ -231,7 +309,7 @@ def count_rows(path: Path, schema: Schema, labels: bool = False) -> int:
 def read_chunk(chunk: Chunk, schema: Schema) -> Iterator[tuple[pa.Table, npt.NDArray[np.int8]]]:
     """The rows of a chunk and the part of each, in pieces of bounded size."""
     rows, position = len(chunk.parts), 0
-    for table in _read(chunk.path, schema.columns, schema, chunk.offset, rows):
+    for table in _read(chunk.path, schema.columns, schema, chunk.offset, rows, chunk.joins):
         yield table, chunk.parts[position : position + table.num_rows]
         position += table.num_rows
 
@@ -245,14 +323,27 @@ def read_part(config: DataConfig, schema: Schema, part: str) -> Iterator[pa.Tabl
                 yield chosen
 
 
-def _read(path: Path, columns: tuple[str, ...], schema: Schema, offset: int = 0, rows: int | None = None) -> Iterator[pa.Table]:
-    _check_there(path)
-    if _is_csv(path):
+def _read(
+    path: Path,
+    columns: Sequence[str],
+    schema: Schema,
+    offset: int = 0,
+    rows: int | None = None,
+    joins: tuple[Join, ...] = (),
+) -> Iterator[pa.Table]:
+    own, lookups = _find_columns(path, columns, schema, joins)
+    for table in _read_file(path, own, schema, offset, rows):
+        for join, names in lookups:
+            table = _add_columns(table, join, names, schema)
+        yield table.select(list(columns))
+
+
+def _read_file(path: Path, columns: Sequence[str], schema: Schema, offset: int, rows: int | None) -> Iterator[pa.Table]:
+    if is_csv(path):
         for batch in _open_csv(path, schema, columns):
             yield pa.Table.from_batches([batch])
         return
-    file = _open_parquet(path)
-    _check_columns(path, file.schema_arrow.names, columns, schema)
+    file = open_parquet(path)
     end = file.metadata.num_rows if rows is None else offset + rows
     first = 0
     try:
@@ -262,35 +353,135 @@ def _read(path: Path, columns: tuple[str, ...], schema: Schema, offset: int = 0,
                 table = file.read_row_group(group, columns=list(columns))
                 low, high = max(offset - first, 0), min(end, last) - first
                 for piece in range(low, high, CHUNK_ROWS):
-                    yield table.slice(piece, min(CHUNK_ROWS, high - piece)).select(list(columns))
+                    yield table.slice(piece, min(CHUNK_ROWS, high - piece))
             first = last
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def _find_columns(
+    path: Path, wanted: Sequence[str], schema: Schema, joins: tuple[Join, ...]
+) -> tuple[list[str], list[tuple[Join, tuple[str, ...]]]]:
+    """Which columns to read from the file itself, and which from which joined table."""
+    present = column_names(path)
+    missing = [name for name in wanted if name not in present]
+    own = [name for name in wanted if name in present]
+    lookups = []
+    for join in joins if missing else ():
+        there = column_names(Path(join.file))
+        _check_columns(Path(join.file), there, [join.key])
+        names = tuple(name for name in missing if name in there)
+        if names:
+            _check_columns(path, present, [join.key])
+            lookups.append((join, names))
+            own += [] if join.key in own else [join.key]
+            missing = [name for name in missing if name not in names]
+            present = [*present, *names]
+    roles = {schema.group or "": "group"}
+    roles |= dict.fromkeys(schema.label_columns, "label") | dict.fromkeys(schema.feature_columns, "feature")
+    _check_columns(path, present, wanted, roles, joins)
+    return own, lookups
+
+
+def _add_columns(table: pa.Table, join: Join, names: tuple[str, ...], schema: Schema) -> pa.Table:
+    found, other = _look_up(table[join.key], join, names, schema)
+    for name in names:
+        table = table.append_column(name, other[name].take(found))
+    return table
+
+
+def _look_up(column: pa.ChunkedArray, join: Join, names: tuple[str, ...], schema: Schema) -> tuple[pa.Array, pa.Table]:
+    """The row of the joined table that each value of the key belongs to (null: none), and the table."""
+    stamp = Path(join.file).stat().st_mtime_ns
+    other = _joined_table(join, names, schema, not pa.types.is_integer(column.type), stamp)
+    keys = _key(column, join.key, as_text=not pa.types.is_integer(other[join.key].type))
+    return pc.index_in(keys, value_set=other[join.key]), other
+
+
+@lru_cache(maxsize=8)
+def _joined_table(join: Join, names: tuple[str, ...], schema: Schema, as_text: bool, stamp: int) -> pa.Table:
+    """A joined table with its key in comparable form and these columns, each in one piece; without rows that lack a key.
+
+    Kept for the next chunk while the file's `stamp` is the same.
+    """
+    path = Path(join.file)
+    columns = tuple(dict.fromkeys((join.key, *names)))
+    tables = list(_read_file(path, columns, schema, 0, None))
+    if not tables:
+        raise _empty(path)
+    table = pa.concat_tables(tables).select(columns).combine_chunks()
+    key = _key(table[join.key], join.key, as_text or not pa.types.is_integer(table[join.key].type))
+    table = table.set_column(columns.index(join.key), join.key, key).filter(pc.is_valid(key))
+    counts = pc.value_counts(table[join.key])
+    if len(counts) < table.num_rows:
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))[0].as_py()
+        raise UserError(
+            f"data.join: {join.key} {repeated['values']!r} stands in {repeated['counts']:,} rows of {str(path)!r}; keep one "
+            "row for each"
+        )
+    return table.combine_chunks()
+
+
+def _key(column: pa.ChunkedArray, name: str, as_text: bool) -> pa.Array:
+    """A key in the form in which it is compared: whole numbers as they are, anything else as a category's text."""
+    if as_text:
+        return as_category(column, name)
+    return pc.cast(column, pa.int64(), safe=False).combine_chunks()
+
+
+def _check_joins(path: Path, schema: Schema, joins: tuple[Join, ...]) -> None:
+    """Nulls in every row would pass for missing values: a key that never fits is a mistake."""
+    _, lookups = _find_columns(path, schema.columns, schema, joins)
+    for join, names in lookups:
+        table = next(_read_file(path, [join.key], schema, 0, CHUNK_ROWS), None)
+        if table is not None and not pc.any(pc.is_valid(_look_up(table[join.key], join, names, schema)[0])).as_py():
+            raise UserError(
+                f"data.join: none of the first {table.num_rows:,} rows of {str(path)!r} finds its {join.key} in {join.file!r}; "
+                "check the table and its key"
+            )
+
+
+def column_names(path: Path) -> list[str]:
+    """The names of a file's columns, in order.
+
+    Raises:
+        UserError: it is not there, empty or damaged.
+    """
+    _check_there(path)
+    if not is_csv(path):
+        return list(open_parquet(path).schema_arrow.names)
+    try:
+        with _bytes_of(path) as stream:
+            return next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")), [])
+    except (pa.ArrowException, OSError) as error:
+        raise _not_csv(path, error) from None
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file; nothing but its footer is read.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _open_csv(path: Path, schema: Schema, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+def _open_csv(path: Path, schema: Schema, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     numeric = {f.name for f in schema.features if isinstance(f, Numeric)}
     # Categories stay strings whatever they look like.
     types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_columns if n in columns}
     try:
-        with _bytes_of(path) as stream:
-            header = next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")), [])
-        _check_columns(path, header, columns, schema)
-        types |= _settle_types(path, [name for name in columns if name not in types])
-        yield from _stream_csv(path, types)
+        types |= settle_types(path, [name for name in columns if name not in types])
+        yield from stream_csv(path, types)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the value or its feature's kind") from None
+        raise _not_csv(path, error) from None
 
 
-def _stream_csv(path: Path, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def stream_csv(path: Path, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+    """The columns of `types` in blocks of about a megabyte; an empty field is null."""
     convert = pyarrow.csv.ConvertOptions(
         column_types=types, include_columns=list(types), strings_can_be_null=True, null_values=[""]
     )
@@ -302,21 +493,22 @@ def _bytes_of(path: Path) -> pa.NativeFile:
     return pa.input_stream(str(path), compression="gzip" if path.suffix.lower() == ".gz" else None)
 
 
-def _is_csv(path: Path) -> bool:
+def is_csv(path: Path) -> bool:
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def _settle_types(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
+def settle_types(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
     """The narrowest type that every value of each column has, from the whole file: Arrow would guess from its beginning."""
-    possible = {name: [pa.int64(), pa.float64(), pa.bool_(), pa.string()] for name in columns}
+    possible = {name: list(CSV_TYPES) for name in columns}
     if columns:
-        for batch in _stream_csv(path, dict.fromkeys(columns, pa.string())):
+        for batch in stream_csv(path, dict.fromkeys(columns, pa.string())):
             for name in columns:
-                possible[name] = [kind for kind in possible[name] if _casts(batch[name], kind)]
+                possible[name] = [kind for kind in possible[name] if casts(batch[name], kind)]
     return {name: kinds[0] for name, kinds in possible.items()}
 
 
-def _casts(values: pa.Array, kind: pa.DataType) -> bool:
+def casts(values: pa.Array, kind: pa.DataType) -> bool:
+    """Whether every value has a meaning as this type."""
     try:
         values.cast(kind)
     except pa.ArrowInvalid:
@@ -332,17 +524,23 @@ def _check_there(path: Path) -> None:
         raise _empty(path)
 
 
-def _check_columns(path: Path, present: list[str], wanted: tuple[str, ...], schema: Schema) -> None:
-    times = Counter(present)
+def _check_columns(
+    path: Path,
+    present: Sequence[str],
+    wanted: Sequence[str],
+    roles: Mapping[str, str] = MappingProxyType({}),
+    joins: tuple[Join, ...] = (),
+) -> None:
+    repeated = {name for name, times in Counter(present).items() if times > 1}
     for column in wanted:
-        if times[column] != 1:
-            role = "feature" if column in schema.feature_columns else "label" if column in schema.label_columns else "group"
-            if times[column]:
-                raise UserError(
-                    f"{role} column {column!r} is {times[column]} times in {str(path)!r}; give each column a name of its own"
-                )
+        if column in repeated:
+            raise UserError(f"column {column!r} stands in {str(path)!r} more than once; rename or remove the others")
+        if column not in present:
+            role = roles.get(column, "key")
+            beside = "".join(f" nor in {join.file!r}" for join in joins)
             raise UserError(
-                f"{role} column {column!r} is not in {str(path)!r}; {nearest(column, present)} Mend the schema or the file"
+                f"{role} column {column!r} is not in {str(path)!r}{beside}; {nearest(column, present)} Mend the schema or the "
+                "file"
             )
 
 
@@ -350,6 +548,12 @@ def _empty(path: Path) -> UserError:
     return UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _not_csv(path: Path, error: Exception) -> UserError:
+    reason = str(error).split("\n")[0]
+    return UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the value or its feature's kind")
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """What to say of a Parquet file that `error` came from."""
     reason = str(error).split("\n")[0].rstrip(".")
     return UserError(f"{str(path)!r} is not a whole Parquet file ({reason}); write or fetch it again")

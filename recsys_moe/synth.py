@@ -15,7 +15,8 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,15 @@ def synthesise(folder: Path, rows: int, seed: int, progress: Callable[[int], Non
         UserError: the folder is there already, or can't be written.
     """
     config = load_synth_config()
+    with new_folder(folder) as temporary:
+        summary = _write(config, temporary, rows, seed, progress)
+        write_json(temporary / "synth.json", summary)
+    return summary
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder with logs/ and truth/ that gets its name when everything is written."""
     if folder.exists():
         raise UserError(f"{str(folder)!r} exists already; name a new folder or delete it")
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -221,12 +231,10 @@ def synthesise(folder: Path, rows: int, seed: int, progress: Callable[[int], Non
     except OSError as error:
         raise UserError(f"{str(folder)!r} can't be written ({error.strerror}); choose another folder") from None
     try:
-        summary = _write(config, temporary, rows, seed, progress)
-        write_json(temporary / "synth.json", summary)
+        yield temporary
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return summary
 
 
 def _write(config: SynthConfig, folder: Path, rows: int, seed: int, progress: Callable[[int], None]) -> dict[str, Any]:

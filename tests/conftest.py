@@ -19,13 +19,23 @@ settings.load_profile("recsys_moe")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def _real_data(name: str) -> Path:
+    folder = Path(os.environ.get("RECSYS_MOE_DATA", ROOT / "../shared/data")) / name
+    if not folder.is_dir():
+        pytest.skip(f"no {name} data at {folder} (RECSYS_MOE_DATA names the data folder)")
+    return folder
+
+
 @pytest.fixture
 def census() -> Path:
     """The folder of the real census files; the test is skipped where they are absent."""
-    folder = Path(os.environ.get("RECSYS_MOE_DATA", ROOT / "../shared/data")) / "census_income"
-    if not folder.is_dir():
-        pytest.skip(f"no census data at {folder} (RECSYS_MOE_DATA names the data folder)")
-    return folder
+    return _real_data("census_income")
+
+
+@pytest.fixture
+def kuairand() -> Path:
+    """The folder of the real KuaiRand files; the test is skipped where they are absent."""
+    return _real_data("kuairand")
 
 
 CLICKS_SCHEMA: dict[str, Any] = {

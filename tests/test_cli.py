@@ -18,6 +18,8 @@ COMMANDS = [
     ("demo",),
     ("data", "prepare"),
     ("data", "synth"),
+    ("data", "describe"),
+    ("data", "fetch"),
 ]
 
 
@@ -71,6 +73,21 @@ MISTAKES = {
     "no source": (["data", "prepare", "data=census_full", "data.source=nowhere"], "does not exist; name the folder or file"),
     "no model": (["score", "nowhere", "a.parquet", "b.parquet"], "model 'nowhere' is neither a folder nor models:/NAME@alias"),
     "no bundle": (["score", ".", "a.parquet", "b.parquet"], "is not a bundle: it has no config.json"),
+    "unknown generator": (["data", "synth", "x", "--generator", "feed"], "--generator 'feed' is unknown; valid: short_video"),
+    "frozen generator": (["data", "synth", "x", "p=0.5"], "'p=0.5': short_video is frozen and takes no numbers"),
+    "unknown number": (
+        ["data", "synth", "x", "q=0.5", "--generator", "task_correlation"],
+        "task_correlation: unknown key 'q'; valid: version, p, c",
+    ),
+    "number out of range": (
+        ["data", "synth", "x", "p=1.5", "--generator", "task_correlation"],
+        "task_correlation: 'p' is 1.5; input should be less than or equal to 1",
+    ),
+    "unknown data set": (["data", "fetch", "movielens"], "data set 'movielens' is unknown; did you mean 'movielens_1m'?"),
+    "no address": (
+        ["data", "fetch", "movielens_1m", "--url", "ftp://a/b"],
+        "'url' is 'ftp://a/b'; string should match pattern",
+    ),
     "no part": (["evaluate", ".", "--part", "tset"], "--part 'tset' is unknown"),
 }
 

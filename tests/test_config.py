@@ -1,13 +1,15 @@
 """Every file in conf/ composes and fills the dataclass it is for; mistakes name the key and the nearest valid one."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
 import yaml
 
 from recsys_moe.config import compose, conf_dir, options
+from recsys_moe.correlated import CorrelatedConfig, load_correlated_config
 from recsys_moe.errors import UserError
+from recsys_moe.fetch import load_fetch_config
 from recsys_moe.models import MMoEConfig, ModelConfig, SharedBottomConfig
 from recsys_moe.pipelines.tracking import TrackingConfig
 from recsys_moe.pipelines.train import TrainJob
@@ -36,8 +38,18 @@ def test_every_file_composes_and_builds(file: Path) -> None:
             job("data=census_full")
         case ("schema", name):
             assert load_schema(conf_dir() / "schema" / f"{name}.yaml").tasks
+        case ("synth", "task_correlation"):
+            assert isinstance(load_correlated_config(), CorrelatedConfig)
         case ("synth", name):
             assert isinstance(load_synth_config(name), SynthConfig)
+        case ("fetch", name):
+            config = load_fetch_config(name)
+            # What it makes is what the data set of the same name reads.
+            data = parse(DataConfig, compose([f"data={name}"])["data"], "data")
+            assert data.source == f"runs/data/{name}"
+            made = {file.name for file in config.files}
+            assert {join.file for join in data.join} | {*data.held_out} <= made
+            assert all(any(PurePath(file).match(pattern) for file in made) for pattern in data.files)
         case ("experiment", name):
             job(f"experiment={name}")
         case (group, name):

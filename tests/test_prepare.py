@@ -312,7 +312,7 @@ BAD = {
     undeclared_class: "label 'user' of task 'user' gives 'c', which the task does not declare",
     class_that_never_varies: "task 'k' has only class b in its 480 training rows",
     number_that_never_varies: "task 'n' has only one value in its 480 training rows",
-    column_named_twice: "feature column 'x' is 2 times in",
+    column_named_twice: "column 'x' stands in",
     schema_of_another_data_set: "feature column 'age' is not in",
     nan_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
     infinite_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import sqlite3
@@ -441,3 +442,42 @@ def test_a_tracking_server_lost_mid_run_leaves_the_bundle(
     # Every epoch's metrics are still there.
     events = [json.loads(line) for line in (bundle.parent / "events.jsonl").read_text().splitlines()]
     assert len([e for e in events if e["kind"] == "epoch"]) == 60
+
+
+STRANGERS = {
+    # file, labels, a label's AUC in the test part at least (what a first tree reaches is a little more)
+    "census": ("census_income/full42.parquet", ["income"], 0.93),
+    "kuairand": ("kuairand/interactions.parquet", ["is_click", "long_view", "label"], 0.6),
+    "users": ("kuairand/user_features.parquet", ["is_video_author"], 0.75),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", STRANGERS)
+def test_a_strangers_file_is_described_prepared_trained_and_served(name: str, tmp_path: Path) -> None:
+    file, labels, auc = STRANGERS[name]
+    source = Path(os.environ.get("RECSYS_MOE_DATA", "no such folder")) / file
+    if not source.is_file():
+        pytest.skip(f"no {file} (RECSYS_MOE_DATA names the data folder)")
+    named = [part for label in labels for part in ("--label", label)]
+    described, _ = run("data", "describe", str(source), *named, "--output", "schema.yaml", cwd=tmp_path)
+    command = shlex.split(described["next"])
+    assert command[:2] == ["recsys-moe", "train"]
+    prepared, _ = run("data", "prepare", *command[2:], cwd=tmp_path)
+    assert sum(prepared["rows"].values()) == described["rows"]
+    trained, _ = run(*command[1:], "train.epochs=3", cwd=tmp_path)
+    for task, metrics in trained["test"].items():
+        assert metrics["auc"] > auc, task
+    rows = pq.read_table(source).slice(0, 50).to_pylist()
+    asked = {c["name"] for c in described["columns"] if c["use"] == "feature"}
+    body = json.dumps({"rows": [{key: value for key, value in row.items() if key in asked} for row in rows]})
+    process = start("serve", trained["bundle"], "serve.port=0", cwd=tmp_path)
+    assert process.stdout is not None
+    try:
+        status, answer = post(json.loads(process.stdout.readline())["url"], body.encode())
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert status == 200, answer
+    expected = Predictor(Path(trained["bundle"])).score(pq.read_table(source).slice(0, 50))
+    np.testing.assert_allclose(list(answer["scores"].values()), expected, atol=1e-6)

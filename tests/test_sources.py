@@ -13,9 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_moe import sources
+from recsys_moe.config import compose, conf_dir
 from recsys_moe.errors import UserError
 from recsys_moe.schema import Schema
-from recsys_moe.sources import PARTS, DataConfig, Split, count_rows, digest_files, list_files, plan_chunks, read_part, read_rows
+from recsys_moe.sources import (
+    PARTS,
+    DataConfig,
+    Join,
+    Split,
+    count_rows,
+    digest_files,
+    list_files,
+    list_joins,
+    plan_chunks,
+    read_part,
+    read_rows,
+)
 from recsys_moe.typed import parse
 
 SCHEMA: Schema = parse(
@@ -276,6 +289,17 @@ def test_a_column_that_is_not_there(tmp_path: Path, suffix: str, column: str, se
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_column_that_is_there_twice(tmp_path: Path, suffix: str) -> None:
+    doubled = table(10).append_column("y", pa.array([1] * 10))
+    if suffix == "csv":
+        (tmp_path / "a.csv").write_text("code,x,y,row,y\na,1.5,1,0,1\n")
+    else:
+        pq.write_table(doubled, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"column 'y' stands in .*a.{suffix}' more than once; rename or remove"):
+        plan_chunks(data(tmp_path), SCHEMA)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
 @pytest.mark.parametrize("header", [False, True], ids=["no bytes", "no rows"])
 def test_an_empty_file(tmp_path: Path, suffix: str, header: bool) -> None:
     path = tmp_path / f"a.{suffix}"
@@ -361,3 +385,180 @@ def test_the_census_protocol_by_hand(census: Path) -> None:
     order = np.random.default_rng(0).permutation(len(ages))
     test = pa.concat_tables(list(read_part(config, schema, "test")))["age"].to_numpy()
     assert np.array_equal(test, ages[np.sort(order[89762:])])
+
+
+@pytest.fixture
+def unsorted(tmp_path: Path) -> Path:
+    """The 137 rows of `parquet` with a time that rises in another order; ten rows share each time."""
+    time = np.random.default_rng(7).permutation(137) // 10
+    for name, low, high in (("a", 0, 100), ("b", 100, 137)):
+        pq.write_table(table(high - low, low).append_column("time", pa.array(time[low:high])), tmp_path / f"{name}.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "timestamp", "text", "date"])
+def test_sorted_is_a_stable_sort_by_a_column(unsorted: Path, kind: str) -> None:
+    paths = sorted(unsorted.glob("*.parquet"))
+    time = pa.concat_tables([pq.read_table(path) for path in paths])["time"].to_numpy()
+    for path in paths:
+        read = pq.read_table(path)
+        values = read["time"].to_numpy()
+        days = np.datetime64("2022-04-08") + values.astype("timedelta64[D]")
+        forms: dict[str, Any] = {
+            "int": values,
+            "float": values / 4,
+            "timestamp": pa.array(days.astype("datetime64[ns]"), pa.timestamp("ns", "UTC")),
+            "text": [f"{day} 08:00:00" for day in days],
+            "date": days,
+        }
+        pq.write_table(read.set_column(5, "time", pa.array(forms[kind])), path)
+    order = np.argsort(time, kind="stable")
+    config = data(unsorted, split=Split(order="sorted", by="time", train=0.8, validation=0.1, test=0.1))
+    assert rows_of(config, "train") == sorted(order[:110])
+    assert rows_of(config, "validation") == sorted(order[110:124])
+    assert rows_of(config, "test") == sorted(order[124:])
+    held_out = data(unsorted, held_out=("b.parquet",), split=Split(order="sorted", by="time", validation=0.5, test=0.5))
+    order = 100 + np.argsort(time[100:], kind="stable")
+    assert rows_of(held_out, "train") == list(range(100))
+    assert rows_of(held_out, "test") == sorted(order[19:])
+
+
+def test_csv_is_sorted_as_parquet_is(unsorted: Path, tmp_path: Path) -> None:
+    split = Split(order="sorted", by="time")
+    expected = rows_of(data(unsorted, split=split), "test")
+    for path in unsorted.glob("*.parquet"):
+        pq.read_table(path).to_pandas().to_csv(path.with_suffix(".csv"), index=False)
+        path.unlink()
+    assert rows_of(data(unsorted, split=split), "test") == expected
+
+
+def test_what_nothing_can_be_sorted_by(unsorted: Path) -> None:
+    for by, sentence in (
+        ("code", "data.split.by: column 'code' of .* is string such as '000', neither a number nor a time"),
+        ("tiem", "key column 'tiem' is not in .*; did you mean 'time'"),
+    ):
+        if by == "code":
+            renamed = pq.read_table(unsorted / "a.parquet")
+            letters = pa.array([f"x{n}" for n in range(100)])
+            pq.write_table(renamed.append_column("letters", letters), unsorted / "a.parquet")
+            by, sentence = "letters", sentence.replace("'code'", "'letters'").replace("'000'", "'x0'")
+        with pytest.raises(UserError, match=sentence):
+            plan_chunks(data(unsorted / "a.parquet", split=Split(order="sorted", by=by)), SCHEMA)
+    holes = pq.read_table(unsorted / "a.parquet")
+    holes = holes.set_column(5, "time", pa.array([None, *range(99)], pa.int64()))
+    pq.write_table(holes, unsorted / "a.parquet")
+    with pytest.raises(UserError, match=r"column 'time' of .*a.parquet' is null in 1 rows"):
+        plan_chunks(data(unsorted, split=Split(order="sorted", by="time")), SCHEMA)
+
+
+@pytest.mark.parametrize("keys", [{"order": "sorted"}, {"by": "time"}, {"order": "given", "by": "time"}])
+def test_sorting_needs_a_column_and_a_column_needs_sorting(keys: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"'data.split.by' is .* with data.split.order=\w+; name a column with order=sorted"):
+        parse(Split, keys, "split")
+
+
+JOINED: Schema = parse(
+    Schema,
+    {
+        "features": [
+            {"name": "code", "kind": "categorical"},
+            {"name": "city", "kind": "categorical"},
+            {"name": "age", "kind": "numeric"},
+            {"name": "genre", "kind": "categorical"},
+        ],
+        "tasks": [{"name": "t", "label": "y == 1"}],
+        "group": "user",
+    },
+    "schema",
+)
+
+
+def joined_data(folder: Path, users: str = "users.parquet", text_keys: bool = False) -> tuple[DataConfig, pd.DataFrame]:
+    """Logs in two files, users and items beside them; some users are unknown, some rows name none."""
+    r = np.random.default_rng(3)
+    logs = pd.DataFrame({"code": [f"c{n}" for n in range(60)], "user": r.integers(0, 9, 60), "item": r.choice(["x", "y"], 60)})
+    logs["y"] = r.integers(0, 2, 60)
+    logs["user"] = logs["user"].astype("Int64").mask(logs["user"] == 8)
+    people = pd.DataFrame({"age": r.normal(size=7), "user": np.arange(7), "city": list("pqrstuv"), "unused": 1})
+    items = pd.DataFrame({"item": ["y", "x"], "genre": ["drama", "news"], "code": "not this one"})
+    if text_keys:
+        people["user"] = people["user"].astype(str)
+    logs[:40].to_parquet(folder / "a.parquet")
+    logs[40:].to_parquet(folder / "b.parquet")
+    people.to_csv(folder / users, index=False) if users.endswith("csv") else people.to_parquet(folder / users)
+    items.to_parquet(folder / "items.parquet")
+    joins = (Join(file=users, key="user"), Join(file="items.parquet", key="item"))
+    people["user"] = people["user"].astype("Int64")
+    return data(folder, join=joins), logs.merge(people, "left", "user").merge(items.drop(columns="code"), "left", "item")
+
+
+@pytest.mark.parametrize(("users", "text_keys"), [("users.parquet", False), ("users.csv", False), ("users.parquet", True)])
+def test_joined_columns_are_those_of_a_left_join(tmp_path: Path, users: str, text_keys: bool) -> None:
+    config, expected = joined_data(tmp_path, users, text_keys)
+    chunks = plan_chunks(config, JOINED, chunk_rows=7)
+    read = pa.concat_tables([piece for chunk in chunks for piece, _ in sources.read_chunk(chunk, JOINED)])
+    assert read.column_names == list(JOINED.columns)
+    frame = read.to_pandas()
+    assert 0 < frame["city"].isna().sum() < 30
+    for name in JOINED.feature_names:
+        pd.testing.assert_series_equal(frame[name], expected[name], check_dtype=False)
+    # The log file's own column wins; a file that is joined is no log file.
+    assert read["code"].to_pylist() == expected["code"].tolist()
+    part = pa.concat_tables(list(read_part(config, JOINED, "train")))
+    assert part.num_rows == 48
+    assert set(part["city"].to_pylist()) == {None, *"pqrstuv"}
+
+
+def test_rows_to_score_are_joined_as_for_training(tmp_path: Path) -> None:
+    config, expected = joined_data(tmp_path)
+    whole = tmp_path / "whole.parquet"
+    expected.to_parquet(whole)
+    joins = list_joins(config)
+    assert count_rows(tmp_path / "b.parquet", JOINED, joins=joins) == 20
+    (read,) = read_rows(tmp_path / "b.parquet", JOINED, labels=False, joins=joins)
+    assert read["genre"].to_pylist() == expected["genre"].tolist()[40:]
+    # Whoever has every column needs no second table.
+    (tmp_path / "users.parquet").unlink()
+    (read,) = read_rows(whole, JOINED, labels=False, joins=joins)
+    assert read.num_rows == 60
+
+
+def test_a_second_table_that_cannot_be_joined(tmp_path: Path) -> None:
+    config, _ = joined_data(tmp_path)
+    users = pd.read_parquet(tmp_path / "users.parquet")
+
+    def sentence(frame: pd.DataFrame) -> str:
+        frame.to_parquet(tmp_path / "users.parquet")
+        with pytest.raises(UserError) as caught:
+            plan_chunks(config, JOINED)
+        return str(caught.value)
+
+    assert "data.join: user 3 stands in 2 rows of" in sentence(pd.concat([users, users[3:4]]))
+    assert "key column 'user' is not in" in sentence(users.rename(columns={"user": "uid"}))
+    assert "none of the first 40 rows of" in sentence(users.assign(user=users["user"] + 100))
+    told = sentence(users.drop(columns="city"))
+    assert "feature column 'city' is not in" in told
+    assert "users.parquet'" in told
+    assert "users.parquet' is empty" in sentence(users[:0])
+    (tmp_path / "users.parquet").unlink()
+    with pytest.raises(UserError, match=r"data.join: '.*users.parquet' is no file; name a Parquet or CSV file below"):
+        list_files(config)
+    with pytest.raises(UserError, match=r"data.files names 'items.parquet', which data.join names too"):
+        list_files(data(tmp_path, files=("items.parquet",), join=(Join(file="items.parquet", key="item"),)))
+
+
+def test_the_kuairand_protocol_by_hand(kuairand: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECSYS_MOE_DATA", str(kuairand.parent))
+    config = parse(DataConfig, compose(["data=kuairand_time"])["data"], "data")
+    schema = config.load_schema(conf_dir() / "schema")
+    logs = pd.read_parquet(kuairand / "interactions.parquet")
+    # Parts keep the file's order within; which rows they have is the sort's.
+    test = logs.sort_values("time_ms", kind="stable")[int(0.8 * len(logs)) + 4183 :].sort_index()
+    test = test.merge(pd.read_parquet(kuairand / "user_features.parquet"), "left", "user_id")
+    read = pa.concat_tables(list(read_part(config, schema, "test"))).to_pandas()
+    assert (read["is_comment"].sum(), read["is_profile_enter"].sum()) == (121, 188)
+    for name in schema.columns:
+        pd.testing.assert_series_equal(read[name], test[name], check_dtype=False, check_index=False)
+    never = {"play_time_ms", "comment_stay_time", "label", "is_click", "is_follow", "is_comment", "is_forward", "long_view"}
+    assert not never & set(schema.feature_names)
+    assert {t.name: t.category for t in schema.tasks if t.category == "watch_time"} == {"long_view": "watch_time"}

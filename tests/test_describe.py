@@ -1,0 +1,503 @@
+"""`data describe`: what it finds in a stranger's columns, and that what it proposes trains and serves as it is."""
+
+import datetime
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sklearn.metrics
+import torch
+import yaml
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recsys_moe import describe as describe_module
+from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
+from recsys_moe.describe import Description, describe
+from recsys_moe.errors import UserError
+from recsys_moe.labels import task_labels
+from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.predictor import Predictor
+from recsys_moe.schema import Schema, load_schema
+from recsys_moe.serving.app import ServeConfig, build_api
+from recsys_moe.sources import DataConfig, Split, read_part, read_rows
+from recsys_moe.trainer import TrainConfig, Trainer
+from recsys_moe.transforms import PartialStatistics, Transform
+from recsys_moe.typed import parse
+
+ROWS = 4000
+
+
+def shop(rows: int = ROWS) -> pa.Table:
+    """A shop's log with one of everything that a stranger's file may hold."""
+    r = np.random.default_rng(0)
+    user, price = r.integers(0, 300, rows), np.exp(r.normal(3, 1.5, rows))
+    colour = r.choice(["red", "green", "blue"], rows)
+    click = r.random(rows) < np.where(colour == "red", 0.7, 0.2)
+    buy = click & (r.random(rows) < 0.2)
+    start = datetime.datetime(2024, 3, 1)
+    times = [start + datetime.timedelta(seconds=int(s)) for s in np.sort(r.integers(0, 10**6, rows))]
+    return pa.table(
+        {
+            "event_id": [f"e{n}" for n in range(rows)],
+            "userId": user,
+            "item_id": r.integers(0, 2000, rows),
+            "ts": times,
+            "event_time": [int(t.timestamp()) for t in times],
+            "day": [int(t.strftime("%Y%m%d")) for t in times],
+            "when": [t.isoformat(" ") for t in times],
+            "price": pa.array(price, mask=r.random(rows) < 0.1),
+            "stock": r.integers(0, 400, rows),
+            "colour": colour,
+            "colour_again": colour,
+            "size": pa.array(r.choice([36.0, 37.0, 38.0], rows), mask=r.random(rows) < 0.05),
+            "genres": r.choice([f"{a}|{b}" for a in "abcdefghij" for b in "klmnopqrst"], rows),
+            "amount": r.choice(["NA", *map(str, range(100))], rows),
+            "review": r.choice([" ".join(r.choice(["very", "good", "bad", "thing"], 18)) for _ in range(500)], rows),
+            "tags": [[1, 2]] * rows,
+            "shop": ["one"] * rows,
+            "nothing": pa.nulls(rows),
+            "member": r.random(rows) < 0.3,
+            "is_click": click.astype(int),
+            "buy": buy,
+            "order_total": np.where(buy, price, 0.0),
+            "carrier": pa.array(r.choice(["post", "van", "bike"], rows), mask=~buy),
+            "dwell_ms": r.integers(0, 9999, rows),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("describe") / "shop.parquet"
+    pq.write_table(shop(), path, row_group_size=1000)
+    return path
+
+
+def uses(found: Description) -> dict[str, str]:
+    return {c.name: c.feature["kind"] if c.use == "feature" else c.use for c in found.columns}
+
+
+def notes(found: Description) -> dict[str, str]:
+    return {c.name: c.note for c in found.columns}
+
+
+EXPECTED = {
+    "event_id": ("left out", "another one in every row"),
+    "userId": ("categorical", "an id"),
+    "item_id": ("categorical", "an id"),
+    "ts": ("left out", "a time"),
+    "event_time": ("left out", "a time (in seconds since 1970)"),
+    "day": ("left out", "a time (a day as YYYYMMDD)"),
+    "when": ("left out", "a time (as text)"),
+    "price": ("numeric", ""),
+    "stock": ("numeric", ""),
+    "colour": ("categorical", ""),
+    "colour_again": ("left out", "the same as colour"),
+    "size": ("categorical", ""),
+    "genres": ("categorical", "several values split by '|'? each combination is one category"),
+    "amount": ("categorical", "numbers but for NA: leave those empty to make it numeric"),
+    "review": ("left out", "free text of "),
+    "tags": ("left out", "several values a row (int64): a multi-valued feature, a sequence or an embedding"),
+    "shop": ("left out", "the same in every row"),
+    "nothing": ("left out", "empty"),
+    "member": ("categorical", ""),
+    "is_click": ("label", ""),
+    "buy": ("suspected label", "a label? "),
+    "order_total": ("outcome", "known only after the event, by its name"),
+    "dwell_ms": ("outcome", "known only after the event, by its name"),
+}
+
+
+def test_every_kind_of_column(file: Path) -> None:
+    found = describe(file, ["is_click"])
+    assert (found.rows, found.sampled, found.group, found.time) == (ROWS, ROWS, "userId", "ts")
+    for name, (use, note) in EXPECTED.items():
+        assert uses(found)[name] == use, name
+        assert notes(found)[name].startswith(note), name
+    features = {c.name: c.feature for c in found.columns}
+    assert features["price"] == {"name": "price", "kind": "numeric", "log1p": True, "buckets": 32, "missing_indicator": True}
+    assert features["stock"] == {"name": "stock", "kind": "numeric", "buckets": 32}
+    assert features["item_id"] == {"name": "item_id", "kind": "categorical", "min_count": 2}
+    price = next(c for c in found.columns if c.name == "price")
+    assert price.missing == pytest.approx(shop()["price"].null_count / ROWS, abs=1e-6)
+    assert price.distinct == ROWS - shop()["price"].null_count
+    assert (found.tasks[0]["name"], found.tasks[0]["label"]) == ("click", "is_click == 1")
+    assert found.tasks[0]["rate"] == pytest.approx(np.mean(shop()["is_click"].to_numpy()))
+
+
+def test_what_gives_a_label_away_is_no_feature(file: Path) -> None:
+    # order_total is an outcome by its name; carrier is there only where something was bought.
+    found = describe(file, ["buy"])
+    assert uses(found)["carrier"] == "outcome"
+    assert re.fullmatch(r"a leak\? predicts buy alone with AUC 1.0000", notes(found)["carrier"])
+    # Whoever buys has clicked, though few of those who click buy.
+    assert notes(describe(file, ["is_click"]))["carrier"] == "a leak? there only where click is true"
+    schema = parse(Schema, yaml.safe_load(found.schema), "schema")
+    assert {"carrier", "order_total", "is_click", "dwell_ms"} == set(schema.outcomes)
+
+
+def test_a_leak_is_judged_on_rows_that_it_was_not_fitted_on() -> None:
+    r = np.random.default_rng(1)
+    y = r.random(20_000) < 0.3
+    score = y + r.normal(0, 1, 20_000)
+    codes = describe_module._codes(pa.chunked_array([pa.array(score)]))
+    alone = describe_module._auc_alone(codes, y, np.ones(20_000, bool))
+    assert alone == pytest.approx(sklearn.metrics.roc_auc_score(y, score), abs=0.03)  # in 256 noisy bins
+    # An id for each row knows each label by heart, and tells nothing.
+    ids = np.arange(20_000)
+    assert describe_module._auc_alone(ids, y, np.ones(20_000, bool)) == pytest.approx(0.5, abs=0.01)
+    # Rows in which the label was not observed do not count; too few positives are no ground for a verdict.
+    observed = r.random(20_000) < 0.5
+    assert describe_module._auc_alone((y ^ ~observed).astype(int), y, observed) == 1.0
+    few = np.zeros(20_000, bool)
+    few[:19] = True
+    assert describe_module._auc_alone(few.astype(int), few, np.ones(20_000, bool)) == 0.5
+
+
+def test_a_copy_of_the_label_is_an_outcome_however_few_positives_there_are(tmp_path: Path) -> None:
+    y = np.zeros(500, int)
+    y[:5] = 1
+    pq.write_table(pa.table({"mark": y, "x": np.arange(500) / 7, "done": y}), tmp_path / "a.parquet")
+    assert uses(describe(tmp_path / "a.parquet", ["done"])) == {"mark": "outcome", "x": "numeric", "done": "label"}
+    assert uses(describe(tmp_path / "a.parquet", ["mark"])) == {"mark": "label", "x": "numeric", "done": "left out"}
+
+
+def test_what_may_be_a_label_is_proposed_as_a_comment(file: Path) -> None:
+    found = describe(file)
+    assert [task["name"] for task in found.tasks] == ["click", "buy"]
+    assert not found.named
+    for task in ("click", "buy"):
+        text = re.sub(rf"^  # - {{name: {task},", f"  - {{name: {task},", found.schema, flags=re.MULTILINE)
+        schema = parse(Schema, yaml.safe_load(text), "schema")
+        assert schema.task_names == (task,)
+        assert not {"is_click", "buy", "carrier"} & set(schema.feature_names)
+    with pytest.raises(UserError, match="'tasks' is None"):
+        parse(Schema, yaml.safe_load(found.schema), "schema")
+
+
+def test_a_rare_value_of_two_is_suspected_where_no_name_tells(tmp_path: Path) -> None:
+    r = np.random.default_rng(0)
+    table = pa.table(
+        {
+            "income": r.choice(["- 50000.", "50000+."], 1000, p=[0.94, 0.06]),
+            "sex": r.choice(["f", "m"], 1000),
+            "is_member": r.integers(0, 2, 1000),
+            "age": r.integers(0, 90, 1000),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = describe(tmp_path / "a.parquet")
+    assert [(task["name"], task["label"]) for task in found.tasks] == [
+        ("income", "income == '50000+.'"),
+        ("member", "is_member == 1"),
+    ]
+    # Once a label is named, the others are features again, with a word of doubt.
+    named = describe(tmp_path / "a.parquet", ["income"])
+    assert uses(named) == {"income": "label", "sex": "categorical", "is_member": "categorical", "age": "numeric"}
+    assert notes(named)["is_member"].startswith("or a label?")
+
+
+@pytest.mark.parametrize(
+    ("values", "expression"),
+    [
+        ([0, 1], "y == 1"),
+        ([0.0, 1.0, None], "y == 1"),
+        ([-1, 1], "y == 1"),
+        ([True, False, None], "y"),
+        (["no", "yes"], "y == 'yes'"),
+        (["it's", "it's", '"so"'], """y == '"so"'"""),
+        ([3, 7, 7], "y == 3"),
+        ([0.25, 0.75, 0.75], "y == 0.25"),
+    ],
+)
+def test_the_positive_of_two_values(tmp_path: Path, values: list[Any], expression: str) -> None:
+    column = [values[n % len(values)] for n in range(300)]
+    pq.write_table(pa.table({"y": column, "x": np.arange(300) / 7}), tmp_path / "a.parquet")
+    found = describe(tmp_path / "a.parquet", ["y"])
+    schema = parse(Schema, yaml.safe_load(found.schema), "schema")
+    assert schema.tasks[0].label == expression
+    labels, weights = task_labels(pq.read_table(tmp_path / "a.parquet"), schema)
+    assert weights.sum() == sum(v is not None for v in column)
+    assert labels.sum() / weights.sum() == pytest.approx(found.tasks[0]["rate"])
+
+
+def test_a_condition_may_be_a_label(file: Path) -> None:
+    found = describe(file, ["red=colour == 'red' and price > 10", "is_click"])
+    schema = parse(Schema, yaml.safe_load(found.schema), "schema")
+    assert schema.task_names == ("red", "click")
+    assert schema.tasks[0].label == "colour == 'red' and price > 10"
+    assert not {"colour", "price"} & set(schema.feature_names)
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        ("is_clik", "--label 'is_clik': there is no column 'is_clik'; did you mean 'is_click'?"),
+        (
+            "stock",
+            r"--label 'stock' has 400 values \(0 … 399\), not two; say which ones count, such as --label 'like=rating >= 4'",
+        ),
+        ("tags", "--label 'tags' has no countable values"),
+        ("low=stok < 3", "there is no column 'stok'; did you mean 'stock'"),
+        ("low=stock + 3", "--label 'low=stock \\+ 3' is not true or false; compare a column"),
+        ("low=stock < 0", "--label 'low=stock < 0' is never true in the 4,000 rows looked at"),
+        ("low=stock <", "can't be read"),
+    ],
+)
+def test_a_label_that_is_none(file: Path, label: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        describe(file, [label])
+
+
+def test_a_label_that_no_expression_can_name(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"is click": [0, 1] * 50, "class": ["a", "b"] * 50, "x": np.arange(100) / 7}), tmp_path / "a.parquet"
+    )
+    for name in ("is click", "class"):
+        with pytest.raises(UserError, match=f"--label '{name}' can't stand in an expression; rename the column"):
+            describe(tmp_path / "a.parquet", [name])
+
+
+# Files
+
+
+def test_csv_is_described_as_parquet_is(file: Path, tmp_path: Path) -> None:
+    table = pq.read_table(file).drop_columns(["tags", "nothing"])
+    table.to_pandas().to_csv(tmp_path / "shop.csv", index=False)
+    expected, found = describe(file, ["is_click"]), describe(tmp_path / "shop.csv", ["is_click"])
+    assert uses(found) == {name: use for name, use in uses(expected).items() if name not in ("tags", "nothing")}
+    assert found.group == "userId"
+    schema = parse(Schema, yaml.safe_load(found.schema), "schema")
+    (read,) = read_rows(tmp_path / "shop.csv", schema)
+    assert Transform(schema, PartialStatistics.of(read, schema).finish(schema))(read).ids.shape[1] == ROWS
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_large_file_is_judged_by_a_random_sample(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(describe_module, "SAMPLE_ROWS", 500)
+    table = pq.read_table(file).drop_columns(["tags", "nothing"])
+    path = tmp_path / f"shop.{suffix}"
+    if suffix == "csv":
+        # What only one row outside of the sample tells decides over the type all the same.
+        frame = table.to_pandas()
+        frame["stock"] = frame["stock"].astype(str)
+        frame.loc[ROWS - 1, "stock"] = "sold out"
+        frame.to_csv(path, index=False)
+    else:
+        pq.write_table(table, path, row_group_size=1000)
+    found = describe(path, ["is_click"])
+    assert (found.rows, found.sampled) == (ROWS, 500)
+    assert f"{ROWS:,} rows, judged by a random sample of 500." in found.schema
+    assert found == describe(path, ["is_click"])
+    assert found.tasks[0]["rate"] == pytest.approx(np.mean(shop()["is_click"].to_numpy()), abs=0.08)
+    # Of floats, a sample can't tell that all of them are whole.
+    assert uses(found)["size"] == "numeric"
+    assert uses(found)["stock"] == ("categorical" if suffix == "csv" else "numeric")
+
+
+def test_row_groups_are_read_from_the_whole_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describe_module, "READ_ROWS", 2000)
+    found = describe(file, ["is_click"])
+    assert (found.rows, found.sampled) == (ROWS, 2000)
+    time = next(c for c in found.columns if c.name == "event_time")
+    low, high = (int(n) for n in time.values.split(" … "))
+    column = shop()["event_time"].to_numpy()
+    assert (low, high) == (column.min(), column.max())  # the first group and the last
+
+
+def test_thinning_keeps_every_row_with_the_same_chance() -> None:
+    counts = np.zeros(10)
+    for seed in range(200):
+        thinned = describe_module._Thinned(100)
+        thinned._random = np.random.default_rng(seed)
+        for block in range(10):
+            thinned.add(pa.table({"block": np.full(137, block)}))
+        kept = thinned.table()["block"].to_numpy()
+        assert 60 < len(kept) <= 100
+        assert (np.diff(kept) >= 0).all()
+        counts += np.bincount(kept, minlength=10)
+    assert counts / counts.sum() == pytest.approx(np.full(10, 0.1), rel=0.1)
+
+
+def test_a_folder_is_one_data_set(file: Path, tmp_path: Path) -> None:
+    table = pq.read_table(file)
+    first, second = table.slice(0, 2500), table.slice(2500)
+    second = second.set_column(8, "stock", second["stock"].cast(pa.float64())).drop_columns(["member"])
+    second = second.set_column(second.column_names.index("colour"), "colour", pa.array(np.arange(1500)))
+    pq.write_table(first, tmp_path / "a.parquet")
+    pq.write_table(second, tmp_path / "b.parquet")
+    found = describe(tmp_path, ["is_click"])
+    assert found.rows == ROWS
+    assert uses(found)["stock"] == "numeric"
+    assert notes(found)["member"] == "not in every file"
+    assert notes(found)["colour"] == "int64 and string in different files"
+    schema = parse(Schema, yaml.safe_load(found.schema), "schema")
+    config = DataConfig(name="d", source=str(tmp_path), schema="-", split=Split(order="sorted", by=found.time))
+    assert sum(t.num_rows for t in read_part(config, schema, "train")) == 3200
+
+
+def test_files_that_cannot_be_described(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist; name the folder or file"):
+        describe(tmp_path / "absent.parquet")
+    with pytest.raises(UserError, match=r"no file in .* matches any of"):
+        describe(tmp_path)
+    (tmp_path / "a.csv").write_text("x,y,x\n1,2,3\n")
+    with pytest.raises(UserError, match=r"column 'x' stands in '.*a.csv' more than once"):
+        describe(tmp_path)
+    (tmp_path / "a.csv").write_text("x,y\n")
+    with pytest.raises(UserError, match=r"a.csv' is empty; name a file with rows"):
+        describe(tmp_path)
+    (tmp_path / "a.csv").write_text("x,y\n1,2,3\n")
+    with pytest.raises(UserError, match=r"a.csv' can't be read as CSV \(.*Expected 2 columns, got 3"):
+        describe(tmp_path)
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="holds Parquet and CSV files; describe one of them alone"):
+        describe(tmp_path)
+    with pytest.raises(UserError, match="has no column that could be a feature"):
+        describe(tmp_path / "b.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-8])
+    with pytest.raises(UserError, match="is not a whole Parquet file"):
+        describe(tmp_path / "b.parquet")
+    pq.write_table(pa.table({"x": pa.array([], pa.int64())}), tmp_path / "c.parquet")
+    with pytest.raises(UserError, match=r"c.parquet' is empty; name a file with rows"):
+        describe(tmp_path / "c.parquet")
+
+
+def test_ten_thousand_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = np.random.default_rng(0)
+    columns = {f"c{n}": r.normal(size=300) for n in range(10_000)}
+    pq.write_table(pa.table(columns | {"click": r.integers(0, 2, 300)}), tmp_path / "wide.parquet")
+    monkeypatch.setattr(describe_module, "SAMPLE_CELLS", 2_000_000)
+    found = describe(tmp_path / "wide.parquet", ["click"])
+    assert (len(found.columns), found.sampled) == (10_001, 199)
+
+
+# The proposal is taken as it is
+
+NAMES = st.text(
+    st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), min_size=1, max_size=8
+) | st.sampled_from(
+    ["a.b", "a__b", "a.bucket", "a", "yes", "null", "1", "user_id", "time", "label", "rating", "is_x", "#", "a: b", "x\ny", "…"]
+)
+VALUES = st.sampled_from(
+    [
+        st.integers(-(2**63), 2**63 - 1),
+        st.integers(0, 3),
+        st.floats(allow_nan=True, allow_infinity=True),
+        st.floats(-1e3, 1e3),
+        st.booleans(),
+        st.text(max_size=6),
+        st.sampled_from(["a|b", "NA", "1", "2022-03-04 05:06:07", "x" * 90]),
+        st.decimals(-1000, 1000, places=2),
+        st.datetimes(datetime.datetime(1990, 1, 1), datetime.datetime(2090, 1, 1)),
+        st.dates(datetime.date(1990, 1, 1)),
+        st.timedeltas(datetime.timedelta(-999), datetime.timedelta(999)),
+        st.lists(st.integers(0, 9), max_size=3),
+        st.binary(max_size=4),
+        st.none(),
+        st.fixed_dictionaries({"a": st.integers(0, 9)}),
+    ]
+)
+
+
+@st.composite
+def tables(draw: Any) -> pa.Table:
+    rows = draw(st.sampled_from([1, 7, 120]))
+    columns: dict[str, Any] = {}
+    for name in draw(st.lists(NAMES, min_size=1, max_size=8, unique=True)):
+        few = draw(st.lists(draw(VALUES) | st.none(), min_size=1, max_size=6))
+        columns[name] = pa.array([few[n % len(few)] for n in range(rows)])
+    return pa.table(columns | {"target": [n % 2 for n in range(rows)]})
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(table=tables())
+def test_whatever_is_proposed_reads_and_transforms_every_row(tmp_path: Path, table: pa.Table) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path)
+    try:
+        found = describe(path, ["target"])
+    except UserError as error:
+        assert re.search("no column that could be a feature|'target' has 1 values", str(error))  # noqa: PT017
+        return
+    schema = parse(Schema, yaml.safe_load(found.schema), "schema")
+    assert schema.feature_names == tuple(c.name for c in found.columns if c.use == "feature")
+    late = {c.name for c in found.columns if c.use in ("outcome", "suspected label")}
+    assert set(schema.outcomes) == late
+    read = pa.concat_tables(list(read_rows(path, schema)))
+    inputs = Transform(schema, PartialStatistics.of(read, schema).finish(schema))(read)
+    assert np.isfinite(inputs.dense).all()
+    assert task_labels(read, schema)[1].all()
+
+
+def test_from_a_strangers_csv_to_served_scores(tmp_path: Path, write_prepared: Any) -> None:
+    """The road in one process; tests/test_road.py walks it through Ray, MLflow and HTTP."""
+    table = shop().drop_columns(["tags", "nothing"])
+    table.to_pandas().to_csv(tmp_path / "shop.csv", index=False)
+    found = describe(tmp_path / "shop.csv", ["is_click", "buy"])
+    (tmp_path / "shop.yaml").write_text(found.schema)
+    schema = load_schema(tmp_path / "shop.yaml")
+    split = Split(order="sorted", by=found.time)
+    config = DataConfig(name="shop", source=str(tmp_path / "shop.csv"), schema=str(tmp_path / "shop.yaml"), split=split)
+    parts = {part: [pa.concat_tables(list(read_part(config, schema, part)))] for part in ("train", "validation", "test")}
+    data = write_prepared(tmp_path / "prepared", schema, parts)
+    model = MMoEConfig(embedding_dim=4, num_experts=2, expert_dims=(16,), tower_dims=(8,))
+    torch.manual_seed(0)
+    trainer = Trainer(data, model, TrainConfig(epochs=8, batch_size=256), lambda event: None)
+    result = trainer.fit()
+    # Red things are clicked: 0.7 against 0.2, which ranks at most to about 0.73.
+    assert 0.65 < result.validation["click"].auc < 0.8
+    save_bundle(tmp_path / "bundle", trainer.model, BundleConfig(FORMAT, model, "fp32", config, "0" * 64), data.transform, {})
+    row = {name: table[name][0].as_py() for name in schema.feature_names}
+    with TestClient(build_api(tmp_path / "bundle", ServeConfig())) as client:
+        answer = client.post("/v1/score", json={"rows": [row, row | {"colour": "red"}, row | {"colour": "blue"}]}).json()
+    scores = answer["scores"]["click"]
+    assert scores[1] > scores[2] + 0.2
+    expected = Predictor(tmp_path / "bundle").score(pa.Table.from_pylist([row]))
+    assert scores[0] == pytest.approx(float(expected[0, 0]), abs=1e-6)
+
+
+# The command
+
+
+def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recsys_moe", "data", "describe", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def test_the_command_writes_a_schema_and_says_how_to_go_on(file: Path, tmp_path: Path) -> None:
+    done = cli(str(file), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == describe(file).schema
+    assert "order_total" in done.stderr
+    assert f"go on with  recsys-moe data describe {file} --label is_click --output schema.yaml" in done.stderr
+    done = cli(str(file), "--label", "is_click", "--label", "buy", "--output", "shop.yaml", "--json", cwd=tmp_path)
+    answer = json.loads(done.stdout)
+    assert load_schema(tmp_path / "shop.yaml").task_names == ("click", "buy")
+    assert (answer["output"], answer["rows"], answer["group"]) == ("shop.yaml", ROWS, "userId")
+    keys = f"data=custom data.name=shop data.schema=shop.yaml data.source={file} data.split.order=sorted data.split.by=ts"
+    assert answer["next"] == f"recsys-moe train {keys}"
+    assert {column["name"]: column["use"] for column in answer["columns"]}["carrier"] == "outcome"
+    done = cli(str(file), "--output", "shop.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--output 'shop.yaml' exists already; name a new file or delete it" in done.stderr
+
+
+def test_a_file_without_anything_like_a_label(tmp_path: Path) -> None:
+    pd.DataFrame({"x": np.arange(50) / 7, "y": list("abcde") * 10}).to_csv(tmp_path / "a.csv", index=False)
+    done = cli("a.csv", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "no column looks like a label: name one with --label" in done.stderr
+    assert "--label COLUMN" in done.stderr
