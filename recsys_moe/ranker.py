@@ -19,7 +19,8 @@ class Ranker(nn.Module):
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `prior_rates` are the tasks' positive rates, in
-    (0, 1), that a fresh model starts at (None: the weights are loaded).
+    (0, 1), that a fresh model starts at (None: the weights are loaded). With `sharded` the tables are shared out among the
+    workers of this process group.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class Ranker(nn.Module):
         num_tasks: int,
         precision: str = "fp32",
         prior_rates: Sequence[float] | None = None,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         self.sparse_names = sparse_names
         width = config.embedding_dim
-        self.embeddings = FusedEmbeddings(sparse_names, cardinalities, width) if sparse_names else None
+        self.embeddings = _tables(sharded)(sparse_names, cardinalities, width) if sparse_names else None
         self.network = MODELS[type(config)](config, len(sparse_names) * width + num_dense, num_tasks, PRECISIONS[precision])
         if prior_rates is not None:
             self._start_at(prior_rates)
@@ -65,7 +67,21 @@ class Ranker(nn.Module):
         """Everything but the embedding tables."""
         return list(self.network.parameters())
 
+    def adagrad(self) -> dict[str, Tensor]:
+        """The state of the tables' optimizer, by the names that the tables have in `state_dict`."""
+        if self.embeddings is None:
+            return {}
+        return {f"embeddings.{name}": sums for name, sums in self.embeddings.adagrad().items()}
+
     def set_embedding_lr(self, rate: float) -> None:
         """The learning rate of the fused embedding optimizer, from the next backward pass on."""
         if self.embeddings is not None:
             self.embeddings.set_lr(rate)
+
+
+def _tables(sharded: bool) -> type[Any]:
+    if not sharded:
+        return FusedEmbeddings
+    from recsys_moe.sharding import ShardedEmbeddings  # imports a second's worth of torchrec
+
+    return ShardedEmbeddings
