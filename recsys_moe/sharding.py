@@ -1,7 +1,6 @@
 """Embedding tables shared out among workers, each table whole on one of them: torchrec's DistributedModelParallel."""
 
-import os
-import warnings
+import heapq
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +13,8 @@ from torchrec.distributed import comm_ops
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ShardingEnv, ShardingType
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
@@ -50,31 +48,26 @@ class ShardedEmbeddings(nn.Module):
             "bounds_check_mode": BoundsCheckMode.NONE,
         }
         sharder = EmbeddingBagCollectionSharder(fused_params=fused)
-        whole = ParameterConstraints(
-            sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+        self.owners = _share_out(self._shapes)
+        fused_kernel = EmbeddingComputeKernel.FUSED.value
+        tables = {
+            c.name: table_wise(self.owners[f"embedding_bags.{c.name}.weight"], compute_kernel=fused_kernel) for c in configs
+        }
+        plan = construct_module_sharding_plan(
+            collection, tables, sharder, local_size=world_size(), world_size=world_size(), device_type="cpu"
         )
-        topology = Topology(
-            world_size=world_size(),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size())),
-            compute_device="cpu",
-        )
-        planner = EmbeddingShardingPlanner(topology=topology, constraints={c.name: whole for c in configs})
         assert dist.group.WORLD is not None
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # torchrec draws tables that we draw below
-            warnings.simplefilter("ignore")
-            plan = planner.plan(collection, [sharder])
+        with torch.random.fork_rng(devices=[]):  # torchrec draws tables, which are drawn below as one worker does
             model = DistributedModelParallel(
                 collection,
                 env=ShardingEnv.from_process_group(dist.group.WORLD),
                 device=torch.device("cpu"),
-                plan=plan,
+                plan=ShardingPlan({"": plan}),
                 sharders=[sharder],
                 init_data_parallel=False,
             )
         # Not as a submodule: its state would be torchrec's sharded tensors, in every worker's state.
         self._parallel = (model,)
-        places = next(iter(plan.plan.values()))
-        self.owners = {f"embedding_bags.{c.name}.weight": int(places[c.name].ranks[0]) for c in configs}
         self._weights = {k: _local(v) for k, v in model.module.state_dict().items() if self.owners[k] == rank()}
         for config in configs:  # one table at a time: all of them may not fit into one worker
             table = torch.empty(config.num_embeddings, width)
@@ -116,6 +109,17 @@ class ShardedEmbeddings(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         for name, weight in self._weights.items():
             weight.copy_(state_dict[prefix + name])
+
+
+def _share_out(shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Which worker holds each table: the largest first, each to the one that holds the fewest rows (then tables) so far."""
+    held = [(0, 0, worker) for worker in range(world_size())]
+    owners = {}
+    for name, (rows, _) in sorted(shapes.items(), key=lambda item: -item[1][0]):
+        has_rows, has_tables, worker = heapq.heappop(held)
+        owners[name] = worker
+        heapq.heappush(held, (has_rows + rows, has_tables + 1, worker))
+    return owners
 
 
 def _local(sharded: Any) -> Tensor:

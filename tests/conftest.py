@@ -41,7 +41,7 @@ CLICKS_SCHEMA: dict[str, Any] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def clicks_schema() -> Any:
     """Two features, two tasks (`buy` is observed where a click happened) and a group."""
     from recsys_moe.schema import Schema
@@ -50,7 +50,7 @@ def clicks_schema() -> Any:
     return parse(Schema, CLICKS_SCHEMA, "schema")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def clicks() -> Callable[..., pa.Table]:
     """`clicks(rows, seed)` draws raw rows for `clicks_schema`; red things are clicked, cheap ones bought."""
 
@@ -73,7 +73,7 @@ def clicks() -> Callable[..., pa.Table]:
     return draw
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_prepared() -> Callable[..., Any]:
     """`write_prepared(folder, schema, {part: [table, …]})`: a prepared folder by hand, one shard for each table.
 

@@ -55,7 +55,7 @@ class MMoE(nn.Module):
 
     def __init__(self, config: MMoEConfig, in_dim: int, num_tasks: int, dtype: torch.dtype) -> None:
         super().__init__()
-        experts, dropout = config.num_experts, config.dropout
+        experts, dropout, self.num_tasks = config.num_experts, config.dropout, num_tasks
         self.router = (
             SoftRouter(in_dim, num_tasks, experts)
             if config.gate == "softmax"
@@ -69,5 +69,5 @@ class MMoE(nn.Module):
         if isinstance(plan, SoftPlan):
             mixed_bth = gate_mix(plan.logits, self.experts(x_bd))
         else:
-            mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], -1, self.experts.out_dim)
+            mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], self.num_tasks, self.experts.out_dim)
         return self.towers(mixed_bth).squeeze(2), plan
