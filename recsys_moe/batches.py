@@ -36,7 +36,8 @@ class Batch:
     def of(cls, rows: Rows, first: int = 0) -> "Batch":
         """The rows number `first`, `first + 1`, … of their part."""
         columns = (rows.inputs.ids, rows.inputs.dense, rows.labels, rows.weights)
-        return cls(*(torch.from_numpy(c).t().contiguous() for c in columns), torch.arange(first, first + len(rows)))
+        ids_bf, dense_bd, labels_bt, weights_bt = (torch.from_numpy(c).t().contiguous() for c in columns)
+        return cls(ids_bf, dense_bd, labels_bt, weights_bt, torch.arange(first, first + len(rows)))
 
     @classmethod
     def concatenate(cls, batches: list["Batch"]) -> "Batch":
@@ -87,14 +88,14 @@ class ShuffledBatches:
             start = min(skip * self.batch_size, whole)
             skip -= start // self.batch_size
             if skip == 0:
-                before = [rest or self._read_all([(n, 1) for n in rest_numbers])] if len(rest_numbers) else []
+                before = [rest or self._read_rows(rest_numbers)] if len(rest_numbers) else []
                 pool = self._kept or self._read_all(blocks, before)
                 for low in range(start, whole, self.batch_size):
                     yield self._mine(pool, order[low : low + self.batch_size])
                 rest = pool.take(torch.from_numpy(order[whole:]))
             rest_numbers = numbers[order[whole:]]
         if len(rest_numbers) and skip == 0:
-            yield self._mine(rest or self._read_all([(n, 1) for n in rest_numbers]), np.arange(len(rest_numbers)))
+            yield self._mine(rest or self._read_rows(rest_numbers), np.arange(len(rest_numbers)))
 
     def _mine(self, pool: Batch, order: npt.NDArray[np.int64]) -> Batch:
         return pool.take(torch.from_numpy(order[piece(len(order), self.rank, self.world)]))
@@ -119,6 +120,9 @@ class ShuffledBatches:
     def _read_all(self, blocks: list[Block], before: Sequence[Batch] = ()) -> Batch:
         batches = [*before, *(self._read(first, rows) for first, rows in blocks)]
         return batches[0] if len(batches) == 1 else Batch.concatenate(batches)
+
+    def _read_rows(self, numbers: npt.NDArray[np.int64]) -> Batch:
+        return self._read_all([(number, 1) for number in numbers.tolist()])
 
     def _read(self, first: int, rows: int) -> Batch:
         shard = int(np.searchsorted(self._starts, first, side="right")) - 1

@@ -15,7 +15,6 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-
 ADAGRAD = {"lr": 0.02, "eps": 1e-8}
 """What the tables' optimizer starts with; `set_lr` is called before every step."""
 
