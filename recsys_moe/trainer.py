@@ -184,6 +184,14 @@ class Trainer:
         self.model.load_state_dict(self.best_weights)
         return p.best
 
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's `state_dict` with all tables, on worker 0; every worker must ask for it."""
+        if world_size() == 1:
+            return dict(self.model.state_dict())
+        from recsys_moe.sharding import whole_state
+
+        return whole_state(self.model)
+
     def _train_epoch(self) -> float:
         self.model.train()
         p = self.progress

@@ -116,8 +116,6 @@ def worker(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    from recsys_moe.sharding import whole_state
-
     for kind, run in LAYERS.items():
         for rows, cut in CUTS:
             found = run(rows, *((0, cut) if rank == 0 else (cut, rows)))
@@ -126,7 +124,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
     for name, model in MODELS.items():
         trainer = Trainer(PreparedData(folder / "prepared"), model, config(name), checkpoints=Checkpoints(folder / name))
         told[name] = losses(trainer)
-        weights = whole_state(trainer.model)
+        weights = trainer.whole_weights()
         if rank == 0:
             safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
     resumed = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, checkpoints=Checkpoints(folder / "one"))

@@ -384,7 +384,7 @@ def test_a_loss_that_explodes_late_leaves_the_bundle(work: Path) -> None:
     assert "the loss became" in result["error"]
     bundle = Path(result["error"].split("kept in ")[1].strip("'"))
     assert Predictor(bundle).tasks == TASKS
-    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "events.jsonl", "ray"]
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "events.jsonl", "lock", "ray", "run.json"]
 
 
 @pytest.fixture
