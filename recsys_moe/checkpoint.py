@@ -68,9 +68,11 @@ class Checkpoints:
         if rank() == 0:
             kept = {whole.name, *_all_files(stems[0]), *best_files}
             # JSON first: what is half removed must not look like a state.
-            for path in sorted(self.folder.iterdir(), key=lambda p: p.suffix != ".json"):
-                if path.name not in kept:
-                    path.unlink(missing_ok=True)
+            for pattern in ("step-*.json", "step-*.safetensors*", "best-*.safetensors*"):
+                for path in self.folder.glob(pattern):
+                    if path.name not in kept:
+                        with suppress(OSError):
+                            path.unlink()
 
     def load(self) -> "State | None":
         """The newest state; None if there is none.

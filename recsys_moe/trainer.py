@@ -268,8 +268,8 @@ class Trainer:
     def _save(self) -> None:
         """Write a state; a disk that is full is told, and training goes on with the state before."""
         assert self.checkpoints is not None
-        p = self.progress
-        told = TypeAdapter(Progress).dump_python(replace(p, fingerprint=self._trained_rows()))
+        p = replace(self.progress, fingerprint=self._trained_rows())
+        told = TypeAdapter(Progress).dump_python(p)
         told |= {"data": self.data.manifest.digest, "workers": world_size()}
         best = p.best.best_epoch if p.best else 0
         try:
@@ -278,7 +278,8 @@ class Trainer:
             message = f"the checkpoint of step {p.step} could not be written ({error}); the one before is kept"
             self.on_event({"kind": "warning", "message": message})
         else:
-            self.on_event({"kind": "checkpoint", "step": p.step, "epoch": p.epoch, "rows": p.rows})
+            rows = {"rows": p.rows, "fingerprint": p.fingerprint}
+            self.on_event({"kind": "checkpoint", "step": p.step, "epoch": p.epoch, **rows})
         self._saved_at = time.monotonic()
 
     def _tensors(self) -> dict[str, Tensor]:
