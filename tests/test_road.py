@@ -463,8 +463,8 @@ def test_a_tracking_server_lost_mid_run_leaves_the_bundle(
 
 # ---- faults ------------------------------------------------------------------------------------------------------------
 
-# Some 2,400 steps, with a checkpoint every 100.
-LONG = [*SETTINGS, "train.epochs=3", "train.batch_size=8", "train.checkpoint_steps=100"]
+# Two epochs of 400 steps, with a checkpoint every 50.
+LONG = [*SETTINGS, "train.batch_size=16", "train.checkpoint_steps=50"]
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:
@@ -505,15 +505,15 @@ def undisturbed(work: Path) -> dict[str, Any]:
 def test_a_killed_worker_is_replaced_and_the_end_is_the_same_bit_for_bit(work: Path, undisturbed: dict[str, Any]) -> None:
     before = set((work / "runs" / "train").glob("*"))
     process = start("train", *LONG, cwd=work, RECSYS_MOE_TEST_WORKER="1")
-    folder = new_run(work / "runs", before, 900)  # in the second epoch
+    folder = new_run(work / "runs", before, 450)  # in the second epoch
     (worker,) = workers_of("RECSYS_MOE_TEST_WORKER=1")
     os.kill(worker, signal.SIGKILL)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "going on from step" in err
     summary = json.loads(out.splitlines()[-1])
     (resumed,) = [e for e in events_of(folder) if e["kind"] == "resume"]
-    assert resumed["step"] >= 900
+    assert resumed["step"] >= 450
     assert weights(summary["bundle"]) == weights(undisturbed["bundle"])
     assert summary["test"] == undisturbed["test"]
     assert not (folder / "state").exists()
@@ -523,7 +523,7 @@ def test_a_killed_worker_is_replaced_and_the_end_is_the_same_bit_for_bit(work: P
 def test_a_killed_driver_is_resumed_bit_for_bit(work: Path, undisturbed: dict[str, Any]) -> None:
     before = set((work / "runs" / "train").glob("*"))
     process = start("train", *LONG, cwd=work, RECSYS_MOE_TEST_DRIVER="1")
-    folder = new_run(work / "runs", before, 900)
+    folder = new_run(work / "runs", before, 450)
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 60
@@ -545,7 +545,7 @@ def test_a_killed_driver_is_resumed_bit_for_bit(work: Path, undisturbed: dict[st
 def test_two_workers_of_which_one_is_killed_train_every_row_once(work: Path) -> None:
     before = set((work / "runs" / "train").glob("*"))
     process = start("train", *LONG, "train.workers=[1,2]", cwd=work, RECSYS_MOE_TEST_TWO="1")
-    folder = new_run(work / "runs", before, 900)
+    folder = new_run(work / "runs", before, 450)
     _, second = workers_of("RECSYS_MOE_TEST_TWO=1")
     os.kill(second, signal.SIGKILL)
     out, err = process.communicate(timeout=600)
@@ -553,15 +553,15 @@ def test_two_workers_of_which_one_is_killed_train_every_row_once(work: Path) -> 
     events = events_of(folder)
     assert next(e["workers"] for e in events if e["kind"] == "start") == 2
     (resumed,) = [e for e in events if e["kind"] == "resume"]
-    assert resumed["step"] >= 900
+    assert resumed["step"] >= 450
     # Every state says which rows of its epoch were trained: those of the order's first batches, whoever trained them.
     data = PreparedData(next((work / "runs" / "prepared").glob("tiny-*")))
-    order = ShuffledBatches(data, "train", 8, 0)
+    order = ShuffledBatches(data, "train", 16, 0)
     states = {e["step"]: e for e in events if e["kind"] == "checkpoint"}
-    assert len(states) == 24
-    for epoch in range(3):
+    assert len(states) == 16
+    for epoch in range(2):
         count, seen = 0, 0
-        for step, batch in enumerate(order.epoch(epoch), epoch * 800 + 1):
+        for step, batch in enumerate(order.epoch(epoch), epoch * 400 + 1):
             count, seen = count + len(batch), (seen + fingerprint(batch.numbers_b)) % 2**63
             if step in states:
                 assert (states[step]["epoch"], states[step]["rows"], states[step]["fingerprint"]) == (epoch, count, seen)
