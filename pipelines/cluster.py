@@ -1,28 +1,105 @@
-"""One Ray instance for a command: local, quiet, and gone when the command ends."""
+"""One Ray instance for a command: local, quiet and gone when the command ends; or a cluster that is there already."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import ray
 from ray.job_config import JobConfig
 
+from recsys_moe.errors import UserError
 from recsys_moe.process import interrupts_deferred, local_ray_options
+from recsys_moe.typed import typed
+
+
+@typed
+class RayConfig:
+    """Which Ray a command uses.
+
+    `address`: None starts one on this machine for the command; `auto`, `HOST:PORT` or `ray://HOST:PORT` joins a cluster. Its
+    nodes need this package: installed there, or sent as the wheel that `wheel` names (`pip wheel --no-deps .` makes it). They
+    need the data and the runs folder too, under the same absolute paths.
+    """
+
+    address: str | None = None
+    wheel: str | None = None
 
 
 @contextmanager
-def local_ray() -> Iterator[None]:
-    """Start Ray if this process has none yet, and stop it again only then."""
+def ray_cluster(config: RayConfig, workers: int = 1) -> Iterator[None]:
+    """Join the cluster that `config` names, or start Ray here with room for `workers`.
+
+    Raises:
+        UserError: no cluster answers there, or its nodes have not this package.
+    """
+    if config.address is None:
+        with local_ray(workers):
+            yield
+        return
+    environment: dict[str, Any] = {"env_vars": {"PYTHONSAFEPATH": "1"}}
+    if config.wheel is not None:
+        wheel = Path(config.wheel).expanduser().absolute()
+        if not wheel.is_file() or wheel.suffix != ".whl":
+            raise UserError(f"ray.wheel {config.wheel!r} is no wheel; make one with `pip wheel --no-deps .` and name it")
+        environment["py_modules"] = [str(wheel)]
+    try:
+        with interrupts_deferred():
+            ray.init(config.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"ray.address {config.address!r} can't be joined ({reason}); start the cluster or leave it out"
+        ) from None
+    try:
+        _check_package(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_package(config: RayConfig) -> None:
+    """Let a node import this package before minutes are spent on data: the same version, found elsewhere than here."""
+    import recsys_moe
+
+    def version() -> str:
+        import recsys_moe
+
+        return recsys_moe.__version__
+
+    try:
+        found = ray.get(ray.remote(version).options(num_cpus=0).remote(), timeout=300)
+    except (ray.exceptions.RayError, ImportError) as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise UserError(
+            f"a node of {config.address!r} can't import recsys_moe ({reason}); install it there or name its wheel in ray.wheel"
+        ) from None
+    if found != recsys_moe.__version__:
+        raise UserError(
+            f"the nodes of {config.address!r} have recsys_moe {found}, not {recsys_moe.__version__}; install this one there or "
+            "name its wheel in ray.wheel"
+        )
+
+
+@contextmanager
+def local_ray(workers: int = 1) -> Iterator[None]:
+    """Start Ray with room for `workers` if this process has none yet, and stop it again only then."""
     if ray.is_initialized():
         yield
         return
+    # Workers of one machine talk over loopback, not over whatever interface its name resolves to.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # Ray puts the directory that it is started in on its workers' path, whatever PYTHONSAFEPATH says; in a checkout, a
     # worker would then find `kernels` and `pipelines` under their bare names, and `transformers` fails to import there.
     # All that this mark does is to leave it out. To step aside into another directory instead would move every thread of
     # this process, and MLflow, which opens meanwhile, resolves relative paths.
     job = JobConfig(_client_job=True)
+    options = local_ray_options(object_store_mb=200)
+    options["num_cpus"] = max(options["num_cpus"], workers + 1)
     try:
         with interrupts_deferred():
-            ray.init(**local_ray_options(object_store_mb=200), job_config=job)
+            ray.init(**options, job_config=job)
         yield
     finally:
         ray.shutdown()

@@ -6,6 +6,7 @@ what has been prepared once is found again.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,42 @@ def prepare(
     if folder.exists() and not force:
         return PreparedData(folder)
     chunks = plan_chunks(config, schema)
-    # The part that is being written is nobody's data yet: its name says so and is never looked up.
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{str(folder.parent)!r} can't be written ({error.strerror}); choose another runs_dir") from None
-    try:
+    with _unfinished(folder) as temporary:
         _write(config, schema, digest, chunks, temporary, progress)
         _put(temporary, folder, force)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return PreparedData(folder, verify=False)
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A folder to write what will be `folder`: nobody's data yet, as its name says, which is never looked up.
+
+    Its lock says that somebody is at work on it. What a killed preparation left has none, and is removed.
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(folder.parent):
+                for other in folder.parent.glob(f".{folder.name}.*"):
+                    with suppress(OSError), _locked(other, fcntl.LOCK_NB):
+                        shutil.rmtree(other, ignore_errors=True)
+                temporary.mkdir()
+                stack.enter_context(_locked(temporary))
+        except OSError as error:
+            raise UserError(f"{str(folder.parent)!r} can't be written ({error.strerror}); choose another runs_dir") from None
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
+
+
+@contextmanager
+def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | flags)
+        yield
+    finally:
+        os.close(handle)  # and with it the lock
 
 
 def _put(temporary: Path, folder: Path, force: bool) -> None:

@@ -133,22 +133,25 @@ def open_client(uri: str) -> "MlflowClient":
 
 
 class Run:
-    """An open MLflow run. Every method raises TrackingLost when MLflow can't be used."""
+    """An open MLflow run. Every method raises TrackingLost when MLflow can't be used.
+
+    `lost`: it could not be used once, so that metrics are missing. `ends_as` and `ended` (seconds; None: now) are for its end.
+    """
 
     def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str) -> None:
         self.client, self.run_id, self.experiment_id = client, run_id, experiment_id
         self.uri = client.tracking_uri
-        self._lost = False
+        self.lost = False
+        self.ends_as: str = "FINISHED"
+        self.ended: float | None = None
 
-    def log(self, metrics: dict[str, float | None], step: int) -> None:
-        """Metrics at a step; values that are not finite are left out. A server that was lost once is not asked again."""
-        if self._lost:
-            return
+    def log(self, metrics: dict[str, float | None], step: int, time_s: float) -> None:
+        """Metrics at a step, as of a time; values that are not finite are left out."""
         try:
             with _answering(self.uri):
-                self.client.log_batch(self.run_id, metrics=_metrics(metrics, step))
+                self.client.log_batch(self.run_id, metrics=_metrics(metrics, step, time_s))
         except TrackingLost:
-            self._lost = True
+            self.lost = True
             raise
 
     def log_bundle(self, folder: Path, config: TrackingConfig, name: str, summary: dict[str, Any]) -> str:
@@ -170,7 +173,7 @@ class Run:
             self.client.log_model_artifacts(model.model_id, str(folder))
             self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             self.client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, step)])
-            self.client.log_batch(self.run_id, metrics=_metrics(metrics, step, model.model_id, self.run_id))
+            self.client.log_batch(self.run_id, metrics=_metrics(metrics, step, time.time(), model.model_id, self.run_id))
             try:
                 self.client.create_registered_model(registered)
             except MlflowException as error:
@@ -183,12 +186,13 @@ class Run:
         return f"models:/{registered}/{version.version}"
 
 
-def _metrics(values: dict[str, float | None], step: int, model_id: str | None = None, run_id: str | None = None) -> list[Any]:
+def _metrics(
+    values: dict[str, float | None], step: int, time_s: float, model_id: str | None = None, run_id: str | None = None
+) -> list[Any]:
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
     finite = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-    return [Metric(k, v, now, step, model_id=model_id, run_id=run_id) for k, v in finite.items()]
+    return [Metric(k, v, int(time_s * 1000), step, model_id=model_id, run_id=run_id) for k, v in finite.items()]
 
 
 @contextmanager
@@ -198,35 +202,45 @@ def open_run(
     name: str,
     settings: dict[str, Any],
     dataset: dict[str, str],
+    run_id: str | None = None,
+    started: float | None = None,
 ) -> Iterator[Run]:
-    """Create a run with parameters, data set, revision and environment; end it FINISHED, FAILED or KILLED.
+    """Create a run with parameters, data set, revision and environment, or open `run_id` again; end it as `Run.ends_as` says,
+    FAILED or KILLED.
 
     Raises:
         TrackingLost: MLflow can't be used, at the start or when the run is to be closed.
     """
     tags = _source_tags()
+    new = run_id is None
     with _answering(client.tracking_uri):
-        experiment_id = _experiment_id(client, config.experiment)
-        run_id = client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+        if run_id is None:
+            experiment_id = _experiment_id(client, config.experiment)
+            start = None if started is None else int(started * 1000)
+            run_id = str(client.create_run(experiment_id, start, tags, run_name=name).info.run_id)
+        else:
+            experiment_id = client.get_run(run_id).info.experiment_id
+            client.update_run(run_id, status="RUNNING")
     run = Run(client, run_id, experiment_id)
     guard = _start_guard(client.tracking_uri, run.run_id)
     try:
-        with _answering(client.tracking_uri):
-            _describe_run(run, settings, dataset)
+        if new:
+            with _answering(client.tracking_uri):
+                _describe_run(run, settings, dataset)
         yield run
     except BaseException as error:
         with suppress(TrackingLost):  # the error on its way matters more
             _close(run, guard, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     else:
-        _close(run, guard, "FINISHED")
+        _close(run, guard, run.ends_as)
 
 
 def _close(run: Run, guard: subprocess.Popen[bytes], status: str) -> None:
     """End the run and let the guard go, which acts when its pipe closes without a word."""
     try:
         with _answering(run.uri):
-            run.client.set_terminated(run.run_id, status)
+            run.client.set_terminated(run.run_id, status, None if run.ended is None else int(run.ended * 1000))
     except TrackingLost as lost:
         raise TrackingLost(f"{lost}; run {run.run_id} is left open there, though it is {status}") from None
     finally:

@@ -1,14 +1,14 @@
 """`recsys-moe train`: prepare, train behind Ray Train, track in MLflow, leave a bundle.
 
-The worker runs the plain trainer and appends what happens to `events.jsonl`; the driver follows that file, shows it and
-sends it to MLflow. So the worker needs no MLflow, and a run outlives the loss of its server.
+The workers run the plain trainer, and the first of them appends what happens to `events.jsonl`; the driver follows that file,
+shows it and sends it to MLflow. So a worker needs no MLflow, a run outlives the loss of its server, and `sync` tells it later.
 """
 
 import json
+import os
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -18,15 +18,14 @@ from typing import Any
 
 from recsys_moe.errors import UserError
 from recsys_moe.models import ModelConfig
-from recsys_moe.pipelines.cluster import local_ray
+from recsys_moe.pipelines.cluster import RayConfig, ray_cluster
 from recsys_moe.pipelines.prepare import Progress, prepare
+from recsys_moe.pipelines.runs import Event, RunBusy, RunFolder, all_runs, find_run
 from recsys_moe.pipelines.tracking import Run, TrackingConfig, TrackingLost, describe_data, open_client, open_run
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig
-from recsys_moe.typed import dump, typed
-
-Event = dict[str, Any]
+from recsys_moe.typed import dump, parse, typed
 
 
 @typed
@@ -37,6 +36,7 @@ class TrainJob:
     model: ModelConfig
     train: TrainConfig
     tracking: TrackingConfig = TrackingConfig()
+    ray: RayConfig = RayConfig()
     runs_dir: str = "runs"
 
 
@@ -48,58 +48,162 @@ def train(
     """Run a job; returns its summary (the JSON of `recsys-moe train --json`).
 
     Raises:
-        UserError: a mistake in what was given; or MLflow is lost, in which case the message says where the bundle is.
+        UserError: a mistake in what was given; training failed, or MLflow is lost, in which cases the message says what is
+            kept where.
     """
     runs_dir = Path(job.runs_dir).absolute()
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    run_name = f"{job.data.name}-{job.model.name}-seed{job.train.seed}"
-    folder = runs_dir / "train" / f"{stamp}-{run_name}-{uuid.uuid4().hex[:6]}"
     uri = job.tracking.resolve(runs_dir)
-    with _run_folder(folder, job.runs_dir), ThreadPoolExecutor(1) as pool:
+    # Whoever goes on with the run may stand elsewhere.
+    settled = replace(job, runs_dir=str(runs_dir), data=replace(job.data, source=str(Path(job.data.source).absolute())))
+    try:
+        folder = RunFolder.create(runs_dir, f"{job.data.name}-{job.model.name}-seed{job.train.seed}", dump(settled), uri)
+    except OSError as error:
+        raise UserError(f"runs_dir {job.runs_dir!r} can't be written ({error.strerror}); choose another folder") from None
+    try:
+        return _run(settled, folder, on_event, on_prepare)
+    except BaseException:
+        # A run that has nothing to go on from goes again.
+        if not any(event["kind"] in ("epoch", "checkpoint") for event in folder.events()):
+            shutil.rmtree(folder.path, ignore_errors=True)
+            with suppress(OSError):  # other runs are in it
+                folder.path.parent.rmdir()
+        raise
+
+
+def resume(
+    name: str,
+    runs_dir: Path,
+    changes: dict[str, dict[str, Any]],
+    on_event: Callable[[Event], None] = lambda event: None,
+    on_prepare: Progress = lambda phase, done, total: None,
+) -> tuple[TrainJob, dict[str, Any]]:
+    """Go on with a run that was stopped, killed or lost, from its last checkpoint; returns its job and its summary.
+
+    `changes` are laid over the run's settings, by section.
+
+    Raises:
+        UserError: no such run, or one that has finished or is still going on; and as `train` does.
+    """
+    folder = find_run(name, runs_dir)
+    settings = {k: v | changes[k] if k in changes else v for k, v in folder.record.job.items()}
+    job: TrainJob = parse(TrainJob, settings, str(folder.path / "run.json"))
+    if folder.record.status == "FINISHED":
+        later = "" if folder.record.synced else "; tell MLflow of it with `recsys-moe runs sync`"
+        raise UserError(f"run {folder.path.name!r} has finished, its bundle is {str(folder.bundle)!r}{later}")
+    return job, _run(job, folder, on_event, on_prepare)
+
+
+def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on_prepare: Progress) -> dict[str, Any]:
+    with folder.locked(), _status_kept(folder), ThreadPoolExecutor(1) as pool:
         # Importing MLflow and migrating its database takes seconds: meanwhile Ray starts.
-        opening = pool.submit(open_client, uri)
-        with local_ray():
-            data = prepare(job.data, runs_dir, on_prepare)
-            described = describe_data(data.manifest)
+        opening = pool.submit(open_client, folder.record.uri)
+        workers = job.train.workers
+        with ray_cluster(job.ray, workers if isinstance(workers, int) else workers[0]):
+            data = prepare(job.data, Path(job.runs_dir), on_prepare)
+            folder.update(dataset=describe_data(data.manifest))
             summary = None
             try:
-                with open_run(opening.result(), job.tracking, run_name, dump(job), described) as run:
+                with _tracked(opening.result(), job, folder) as run:
                     summary = _fit(job, folder, data.folder, on_event, run)
-                    version = run.log_bundle(Path(summary["bundle"]), job.tracking, job.data.name, summary)
+                    _tell_rest(run, folder)
+                    _tell_bundle(run, job, folder, summary)
             except TrackingLost as lost:
                 if summary is None:
                     on_event({"kind": "warning", "message": f"{lost}. Training goes on without it."})
                     summary = _fit(job, folder, data.folder, on_event, None)
-                raise UserError(f"{lost}; the trained bundle is kept in {summary['bundle']!r}") from None
-    return {"model": job.model.name, "run_id": run.run_id, "version": version, **summary}
+                folder.update(status="FINISHED", ended=time.time())
+                raise UserError(
+                    f"{lost}; once it answers, `recsys-moe runs sync` tells it all; the trained bundle is kept in "
+                    f"{summary['bundle']!r}"
+                ) from None
+            folder.update(synced=True)
+    return {"model": job.model.name, "run_id": folder.record.run_id, "version": folder.record.version, **summary}
 
 
 @contextmanager
-def _run_folder(folder: Path, runs_dir: str) -> Iterator[None]:
-    """The folder of a run, which goes again when the run ends before it has finished an epoch."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"runs_dir {runs_dir!r} can't be written ({error.strerror}); choose another folder") from None
+def _status_kept(folder: RunFolder) -> Iterator[None]:
+    """Write into the record how the run ends; a driver that is killed leaves RUNNING there."""
+    folder.update(status="RUNNING", ended=None, synced=False)
     try:
         yield
-    except BaseException:
-        events = folder / "events.jsonl"
-        if not (events.exists() and '"kind": "epoch"' in events.read_text()):
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # other runs are in it
-                folder.parent.rmdir()
+    except BaseException as error:
+        if folder.record.status == "RUNNING":
+            with suppress(OSError):  # the error on its way matters more
+                folder.update(status="KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", ended=time.time())
         raise
+    folder.update(status="FINISHED", ended=time.time())
 
 
-def _fit(job: TrainJob, folder: Path, data: Path, on_event: Callable[[Event], None], run: Run | None) -> dict[str, Any]:
+@contextmanager
+def _tracked(client: Any, job: TrainJob, folder: RunFolder) -> Iterator[Run]:
+    """The run in MLflow: opened now, or once more."""
+    record = folder.record
+    assert record.dataset is not None
+    with open_run(client, job.tracking, record.name, dump(job), record.dataset, record.run_id, record.created) as run:
+        folder.update(run_id=run.run_id)
+        yield run
+
+
+def _tell_rest(run: Run, folder: RunFolder) -> None:
+    """Send the metrics again if some were lost on the way; one of the same time, step and value is one."""
+    if run.lost:
+        run.lost = False
+        for event in folder.events():
+            _log(run, event)
+
+
+def _tell_bundle(run: Run, job: TrainJob, folder: RunFolder, summary: dict[str, Any]) -> None:
+    if folder.record.version is None:
+        folder.update(version=run.log_bundle(folder.bundle, job.tracking, job.data.name, summary))
+
+
+def sync(runs_dir: Path, name: str | None = None) -> list[dict[str, Any]]:
+    """Tell MLflow all that it missed of each run, or of one: metrics, the bundle, how it ended.
+
+    Runs that are going on are left alone; one whose driver was killed has FAILED.
+
+    Returns:
+        For each run that was not known whole: its folder, MLflow's run id, the registered version (None: it left no bundle)
+        and its status.
+
+    Raises:
+        UserError: no such run, or MLflow can't be used.
+    """
+    told = []
+    for folder in [find_run(name, runs_dir)] if name else all_runs(runs_dir):
+        try:
+            with folder.locked():
+                folder = RunFolder(folder.path)  # as the process that had the lock has left it
+                if not folder.record.synced and folder.record.dataset is not None:
+                    told.append(_sync(folder))
+        except RunBusy:
+            if name:
+                raise
+    return told
+
+
+def _sync(folder: RunFolder) -> dict[str, Any]:
+    job: TrainJob = parse(TrainJob, folder.record.job, str(folder.path / "run.json"))
+    events = folder.events()
+    status = "FAILED" if folder.record.status == "RUNNING" else folder.record.status
+    with _tracked(open_client(folder.record.uri), job, folder) as run:
+        run.lost = True
+        _tell_rest(run, folder)
+        if status == "FINISHED":
+            _tell_bundle(run, job, folder, events[-1])
+        run.ends_as, run.ended = status, folder.record.ended
+    folder.update(status=status, synced=True)
+    record = folder.record
+    return {"run": str(folder.path), "run_id": record.run_id, "version": record.version, "status": status}
+
+
+def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event], None], run: Run | None) -> dict[str, Any]:
     """Train through Ray; returns the bundle's place, its metrics and the training's own figures.
 
     Raises:
-        UserError: training failed; names the bundle of the best epoch if there was one before.
+        UserError: training failed; says what there is to go on from, or names the bundle of the best epoch before.
     """
-
-    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     from recsys_moe.pipelines.worker import train_worker
@@ -110,69 +214,69 @@ def _fit(job: TrainJob, folder: Path, data: Path, on_event: Callable[[Event], No
         def _register_sigint_handler(self, controller: Any) -> None:
             pass
 
-    events = folder / "events.jsonl"
-    events.touch()
+    folder.events_file.touch()
+    workers = job.train.workers
+    if isinstance(workers, tuple) and job.ray.address is None:  # this machine has room for as many as it has cores
+        workers = (workers[0], max(workers[0], min(workers[1], os.cpu_count() or 1)))
     trainer = InterruptibleTrainer(
         train_worker,
         train_loop_config={
             "prepared": str(data),
-            "data": dump(replace(job.data, source=str(Path(job.data.source).absolute()))),
+            "data": dump(job.data),
             "model": dump(job.model),
             "train": dump(job.train),
-            "events": str(events),
+            "events": str(folder.events_file),
+            "state": str(folder.state),
+            "bundle": str(folder.bundle),
         },
-        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
-            storage_path=str(folder),
-            name="ray",
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="mean_quality", checkpoint_score_order="max"
-            ),
+            storage_path=str(folder.path), name="ray", failure_config=FailureConfig(max_failures=job.train.max_failures)
         ),
     )
-    with _following(events, lambda event: _tell(event, on_event, run)):
-        result = trainer.fit()
-    final = json.loads(events.read_text().splitlines()[-1])
-    bundle = folder / "bundle"
+    with _following(folder.events_file, lambda event: _tell(event, on_event, run)):
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _training_failed(error, folder) from None
+    final = folder.events()[-1]
     if final["kind"] == "error":
-        if result.checkpoint is None:
-            raise UserError(final["message"])
-        _keep_bundle(result.checkpoint, bundle)
-        raise UserError(f"{final['message']}; the bundle of the best epoch before is kept in {str(bundle)!r}")
-    if result.checkpoint is None:
-        raise RuntimeError("training ended without a checkpoint")
+        kept = f"; the bundle of the best epoch before is kept in {str(folder.bundle)!r}" if final["bundle"] else ""
+        raise UserError(f"{final['message']}{kept}")
     measured = {key: final[key] for key in ("validation", "test", "train")}
-    _keep_bundle(result.checkpoint, bundle, measured)
-    return {"bundle": str(bundle), **measured}
+    write_json(folder.bundle / "metrics.json", measured)
+    shutil.rmtree(folder.state, ignore_errors=True)
+    return {"bundle": str(folder.bundle), **measured}
 
 
-def _keep_bundle(checkpoint: Any, bundle: Path, metrics: dict[str, Any] | None = None) -> None:
-    """Copy a checkpoint to its place, whole or not at all; `metrics` replace its validation metrics.
-
-    Only an epoch that is the best so far leaves a checkpoint: the last one is the best.
-    """
-    temporary = bundle.with_name(f".{bundle.name}.tmp")
-    with checkpoint.as_directory() as best:
-        shutil.copytree(best, temporary)
-    if metrics:
-        write_json(temporary / "metrics.json", metrics)
-    temporary.rename(bundle)
+def _training_failed(error: Exception, folder: RunFolder) -> UserError:
+    """What is said when workers are lost more often than `train.max_failures` allows; the traceback goes into a file."""
+    log = folder.path / "failure.txt"
+    log.write_text(str(error))
+    last = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+    return UserError(
+        f"training failed once more than train.max_failures allows ({last[:300]}; the whole of it is in {str(log)!r}); mend "
+        f"the cause and go on with `recsys-moe train --resume {folder.path}`"
+    )
 
 
 @contextmanager
 def _following(path: Path, tell: Callable[[Event], None]) -> Iterator[None]:
-    """Tell every line of a growing file of JSON lines, in the background, until the block ends."""
+    """Tell every line that a file of JSON lines grows by, in the background, until the block ends."""
     ended = threading.Event()
+    start = path.stat().st_size
 
     def follow() -> None:
         with path.open() as file:
+            file.seek(start)
             rest = ""
             while True:
                 last_look = ended.is_set()
                 rest += file.read()
                 *lines, rest = rest.split("\n")
                 for line in lines:
-                    tell(json.loads(line))
+                    with suppress(json.JSONDecodeError):  # what a killed worker left half written
+                        tell(json.loads(line))
                 if last_look:
                     return
                 ended.wait(0.2)
@@ -188,12 +292,19 @@ def _following(path: Path, tell: Callable[[Event], None]) -> Iterator[None]:
 
 def _tell(event: Event, on_event: Callable[[Event], None], run: Run | None) -> None:
     on_event(event)
-    if run is None or "step" not in event:
+    if run is None or run.lost:
+        return
+    try:
+        _log(run, event)
+    except TrackingLost as lost:  # the metrics stay in events.jsonl; training must not end with its observer
+        on_event({"kind": "warning", "message": f"{lost}. Metrics are kept in the run's events.jsonl."})
+
+
+def _log(run: Run, event: Event) -> None:
+    """Send an event's metrics, as of when it happened."""
+    if event["kind"] not in ("step", "epoch"):
         return
     metrics = {k: v for k, v in event.items() if k.startswith(("train.", "validation."))}
     for task, values in event.get("validation", {}).items():
         metrics |= {f"validation.{task}.{name}": value for name, value in values.items()}
-    try:
-        run.log(metrics, event["step"])
-    except TrackingLost as lost:  # the metrics stay in events.jsonl; training must not end with its observer
-        on_event({"kind": "warning", "message": f"{lost}. Metrics are kept in the run's events.jsonl."})
+    run.log(metrics, event["step"], event["time"])

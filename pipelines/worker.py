@@ -1,15 +1,16 @@
-"""What Ray Train runs in the training worker: the plain trainer, its events written to a file, checkpoints reported."""
+"""What Ray Train runs in each training worker: the plain trainer; the first worker writes events and the bundle."""
 
 import json
-import tempfile
+import os
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import ray.train
-from ray.train import Checkpoint
+from typing import Any, TextIO
 
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
+from recsys_moe.checkpoint import Checkpoints
+from recsys_moe.distributed import rank, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.models import ModelConfig
 from recsys_moe.process import keep_freed_memory, peak_memory, use_all_cores
@@ -18,25 +19,36 @@ from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate, undefined_quality_warnings
 from recsys_moe.typed import parse, plain
 
+Tell = Callable[[dict[str, Any]], None]
+
 
 def train_worker(config: dict[str, Any]) -> None:
-    """Train; a user's mistake ends the event log instead of a traceback."""
-    with Path(config["events"]).open("a", buffering=1) as log:
+    """Train; a user's mistake, which all workers meet alike, ends the event log instead of a traceback."""
+    with Path(config["events"] if rank() == 0 else os.devnull).open("a+", buffering=1) as log:
+        _end_line(log)
 
         def tell(event: dict[str, Any]) -> None:
-            log.write(json.dumps(plain(event)) + "\n")
+            log.write(json.dumps(plain(event | {"time": time.time()})) + "\n")
 
-        try:
-            with peak_memory() as peak:
-                summary = _train(config, tell)
-            summary["train"]["peak_anon_mb"] = round(peak.mb, 1)
-            tell(summary)
-        except UserError as error:
-            tell({"kind": "error", "message": str(error)})
+        with peak_memory() as peak:
+            last = _train(config, tell)
+        if last["kind"] == "done":
+            last["train"]["peak_anon_mb"] = round(peak.mb, 1)
+        tell(last)
 
 
-def _train(config: dict[str, Any], tell: Any) -> dict[str, Any]:
-    use_all_cores()
+def _end_line(log: TextIO) -> None:
+    """Close the line that a worker before was writing when it was killed."""
+    end = log.tell()
+    if end:
+        log.seek(end - 1)
+        if log.read() != "\n":
+            log.write("\n")
+
+
+def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The last event: what was reached, or why nothing was."""
+    use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     keep_freed_memory()
     # The driver has verified the checksums when it opened or wrote the data.
     data = PreparedData(Path(config["prepared"]), verify=False)
@@ -44,29 +56,26 @@ def _train(config: dict[str, Any], tell: Any) -> dict[str, Any]:
     train_config: TrainConfig = parse(TrainConfig, config["train"], "train")
     source = parse(DataConfig, config["data"], "data")
     described = BundleConfig(FORMAT, model_config, train_config.precision, source, data.manifest.digest)
-
-    def on_event(event: dict[str, Any]) -> None:
-        tell(event)
-        if event["kind"] != "epoch":
-            return
-        metrics = {"mean_quality": event["validation.mean_quality"], "epoch": event["epoch"]}
-        if not event["best"]:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            bundle = Path(folder) / "bundle"
-            save_bundle(bundle, trainer.model, described, data.transform, {"validation": plain(event["validation"])})
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(bundle))
-
-    trainer = Trainer(data, model_config, train_config, on_event)
-    tell({"kind": "start", "total_steps": trainer.total_steps})
-    result = trainer.fit()
+    bundle = Path(config["bundle"])
+    trainer: Trainer | None = None
+    try:
+        trainer = Trainer(data, model_config, train_config, tell, Checkpoints(Path(config["state"])))
+        tell({"kind": "start", "step": trainer.step, "total_steps": trainer.total_steps, "workers": world_size()})
+        result = trainer.fit()
+    except UserError as error:
+        best = trainer.progress.best if trainer else None
+        if trainer and best:
+            trainer.model.load_state_dict(trainer.best_weights)
+            _save(bundle, trainer, described, {"validation": {t: asdict(m) for t, m in best.validation.items()}})
+        return {"kind": "error", "message": str(error), "bundle": str(bundle) if best else None}
+    validation = {task: asdict(m) for task, m in result.validation.items()}
+    _save(bundle, trainer, described, {"validation": validation})
     test = evaluate(trainer.model, data, "test")
     for message in undefined_quality_warnings(test, "test"):
         tell({"kind": "warning", "message": message})
     return {
         "kind": "done",
-        "validation": {task: asdict(m) for task, m in result.validation.items()},
+        "validation": validation,
         "test": {task: asdict(m) for task, m in test.items()},
         "train": {
             "samples_per_s": round(result.samples_per_s, 1),
@@ -77,3 +86,10 @@ def _train(config: dict[str, Any], tell: Any) -> dict[str, Any]:
             "seconds": round(result.seconds, 3),
         },
     }
+
+
+def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict[str, Any]) -> None:
+    """Gather the tables and let the first worker write the bundle."""
+    weights = trainer.whole_weights()
+    if rank() == 0:
+        save_bundle(bundle, weights, described, trainer.data.transform, plain(metrics))

@@ -11,11 +11,13 @@ No pickle: loading a bundle runs no code from it.
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads
@@ -90,8 +92,10 @@ class Bundle:
         return self.transform.schema
 
 
-def save_bundle(folder: Path, model: Ranker, config: BundleConfig, transform: Transform, metrics: dict[str, Any]) -> None:
-    """Write a bundle under a temporary name, then move it into place."""
+def save_bundle(
+    folder: Path, weights: Mapping[str, Tensor], config: BundleConfig, transform: Transform, metrics: dict[str, Any]
+) -> None:
+    """Write a bundle, a model's `state_dict` in it, under a temporary name, then move it into place."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -99,8 +103,8 @@ def save_bundle(folder: Path, model: Ranker, config: BundleConfig, transform: Tr
     write_json(temporary / "schema.json", dump(transform.schema))
     write_json(temporary / "statistics.json", dump(transform.statistics))
     write_json(temporary / "metrics.json", metrics)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(weights, temporary / "model.safetensors")
+    own = {name: tensor.clone() for name, tensor in weights.items()}  # tables share one storage
+    safetensors.torch.save_file(own, temporary / "model.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

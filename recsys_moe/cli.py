@@ -34,6 +34,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Prepare log rows, or make synthetic ones.")
 app.add_typer(data_app, name="data")
+runs_app = typer.Typer(no_args_is_help=True, help="What training runs left behind.")
+app.add_typer(runs_app, name="runs")
 bench_app = typer.Typer(no_args_is_help=True, help="Time the project's parts beside what people would use instead.")
 app.add_typer(bench_app, name="bench")
 
@@ -51,11 +53,25 @@ def root() -> None:
 
 
 @app.command(epilog="Example: `recsys-moe train data=census_full model=mmoe train.seed=1 train.epochs=4 --json`")
-def train(overrides: Overrides = None, json: Json = False) -> None:
-    """Prepare the data if need be, train a model, track the run in MLflow, leave a bundle."""
+def train(
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with a run that was stopped or lost: its folder, its name or MLflow's run id.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Prepare the data if need be, train a model, track the run in MLflow, leave a bundle.
+
+    With --resume the settings are the run's own; `train.workers`, `train.max_failures`, `train.checkpoint_…` and `ray.…` may
+    differ.
+    """
     from recsys_moe.console import PhaseProgress, number, print_json, print_metrics, progress, qualities, stderr, stdout
 
-    job = _job(_compose(overrides))
+    if resume is None:
+        job = _job(_compose(overrides))
+    else:
+        config, changes = _compose(overrides, needs_data=False), _changes(overrides or [])
+    from recsys_moe.pipelines.train import resume as resume_job
     from recsys_moe.pipelines.train import train as run_job
 
     with progress() as display:
@@ -65,7 +81,9 @@ def train(overrides: Overrides = None, json: Json = False) -> None:
             if event["kind"] == "warning":
                 stderr.print(f"warning: {event['message']}", style="yellow", soft_wrap=True)
             elif event["kind"] == "start":
-                phases("train", 0, event["total_steps"])
+                phases("train", event["step"], event["total_steps"])
+            elif event["kind"] == "resume":
+                stderr.print(f"going on from step {event['step']:,}, in epoch {event['epoch'] + 1}", soft_wrap=True)
             elif event["kind"] in ("step", "epoch"):
                 note = f"loss {event['train.loss']:.4f}  {event['train.samples_per_s']:,.0f} samples/s"
                 phases("train", event["step"], event["total_steps"], note)
@@ -76,7 +94,11 @@ def train(overrides: Overrides = None, json: Json = False) -> None:
                     f"epoch {event['epoch']}: validation {qualities(event['validation'])}  mean {mean}{best}", soft_wrap=True
                 )
 
-        summary = run_job(job, on_event, phases)
+        if resume is None:
+            summary = run_job(job, on_event, phases)
+        else:
+            changed = {section: {key: config[section][key] for key in keys} for section, keys in changes.items()}
+            job, summary = resume_job(resume, Path(config["runs_dir"]).absolute(), changed, on_event, phases)
     if json:
         print_json(summary)
         return
@@ -100,10 +122,10 @@ def prepare(
 
     config = _compose(overrides)
     data: DataConfig = _section(config, "data")
-    from recsys_moe.pipelines.cluster import local_ray
+    from recsys_moe.pipelines.cluster import ray_cluster
     from recsys_moe.pipelines.prepare import prepare as run_prepare
 
-    with progress() as display, local_ray():
+    with progress() as display, ray_cluster(_section(config, "ray")):
         prepared = run_prepare(data, Path(config["runs_dir"]).absolute(), PhaseProgress(display), force)
     rows = {part: prepared.manifest.rows(part) for part in PARTS}
     if json:
@@ -294,6 +316,29 @@ def score(
         stdout.print(f"{rows:,} rows scored into {target}", soft_wrap=True)
 
 
+@runs_app.command(epilog="Example: `recsys-moe runs sync`")
+def sync(
+    run: Annotated[str | None, typer.Argument(help="One run: its folder, its name or MLflow's run id [default: all].")] = None,
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Tell MLflow what it missed while it was away: metrics, bundles, how runs ended."""
+    from recsys_moe.console import print_json, stdout
+    from recsys_moe.pipelines.train import sync as tell
+
+    if run is not None and "=" in run:
+        overrides, run = [run, *(overrides or [])], None
+    config = _compose(overrides, needs_data=False)
+    told = tell(Path(config["runs_dir"]).absolute(), run)
+    if json:
+        print_json({"runs": told})
+        return
+    for row in told:
+        stdout.print(f"{row['run']}: {row['status']}, run {row['run_id']}, {row['version'] or 'no bundle'}", soft_wrap=True)
+    if not told:
+        stdout.print("MLflow knows every run whole")
+
+
 @bench_app.command("kernels", epilog="Example: `recsys-moe bench kernels layer loop --json`")
 def bench_kernels(
     cases: Annotated[list[str] | None, typer.Argument(help="layer, loop, home, scaling; all if none is named.")] = None,
@@ -374,8 +419,28 @@ def _job(config: dict[str, Any]) -> Any:
     from recsys_moe.pipelines.train import TrainJob
     from recsys_moe.typed import parse
 
-    parts = {key: config[key] for key in ("data", "model", "train", "tracking", "runs_dir")}
+    parts = {key: config[key] for key in ("data", "model", "train", "tracking", "ray", "runs_dir")}
     return parse(TrainJob, parts, "configuration")
+
+
+# What a run that goes on may have differently from before.
+CHANGEABLE = {
+    "train": ("workers", "max_failures", "checkpoint_steps", "checkpoint_seconds"),
+    "ray": ("address", "wheel"),
+}
+
+
+def _changes(overrides: list[str]) -> dict[str, list[str]]:
+    """The keys that a resumed run's settings change in, by section."""
+    changes: dict[str, list[str]] = {}
+    for override in overrides:
+        section, _, key = override.partition("=")[0].partition(".")
+        if section == "runs_dir":
+            continue
+        if key not in CHANGEABLE.get(section, ()):
+            raise UserError(f"{override!r} can't change when a run goes on; leave it out, or train anew with it")
+        changes.setdefault(section, []).append(key)
+    return changes
 
 
 def _resolve(model: str, overrides: list[str] | None) -> tuple[Path, dict[str, Any]]:
@@ -394,6 +459,7 @@ SECTIONS = {
     "train": ("recsys_moe.trainer", "TrainConfig"),
     "serve": ("recsys_moe.serving.app", "ServeConfig"),
     "tracking": ("recsys_moe.pipelines.tracking", "TrackingConfig"),
+    "ray": ("recsys_moe.pipelines.cluster", "RayConfig"),
     "runs_dir": ("builtins", "str"),
 }
 

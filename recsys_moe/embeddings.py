@@ -18,6 +18,21 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from recsys_moe.transforms import Inputs
 
+ADAGRAD = {"lr": 0.02, "eps": 1e-8}
+"""What the tables' optimizer starts with; `set_lr` is called before every step."""
+
+
+Pooling = Literal["sum", "mean"]
+
+
+def table_configs(names: list[str], cardinalities: list[int], width: int, pooling: Pooling) -> list[EmbeddingBagConfig]:
+    """One table per feature."""
+    kind = PoolingType(pooling.upper())
+    return [
+        EmbeddingBagConfig(name=_table_name(name), embedding_dim=width, num_embeddings=rows, feature_names=[name], pooling=kind)
+        for name, rows in zip(names, cardinalities, strict=True)
+    ]
+
 
 class FusedEmbeddings(FusedEmbeddingBagCollection):
     """One table per feature, all of one width and pooling, in one fused table batch whose backward pass applies Adagrad.
@@ -34,18 +49,9 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         pooling: what a row's ids become where they are not just one: their embeddings' sum or mean, zero if there is none.
     """
 
-    def __init__(self, names: list[str], cardinalities: list[int], width: int, pooling: Literal["sum", "mean"] = "sum") -> None:
-        tables = [
-            EmbeddingBagConfig(
-                name=_table_name(name),
-                embedding_dim=width,
-                num_embeddings=rows,
-                feature_names=[name],
-                pooling=PoolingType(pooling.upper()),
-            )
-            for name, rows in zip(names, cardinalities, strict=True)
-        ]
-        super().__init__(tables, torch.optim.Adagrad, {"lr": 0.02, "eps": 1e-8}, device=torch.device("cpu"))
+    def __init__(self, names: list[str], cardinalities: list[int], width: int, pooling: Pooling = "sum") -> None:
+        tables = table_configs(names, cardinalities, width, pooling)
+        super().__init__(tables, torch.optim.Adagrad, ADAGRAD, device=torch.device("cpu"))
         self._lookup._emb_module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         self._names = names
         # torchrec draws the tables from ±1/√rows and heeds no init_fn here. Missing and unknown start at zero: where training
@@ -71,6 +77,17 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()  # applies nothing but the rate
+
+    def adagrad(self) -> dict[str, Tensor]:
+        """Adagrad's sums of squares for each table, by the table's name in `state_dict`."""
+        states = self._lookup._emb_module.split_optimizer_states()
+        return {name: state for name, (state,) in zip(self.state_dict(), states, strict=True)}
+
+
+def draw_table(weight_rd: Tensor, config: EmbeddingBagConfig) -> None:
+    """Fill a table as `FusedEmbeddings` does its own."""
+    weight_rd.uniform_(config.get_weight_init_min(), config.get_weight_init_max())
+    weight_rd[:2] = 0
 
 
 def one_id_each(names: list[str], ids_bf: Tensor) -> KeyedJaggedTensor:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from recsys_moe.distributed import synced, synced_expert_mlp, synced_sparse_expert_mlp
 from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
 from recsys_moe.routing import SparsePlan
 
@@ -55,14 +56,17 @@ class MLPExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, D]` or `[B, E, D]` → `[B, E, H]`."""
         for layer in self._layers():
-            x = expert_mlp(x, layer, invariant=self._invariant())
+            x = synced_expert_mlp(x, layer) if synced((layer,)) else expert_mlp(x, layer, invariant=self._invariant())
         return x.float()
 
     def combine(self, x_bd: Tensor, plan: SparsePlan) -> Tensor:
         """The weighted sum of the experts that a sparse plan names: x `[B, D]` → `[R, H]`, fp32. Nothing else is computed."""
+        layers = self._layers()
+        if synced(layers):
+            return synced_sparse_expert_mlp(x_bd, layers, plan)
         return sparse_expert_mlp(
             x_bd,
-            self._layers(),
+            layers,
             plan.expert_ids,
             plan.weights,
             plan.order,

@@ -82,11 +82,11 @@ def interrupts_deferred() -> Iterator[None]:
             before(signal.SIGINT, None)
 
 
-def use_all_cores() -> None:
-    """Let torch use every core: Ray limits its workers to the CPUs that they reserve, one by default."""
+def use_all_cores(processes: int = 1) -> None:
+    """Let torch use every core, or its share of them: Ray limits its workers to the CPUs that they reserve, one by default."""
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 def keep_freed_memory() -> None:

@@ -1,13 +1,13 @@
 """A whole model: torchrec embeddings in front, a family's network behind."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.embeddings import FusedEmbeddings, JaggedTensor, KeyedJaggedTensor, last_ids, one_id_each
+from recsys_moe.embeddings import FusedEmbeddings, JaggedTensor, KeyedJaggedTensor, Pooling, last_ids, one_id_each
 from recsys_moe.experts import Towers
 from recsys_moe.models import MODELS
 from recsys_moe.routing import RoutingPlan
@@ -22,7 +22,7 @@ class Ranker(nn.Module):
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
     training: nothing else regularises them. `start` has the outputs that a fresh model starts at, task by task (None: the
-    weights are loaded).
+    weights are loaded). With `sharded` the tables are shared out among the workers of this process group.
     """
 
     def __init__(
@@ -35,15 +35,16 @@ class Ranker(nn.Module):
         precision: str = "fp32",
         lists: Sequence[ListInput] = (),
         start: Sequence[Sequence[float]] | None = None,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         self.sparse_names, self.lists = sparse_names, lists
         width = config.embedding_dim
-        self.dropout = config.dropout
-        self.embeddings = FusedEmbeddings(sparse_names, cardinalities, width) if sparse_names else None
+        self.dropout, tables = config.dropout, _tables(sharded)
+        self.embeddings = tables(sparse_names, cardinalities, width) if sparse_names else None
         self.pooled = nn.ModuleDict(
             {
-                pooling: FusedEmbeddings([f.name for f in of], [f.cardinality for f in of], width, pooling)
+                pooling: tables([f.name for f in of], [f.cardinality for f in of], width, pooling)
                 for pooling in ("sum", "mean")
                 if (of := [f for f in lists if _table_pooling(f) == pooling])
             }
@@ -83,13 +84,29 @@ class Ranker(nn.Module):
         """Everything but the embedding tables."""
         return list(self.network.parameters())
 
+    def adagrad(self) -> dict[str, Tensor]:
+        """The state of the tables' optimizer, by the names that the tables have in `state_dict`."""
+        return {prefix + name: sums for prefix, tables in self._all_tables() for name, sums in tables.adagrad().items()}
+
     def set_embedding_lr(self, rate: float) -> None:
         """The learning rate of the fused embedding optimizer, from the next backward pass on."""
-        for tables in (self.embeddings, *self.pooled.values()):
-            if isinstance(tables, FusedEmbeddings):
-                tables.set_lr(rate)
+        for _, tables in self._all_tables():
+            tables.set_lr(rate)
+
+    def _all_tables(self) -> list[tuple[str, Any]]:
+        """Every table batch and the prefix of its names in `state_dict`."""
+        batches = [("embeddings.", self.embeddings)] if self.embeddings is not None else []
+        return [*batches, *((f"pooled.{pooling}.", tables) for pooling, tables in self.pooled.items())]
 
 
-def _table_pooling(feature: ListInput) -> Literal["sum", "mean"]:
+def _table_pooling(feature: ListInput) -> Pooling:
     # The last one alone is the sum of one.
     return "mean" if feature.pooling == "mean" else "sum"
+
+
+def _tables(sharded: bool) -> type[Any]:
+    if not sharded:
+        return FusedEmbeddings
+    from recsys_moe.sharding import ShardedEmbeddings  # imports a second's worth of torchrec
+
+    return ShardedEmbeddings

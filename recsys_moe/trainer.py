@@ -1,17 +1,24 @@
-"""The plain trainer: no Ray, no MLflow. What happens is told to a callback; the best weights are kept."""
+"""The plain trainer: no Ray, no MLflow. What happens is told to a callback; the best weights are kept.
+
+It runs in one process, or in several of a torch process group, which then train as one; it can stop at any time and go on
+from its last checkpoint.
+"""
 
 import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
-from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
+from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows, piece
+from recsys_moe.checkpoint import Checkpoints
+from recsys_moe.distributed import agreed, gather_pieces, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
 from recsys_moe.losses import multi_task_loss
@@ -21,6 +28,7 @@ from recsys_moe.shards import PreparedData
 from recsys_moe.typed import typed
 
 Event = dict[str, Any]
+Workers = Annotated[int, Field(ge=1)]
 
 
 @typed
@@ -34,6 +42,10 @@ class TrainConfig:
     Training stops when the mean validation quality (of a binary task its AUC; see `recsys_moe.heads`) has not risen for
     `patience` epochs (0: never) and keeps the best epoch.
     `precision` is the experts' (`bf16`: their matrix products; gates, norms, towers and losses stay fp32).
+
+    `workers` share each batch of `batch_size`: a number, or two bounds between which Ray finds room. A resumable state is
+    written every `checkpoint_steps` steps and every `checkpoint_seconds` (0: not so); a worker that is lost costs what was
+    trained since, and `max_failures` such losses are borne.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -46,6 +58,16 @@ class TrainConfig:
     clip_norm: Annotated[float, Field(ge=0)] = 10.0
     patience: Annotated[int, Field(ge=0)] = 3
     precision: Literal["fp32", "bf16"] = "fp32"
+    workers: Workers | tuple[Workers, Workers] = 1
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 300.0
+    max_failures: Annotated[int, Field(ge=0)] = 3
+
+    @model_validator(mode="after")
+    def check_workers(self) -> Self:
+        if isinstance(self.workers, tuple) and self.workers[0] > self.workers[1]:
+            raise ValueError(f"train.workers is {list(self.workers)}: write the smaller bound first")
+        return self
 
 
 @dataclass
@@ -61,16 +83,33 @@ class TrainResult:
     validation: dict[str, TaskMetrics] = field(default_factory=dict)
 
 
+@dataclass
+class Progress:
+    """Where training stands: after `batch` batches of `epoch` (from 0 on). `loss` and `rows` are the epoch's so far, and
+    `fingerprint` says which rows they were."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    rows: int = 0
+    fingerprint: int = 0
+    seconds: float = 0.0
+    best: TrainResult | None = None
+
+
 class Trainer:
-    """Trains a `Ranker` on prepared data.
+    """Trains a `Ranker` on prepared data, together with the other workers of this process group, if there is one.
 
     Args:
         model_config: a family's configuration (see `recsys_moe.models`).
         on_event: called with progress (`{"kind": "step", …}` about twice a second) and after each epoch
             (`{"kind": "epoch", …}` with the validation metrics of each task and whether it is the best so far).
+        checkpoints: where resumable states are kept; training goes on from the newest. It ends with the very bits of a
+            training that was never interrupted, given as many workers.
 
     Raises:
-        UserError: a loss that is not finite, or a validation part in which no task has a quality.
+        UserError: a loss that is not finite, a validation part in which no task has a quality, or a state of other data.
     """
 
     def __init__(
@@ -79,9 +118,10 @@ class Trainer:
         model_config: Any,
         config: TrainConfig,
         on_event: Callable[[Event], None] = lambda event: None,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
-        self.data, self.config, self.on_event = data, config, on_event
+        self.data, self.config, self.on_event, self.checkpoints = data, config, on_event, checkpoints
         self.model = build_ranker(data, model_config, config.precision)
         self.dense = self.model.dense_parameters()
         # Decay is for what multiplies the inputs: a bias holds its task's rate, and a norm's scale belongs at 1, not at 0.
@@ -91,44 +131,50 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
         self.heads = Heads(data.schema, data.transform.statistics)
         self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks])
-        self.batches = ShuffledBatches(data, "train", config.batch_size, config.seed)
+        self.batches = ShuffledBatches(data, "train", config.batch_size, config.seed, rank(), world_size())
         self.rows = data.manifest.rows("train")
         self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
-        self.step = 0
+        self.progress = Progress()
+        self.best_weights: dict[str, Tensor] = {}
+        self._saved_at = time.monotonic()
+        if checkpoints is not None:
+            self._resume(checkpoints)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
 
     def fit(self) -> TrainResult:
         """Train, stop early, and leave the best epoch's weights in `self.model`."""
-        best: TrainResult | None = None
-        best_weights: dict[str, Tensor] = {}
+        p = self.progress
         if self.config.precision == "bf16" and not has_bf16():
             message = "this CPU has no bf16 instructions: train.precision=bf16 will be slower here than fp32"
             self.on_event({"kind": "warning", "message": message})
-        seconds = 0.0
-        for epoch in range(self.config.epochs):
-            start = time.perf_counter()
-            loss = self._train_epoch(epoch, seconds)
-            seconds += time.perf_counter() - start
+        while p.epoch < self.config.epochs:
+            loss = self._train_epoch()
             validation = evaluate(self.model, self.data, "validation")
-            if epoch == 0:
+            if p.epoch == 0:
                 for message in undefined_quality_warnings(validation, "validation"):
                     self.on_event({"kind": "warning", "message": message})
             mean = mean_quality(validation)
-            rate = (epoch + 1) * self.rows / seconds
+            p.epoch, p.batch, p.loss, p.rows, p.fingerprint = p.epoch + 1, 0, 0.0, 0, 0
+            rate = p.epoch * self.rows / p.seconds
             if math.isnan(mean):
                 raise UserError(
                     "no task has both classes, or labels that differ, in the validation part; make data.split.validation larger"
                 )
-            improved = best is None or mean > best.best_quality
+            improved = p.best is None or mean > p.best.best_quality
             if improved:
-                best = TrainResult(epoch + 1, self.rows, seconds, rate, epoch + 1, mean, validation)
-                best_weights = copy.deepcopy(self.model.state_dict())
-            assert best is not None
-            best.epochs, best.seconds, best.samples_per_s = epoch + 1, seconds, rate
+                p.best = TrainResult(p.epoch, self.rows, p.seconds, rate, p.epoch, mean, validation)
+                self.best_weights = copy.deepcopy(self.model.state_dict())
+            assert p.best is not None
+            p.best.epochs, p.best.seconds, p.best.samples_per_s = p.epoch, p.seconds, rate
             self.on_event(
                 {
                     "kind": "epoch",
-                    "epoch": epoch + 1,
-                    "step": self.step,
+                    "epoch": p.epoch,
+                    "step": p.step,
                     "total_steps": self.total_steps,
                     "train.loss": loss,
                     "train.samples_per_s": rate,
@@ -137,47 +183,65 @@ class Trainer:
                     "best": improved,
                 }
             )
-            if self.config.patience and epoch + 1 - best.best_epoch >= self.config.patience:
+            if self.config.patience and p.epoch - p.best.best_epoch >= self.config.patience:
                 break
-        assert best is not None
-        self.model.load_state_dict(best_weights)
-        return best
+        assert p.best is not None
+        self.model.load_state_dict(self.best_weights)
+        return p.best
 
-    def _train_epoch(self, epoch: int, seconds_before: float) -> float:
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's `state_dict` with all tables, on worker 0; every worker must ask for it."""
+        if world_size() == 1:
+            return dict(self.model.state_dict())
+        from recsys_moe.sharding import whole_state
+
+        return whole_state(self.model)
+
+    def _train_epoch(self) -> float:
         self.model.train()
-        total, rows, told, start = 0.0, 0, time.perf_counter(), time.perf_counter()
-        for batch in self.batches.epoch(epoch):
+        p = self.progress
+        told = start = time.perf_counter()
+        before = p.seconds
+        for batch in self.batches.epoch(p.epoch, p.batch):
             loss = self._train_step(batch)
             if not math.isfinite(loss):
-                raise UserError(f"the loss became {loss} at step {self.step}; lower train.lr or train.embedding_lr")
-            total += loss * len(batch)
-            rows += len(batch)
+                raise UserError(f"the loss became {loss} at step {p.step}; lower train.lr or train.embedding_lr")
+            size = min(self.config.batch_size, self.rows - p.rows)
+            p.loss, p.rows, p.batch = p.loss + loss * size, p.rows + size, p.batch + 1
+            p.fingerprint = (p.fingerprint + fingerprint(batch.numbers_b)) % 2**63
             now = time.perf_counter()
+            p.seconds = before + now - start
             if now - told > 0.5:
                 told = now
-                rate = (epoch * self.rows + rows) / (seconds_before + now - start)
                 self.on_event(
                     {
                         "kind": "step",
-                        "step": self.step,
+                        "step": p.step,
                         "total_steps": self.total_steps,
-                        "train.loss": total / rows,
-                        "train.samples_per_s": rate,
+                        "train.loss": p.loss / p.rows,
+                        "train.samples_per_s": (p.epoch * self.rows + p.rows) / p.seconds,
                     }
                 )
-        return total / rows
+            if self._is_due():
+                self._save()
+        self._check_rows()
+        return p.loss / p.rows
 
     def _train_step(self, batch: Batch) -> float:
         self._set_rates()
+        if world_size() > 1:
+            # Dropout by the step: however many workers there are, and whichever was lost, a state needs no more than that.
+            torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.step, rank())).generate_state(1)[0]))
         outputs, _ = self.model(batch.ids_bf, batch.dense_bd, batch.lists)
         losses = self.heads.losses(outputs, batch.labels_bt)
-        loss = multi_task_loss(losses, batch.weights_bt, self.task_weights_t)
+        loss = multi_task_loss(losses, batch.weights_bt, self.task_weights_t, total(batch.weights_bt.sum(0)))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss = sum_gradients(self.dense, loss)
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
         self.optimizer.step()
-        self.step += 1
+        self.progress.step += 1
         return loss.item()
 
     def _set_rates(self) -> None:
@@ -185,6 +249,98 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor
         self.model.set_embedding_lr(self.config.embedding_lr * factor)
+
+    def _check_rows(self) -> None:
+        """Every row of the epoch was trained once, by whichever workers, before and after whatever was lost."""
+        trained = self._trained_rows()
+        every = sum(fingerprint(torch.arange(low, min(low + 2**20, self.rows))) for low in range(0, self.rows, 2**20))
+        if (self.progress.rows, trained) != (self.rows, every % 2**63):
+            raise RuntimeError(f"epoch {self.progress.epoch + 1} did not train each of its {self.rows:,} rows once")
+
+    def _trained_rows(self) -> int:
+        return int(total(torch.tensor([self.progress.fingerprint]))) % 2**63
+
+    # ---- states ------------------------------------------------------------------------------------------------------
+
+    def _is_due(self) -> bool:
+        if self.checkpoints is None:
+            return False
+        steps, seconds = self.config.checkpoint_steps, self.config.checkpoint_seconds
+        if steps and self.step % steps == 0:
+            return True
+        return bool(seconds) and agreed(time.monotonic() - self._saved_at > seconds)
+
+    def _save(self) -> None:
+        """Write a state; a disk that is full is told, and training goes on with the state before."""
+        assert self.checkpoints is not None
+        p = replace(self.progress, fingerprint=self._trained_rows())
+        told = TypeAdapter(Progress).dump_python(p)
+        told |= {"data": self.data.manifest.digest, "workers": world_size()}
+        best = p.best.best_epoch if p.best else 0
+        try:
+            self.checkpoints.save(p.step, told, self._tensors(), best, self._owned(self.best_weights))
+        except OSError as error:
+            message = f"the checkpoint of step {p.step} could not be written ({error}); the one before is kept"
+            self.on_event({"kind": "warning", "message": message})
+        else:
+            rows = {"rows": p.rows, "fingerprint": p.fingerprint}
+            self.on_event({"kind": "checkpoint", "step": p.step, "epoch": p.epoch, **rows})
+        self._saved_at = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What has to be restored, as far as this worker has to write it."""
+        tensors = {f"model.{name}": value for name, value in self._owned(dict(self.model.state_dict())).items()}
+        tensors |= {f"adagrad.{name}": value for name, value in self.model.adagrad().items()}
+        if rank() == 0:
+            for name, parameter in self.model.network.named_parameters():
+                tensors |= {f"adamw.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+            tensors["random"] = torch.get_rng_state()
+        return tensors
+
+    def _owned(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tables, which one worker alone has, and from worker 0 the dense part, which all have."""
+        return {name: value for name, value in weights.items() if rank() == 0 or name.startswith(("embeddings.", "pooled."))}
+
+    def _resume(self, checkpoints: Checkpoints) -> None:
+        state = checkpoints.load()
+        if state is None:
+            return
+        told = dict(state.told)
+        if told.pop("data") != self.data.manifest.digest:
+            raise UserError(
+                f"the checkpoint in {str(checkpoints.folder)!r} was trained on other data than {str(self.data.folder)!r}; "
+                "restore the data, or train anew"
+            )
+        workers = told.pop("workers")
+        self.progress = TypeAdapter(Progress).validate_python(told)
+        if rank():
+            self.progress.fingerprint = 0  # worker 0 remembers for all
+        names = self.model.state_dict()
+        self.model.load_state_dict({name: state.tensors[f"model.{name}"] for name in names})
+        for name, sums in self.model.adagrad().items():
+            sums.copy_(state.tensors[f"adagrad.{name}"])
+        for name, parameter in self.model.network.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{name}.{key}" in state.tensors]
+            self.optimizer.state[parameter] = {key: state.tensors[f"adamw.{name}.{key}"] for key in keys}
+        torch.set_rng_state(state.tensors["random"])
+        if state.best_epoch:
+            self.best_weights = {name: state.best[name] for name in names}
+        p = self.progress
+        self.on_event({"kind": "resume", "step": p.step, "epoch": p.epoch, "rows": p.rows, "workers_before": workers})
+
+
+def fingerprint(numbers: Tensor) -> int:
+    """A number that says which rows a set holds, and how often each: the sum of a hash of every row, modulo 2⁶³.
+
+    Sets add up: f(A) + f(B) = f(A + B), in any order. The hash is splitmix64's (Steele et al. 2014).
+
+    >>> fingerprint(torch.tensor([1, 2])) == (fingerprint(torch.tensor([2])) + fingerprint(torch.tensor([1]))) % 2**63
+    True
+    """
+    x = numbers.numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int((x ^ (x >> np.uint64(31))).sum(dtype=np.uint64)) % 2**63
 
 
 def schedule(kind: str, progress: float) -> float:
@@ -216,6 +372,7 @@ def build_ranker(data: PreparedData, model_config: Any, precision: str) -> Ranke
         precision,
         t.lists,
         heads.start(),
+        sharded=world_size() > 1,
     )
 
 
@@ -233,7 +390,10 @@ def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetr
     with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
         for rows in ordered_rows(data, part):
             batch = Batch.of(rows)
-            scores = heads.scores(model(batch.ids_bf, batch.dense_bd, batch.lists)[0])
+            if world_size() > 1:
+                batch = batch.take(torch.arange(len(rows))[piece(len(rows), rank(), world_size())])
+            outputs = gather_pieces(model(batch.ids_bf, batch.dense_bd, batch.lists)[0], len(rows))
+            scores = heads.scores(outputs)
             collected.append((scores, rows.labels, rows.weights, rows.groups))
     return heads.metrics(collected)
 

@@ -51,7 +51,7 @@ CLICKS_SCHEMA: dict[str, Any] = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def clicks_schema() -> Any:
     """Two features, two tasks (`buy` is observed where a click happened) and a group."""
     from recsys_moe.schema import Schema
@@ -60,7 +60,7 @@ def clicks_schema() -> Any:
     return parse(Schema, CLICKS_SCHEMA, "schema")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def clicks() -> Callable[..., pa.Table]:
     """`clicks(rows, seed)` draws raw rows for `clicks_schema`; red things are clicked, cheap ones bought."""
 

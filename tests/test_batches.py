@@ -67,6 +67,28 @@ def test_the_order_depends_on_seed_and_epoch_alone(numbered: PreparedData) -> No
     assert order(numbered, seed=2, epoch=3) != first
 
 
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("skip", [1, 5, 9, 16, 17])
+def test_an_epoch_goes_on_from_any_batch(numbered: PreparedData, skip: int) -> None:
+    shuffled = ShuffledBatches(numbered, "train", 64, 0)
+    whole = [row_numbers(numbered, batch) for batch in shuffled.epoch(2)]
+    assert [row_numbers(numbered, batch) for batch in shuffled.epoch(2, skip)] == whole[skip:]
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize("world", [2, 3])
+def test_workers_share_the_batches_of_one(numbered: PreparedData, world: int) -> None:
+    everyones = [ShuffledBatches(numbered, "train", 64, 0, rank, world).epoch(1, 3) for rank in range(world)]
+    for whole, *pieces in zip(ShuffledBatches(numbered, "train", 64, 0).epoch(1, 3), *everyones, strict=True):
+        assert row_numbers(numbered, Batch.concatenate(pieces)) == row_numbers(numbered, whole)
+        assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+def test_a_batch_knows_its_rows(numbered: PreparedData) -> None:
+    for batch in ShuffledBatches(numbered, "train", 64, 0).epoch(0):
+        assert batch.numbers_b.tolist() == row_numbers(numbered, batch)
+
+
 def test_a_pool_is_shuffled_whole(numbered: PreparedData) -> None:
     # Rows of a batch come from everywhere: the mean row number of a batch of 64 is near the middle.
     means = [np.mean(row_numbers(numbered, b)) for b in ShuffledBatches(numbered, "train", 64, 0).epoch(0)][:16]

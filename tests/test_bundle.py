@@ -36,7 +36,7 @@ def save(trainer: Trainer, folder: Path) -> Path:
     data = DataConfig(name="clicks", source="nowhere", schema="-")
     name = "mmoe" if "router.linear.weight" in trainer.model.network.state_dict() else "shared_bottom"
     config = BundleConfig(FORMAT, MODELS[name], trainer.config.precision, data, "0" * 64)
-    save_bundle(folder, trainer.model, config, trainer.data.transform, {"test": {"click": {"auc": 0.5}}})
+    save_bundle(folder, trainer.model.state_dict(), config, trainer.data.transform, {"test": {"click": {"auc": 0.5}}})
     return folder
 
 

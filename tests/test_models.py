@@ -395,7 +395,7 @@ def jagged(rows: int, cardinality: int, longest: int) -> JaggedTensor:
 def pooled_ranker(num_sparse: int = 2, num_dense: int = 2) -> Ranker:
     lists = [ListInput(f"l.{n}", 6 + n, pooling, 5) for n, pooling in enumerate(POOLINGS)]
     names = ["user", "price.bucket"][:num_sparse]
-    config = MMoEConfig(embedding_dim=4, num_experts=2)
+    config = MMoEConfig(embedding_dim=4, num_experts=2, dropout=0.0)
     return Ranker(config, names, CARDINALITIES[:num_sparse], num_dense, WIDTHS, lists=lists)
 
 

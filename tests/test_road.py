@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from recsys_moe.batches import ShuffledBatches
 from recsys_moe.predictor import Predictor
+from recsys_moe.shards import PreparedData
+from recsys_moe.trainer import fingerprint
 
 TASKS = ("effective_view", "long_view", "like")
 SETTINGS = [
@@ -385,31 +388,46 @@ def test_a_loss_that_explodes_late_leaves_the_bundle(work: Path) -> None:
     assert "the loss became" in result["error"]
     bundle = Path(result["error"].split("kept in ")[1].strip("'"))
     assert Predictor(bundle).score_names == TASKS
-    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "events.jsonl", "ray"]
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "events.jsonl", "lock", "ray", "run.json"]
 
 
-@pytest.fixture
-def mlflow_server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A real tracking server that stores artifacts itself, and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def serve_mlflow(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """A real tracking server that stores artifacts itself, once it answers."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "kept")]
-    server = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    url = f"http://127.0.0.1:{port}"
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "kept")]
+    server = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     for _ in range(300):
         try:
-            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
             break
         except OSError:
             time.sleep(0.2)
-    yield url, server
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    return server
+
+
+@pytest.fixture
+def mlflow_servers(tmp_path: Path) -> Iterator[tuple[str, Callable[[], subprocess.Popen[bytes]]]]:
+    """A URL, and what starts a server there that knows what the one before it knew."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def serve() -> subprocess.Popen[bytes]:
+        servers.append(serve_mlflow(tmp_path, port))
+        return servers[-1]
+
+    yield f"http://127.0.0.1:{port}", serve
+    for server in servers:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@pytest.fixture
+def mlflow_server(mlflow_servers: Any) -> tuple[str, subprocess.Popen[bytes]]:
+    url, serve = mlflow_servers
+    return url, serve()
 
 
 @pytest.mark.long
@@ -481,3 +499,180 @@ def test_a_strangers_file_is_described_prepared_trained_and_served(name: str, tm
     assert status == 200, answer
     expected = Predictor(Path(trained["bundle"])).score(pq.read_table(source).slice(0, 50))
     np.testing.assert_allclose(list(answer["scores"].values()), expected, atol=1e-6)
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------
+
+# Two epochs of 400 steps, with a checkpoint every 50.
+LONG = [*SETTINGS, "train.batch_size=16", "train.checkpoint_steps=50"]
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "events.jsonl"
+    return (
+        [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if file.exists()
+        else []
+    )
+
+
+def new_run(runs_dir: Path, before: set[Path], steps: int) -> Path:
+    """The folder of the run that has begun since, once it has written a checkpoint at `steps` or later."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for folder in set((runs_dir / "train").glob("*")) - before:
+            if any(e["kind"] == "checkpoint" and e["step"] >= steps for e in events_of(folder)):
+                return folder
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint came")
+
+
+def workers_of(marker: str) -> list[int]:
+    """The training workers among the processes that a command started."""
+    return sorted(pid for pid in processes_of(marker) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def weights(bundle: str | Path) -> bytes:
+    return (Path(bundle) / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(work: Path) -> dict[str, Any]:
+    return run("train", *LONG, cwd=work)[0]
+
+
+@pytest.mark.long
+def test_a_killed_worker_is_replaced_and_the_end_is_the_same_bit_for_bit(work: Path, undisturbed: dict[str, Any]) -> None:
+    before = set((work / "runs" / "train").glob("*"))
+    process = start("train", *LONG, cwd=work, RECSYS_MOE_TEST_WORKER="1")
+    folder = new_run(work / "runs", before, 450)  # in the second epoch
+    (worker,) = workers_of("RECSYS_MOE_TEST_WORKER=1")
+    os.kill(worker, signal.SIGKILL)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "going on from step" in err
+    summary = json.loads(out.splitlines()[-1])
+    (resumed,) = [e for e in events_of(folder) if e["kind"] == "resume"]
+    assert resumed["step"] >= 450
+    assert weights(summary["bundle"]) == weights(undisturbed["bundle"])
+    assert summary["test"] == undisturbed["test"]
+    assert not (folder / "state").exists()
+
+
+@pytest.mark.long
+def test_a_killed_driver_is_resumed_bit_for_bit(work: Path, undisturbed: dict[str, Any]) -> None:
+    before = set((work / "runs" / "train").glob("*"))
+    process = start("train", *LONG, cwd=work, RECSYS_MOE_TEST_DRIVER="1")
+    folder = new_run(work / "runs", before, 450)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while processes_of("RECSYS_MOE_TEST_DRIVER=1") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    result, _ = run("train", "--resume", folder.name, "train.lr=1", cwd=work, code=2)
+    assert "'train.lr=1' can't change when a run goes on" in result["error"]
+    summary, err = run("train", "--resume", folder.name, cwd=work)
+    assert "going on from step" in err
+    assert weights(summary["bundle"]) == weights(undisturbed["bundle"])
+    assert Path(summary["bundle"]).parent == folder
+    # One run in MLflow, too.
+    assert runs(work)[summary["run_id"]] == "FINISHED"
+    result, _ = run("train", "--resume", str(folder), cwd=work, code=2)
+    assert "has finished, its bundle is" in result["error"]
+
+
+@pytest.mark.long
+def test_two_workers_of_which_one_is_killed_train_every_row_once(work: Path) -> None:
+    before = set((work / "runs" / "train").glob("*"))
+    process = start("train", *LONG, "train.workers=[1,2]", cwd=work, RECSYS_MOE_TEST_TWO="1")
+    folder = new_run(work / "runs", before, 450)
+    _, second = workers_of("RECSYS_MOE_TEST_TWO=1")
+    os.kill(second, signal.SIGKILL)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    events = events_of(folder)
+    assert next(e["workers"] for e in events if e["kind"] == "start") == 2
+    (resumed,) = [e for e in events if e["kind"] == "resume"]
+    assert resumed["step"] >= 450
+    # Every state says which rows of its epoch were trained: those of the order's first batches, whoever trained them.
+    data = PreparedData(next((work / "runs" / "prepared").glob("tiny-*")))
+    order = ShuffledBatches(data, "train", 16, 0)
+    states = {e["step"]: e for e in events if e["kind"] == "checkpoint"}
+    assert len(states) == 16
+    for epoch in range(2):
+        count, seen = 0, 0
+        for step, batch in enumerate(order.epoch(epoch), epoch * 400 + 1):
+            count, seen = count + len(batch), (seen + fingerprint(batch.numbers_b)) % 2**63
+            if step in states:
+                assert (states[step]["epoch"], states[step]["rows"], states[step]["fingerprint"]) == (epoch, count, seen)
+        assert count == 6400
+    assert Predictor(Path(json.loads(out.splitlines()[-1])["bundle"])).score_names == TASKS
+
+
+@pytest.mark.long
+def test_metrics_that_a_server_missed_are_sent_later(
+    work: Path, mlflow_servers: tuple[str, Callable[[], subprocess.Popen[bytes]]]
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    url, serve = mlflow_servers
+    server = serve()
+    process = start("train", *SETTINGS, "train.epochs=40", "train.patience=0", f"tracking.uri={url}", cwd=work)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 2:"):
+            break
+    os.killpg(server.pid, signal.SIGKILL)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    error = json.loads(out.splitlines()[-1])["error"]
+    assert "`recsys-moe runs sync` tells it all" in error
+    folder = Path(error.split("kept in ")[1].strip("'")).parent
+    result, _ = run("runs", "sync", str(folder), cwd=work, code=2)  # still gone
+    assert "does not answer" in result["error"]
+    serve()
+    told, _ = run("runs", "sync", cwd=work)
+    (row,) = [row for row in told["runs"] if row["run"] == str(folder)]
+    assert (row["status"], row["version"]) == ("FINISHED", "models:/tiny/1")
+    client = MlflowClient(tracking_uri=url)
+    assert client.get_run(row["run_id"]).info.status == "FINISHED"
+    history = client.get_metric_history(row["run_id"], "validation.like.auc")
+    assert [m.step for m in history] == [25 * epoch for epoch in range(1, 41)]  # each epoch's once, early ones too
+    epochs = [e for e in events_of(folder) if e["kind"] == "epoch"]
+    assert [m.value for m in history] == [e["validation"]["like"]["auc"] for e in epochs]
+    assert [m.timestamp for m in history] == [int(e["time"] * 1000) for e in epochs]
+    evaluated, _ = run("evaluate", "models:/tiny@candidate", f"tracking.uri={url}", cwd=work)
+    assert set(evaluated["test"]) == set(TASKS)
+    again, _ = run("runs", "sync", cwd=work)
+    assert again["runs"] == []
+
+
+@pytest.mark.long
+def test_a_preparation_killed_at_any_point_is_finished_by_the_next(tmp_path: Path) -> None:
+    run("data", "synth", "runs/feed_synth", "--rows", "600000", cwd=tmp_path)
+    command = ("data", "prepare", "data=feed_synth")
+    undisturbed, _ = run(*command, "runs_dir=other", "data.source=runs/feed_synth", cwd=tmp_path)
+    manifest = json.loads((Path(undisturbed["folder"]) / "manifest.json").read_text())
+    random = np.random.default_rng(0)
+    prepared = tmp_path / "runs" / "prepared"
+    found, half = None, 0
+    for attempt in range(6):
+        process = start(*command, cwd=tmp_path, RECSYS_MOE_TEST_PREPARE="1")
+        while not list(prepared.glob(".feed_synth-*")) and process.poll() is None:
+            time.sleep(0.01)
+        if attempt % 2:  # while shards are written; before, statistics are gathered
+            while not list(prepared.glob(".feed_synth-*/*.arrow")) and process.poll() is None:
+                time.sleep(0.01)
+        time.sleep(random.uniform(0, 2))
+        process.kill()
+        process.communicate()
+        half += bool(list(prepared.glob(".feed_synth-*/*.arrow")))
+        for folder in prepared.glob("feed_synth-*"):  # what has the name is whole
+            found = PreparedData(folder)
+        assert len(list(prepared.glob(".feed_synth-*"))) <= 1  # what one left, the next has removed
+    assert half or found  # it was hit in the middle, or it was done before the blow
+    summary, _ = run(*command, cwd=tmp_path)
+    assert [path.name for path in prepared.iterdir()] == [Path(summary["folder"]).name]
+    again = json.loads((Path(summary["folder"]) / "manifest.json").read_text())
+    assert again["shards"] == manifest["shards"]
+    assert again["counts"] == manifest["counts"]

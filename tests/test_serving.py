@@ -47,7 +47,7 @@ def save(folder: Path, seed: int = 0) -> Path:
     described = BundleConfig(FORMAT, config, "fp32", DataConfig(name="clicks", source="nowhere", schema="-"), "0" * 64)
     torch.manual_seed(seed)
     model = Ranker(config, transform.sparse_names, transform.cardinalities, len(transform.dense_names), [1, 1])
-    save_bundle(folder, model, described, transform, {})
+    save_bundle(folder, model.state_dict(), described, transform, {})
     return folder
 
 

@@ -58,11 +58,11 @@ class MMoE(nn.Module):
 
     def __init__(self, config: MMoEConfig, in_dim: int, widths: Sequence[int], dtype: torch.dtype) -> None:
         super().__init__()
-        experts, dropout, num_tasks = config.num_experts, config.dropout, len(widths)
+        experts, dropout, self.num_tasks = config.num_experts, config.dropout, len(widths)
         self.router = (
-            SoftRouter(in_dim, num_tasks, experts)
+            SoftRouter(in_dim, self.num_tasks, experts)
             if config.gate == "softmax"
-            else TopKRouter(in_dim, experts, config.top_k, num_tasks=num_tasks, renormalize=True, bias=True)
+            else TopKRouter(in_dim, experts, config.top_k, num_tasks=self.num_tasks, renormalize=True, bias=True)
         )
         self.experts = MLPExperts(experts, in_dim, config.expert_dims, config.norm, dropout, dtype=dtype)
         self.towers = Towers(self.experts.out_dim, config.tower_dims, config.norm, widths)
@@ -72,5 +72,5 @@ class MMoE(nn.Module):
         if isinstance(plan, SoftPlan):
             mixed_bth = gate_mix(plan.logits, self.experts(x_bd))
         else:
-            mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], -1, self.experts.out_dim)
+            mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], self.num_tasks, self.experts.out_dim)
         return self.towers(mixed_bth), plan

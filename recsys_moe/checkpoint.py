@@ -1,0 +1,161 @@
+"""Resumable training states on disk: safetensors and JSON, whole or not at all.
+
+    step-0000001200.json               what is not a tensor, and which files belong to the state; written last
+    step-0000001200-0of1.safetensors   tensors of worker 0 of 1: weights, the optimizers' states, random numbers
+    best-00003-0of1.safetensors        weights of the best epoch so far
+
+A state counts once its JSON is there, and the one before it goes then. Each worker writes what it alone holds, so nothing is
+gathered; a state can be read by any number of workers.
+"""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from recsys_moe.distributed import rank, total, world_size
+from recsys_moe.errors import UserError
+
+FORMAT = 1
+
+Tensors = dict[str, Tensor]
+
+
+class Checkpoints:
+    """The states in one folder, of which the newest is kept. All workers call the methods together."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._best_epoch, self._best_files = 0, list[str]()
+
+    def save(self, step: int, told: dict[str, Any], tensors: Tensors, best_epoch: int, best: Tensors) -> None:
+        """Write a state: `told` is JSON, `tensors` and `best` (the weights of `best_epoch`; 0: none yet) are this worker's.
+
+        Raises:
+            OSError: some worker could not write its part, on a full disk perhaps. The state before stays.
+        """
+        stems = [f"step-{step:010d}"] + ([f"best-{best_epoch:05d}"] if best_epoch != self._best_epoch else [])
+        mine = [self.folder / f"{stem}-{rank()}of{world_size()}.safetensors" for stem in stems]
+        try:
+            with _together():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for path, content in zip(mine, (tensors, best), strict=False):
+                    _write(path, safetensors.torch.save_file, content)
+            best_files = _all_files(stems[1]) if len(stems) == 2 else self._best_files
+            state = {
+                "format": FORMAT,
+                "told": told,
+                "files": _all_files(stems[0]),
+                "best_epoch": best_epoch,
+                "best_files": best_files,
+            }
+            whole = self.folder / f"{stems[0]}.json"
+            with _together():
+                if rank() == 0:
+                    _write(whole, lambda text, path: path.write_text(text), json.dumps(state))
+        except BaseException:
+            for path in mine:
+                path.unlink(missing_ok=True)
+            raise
+        self._best_epoch, self._best_files = best_epoch, best_files
+        if rank() == 0:
+            kept = {whole.name, *_all_files(stems[0]), *best_files}
+            # JSON first: what is half removed must not look like a state.
+            for pattern in ("step-*.json", "step-*.safetensors*", "best-*.safetensors*"):
+                for path in self.folder.glob(pattern):
+                    if path.name not in kept:
+                        with suppress(OSError):
+                            path.unlink()
+
+    def load(self) -> "State | None":
+        """The newest state; None if there is none.
+
+        Raises:
+            UserError: its files are not what was written.
+        """
+        found = sorted(self.folder.glob("step-*.json"))
+        if not found:
+            return None
+        state = State(found[-1])
+        self._best_epoch, self._best_files = state.best_epoch, state.best_files
+        return state
+
+
+class State:
+    """A state that is being read: `told`, and tensors by name, from whichever file has them."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != FORMAT:
+                raise UserError(f"{str(path)!r} has checkpoint format {content['format']}, not {FORMAT}; train anew")
+            self.told: dict[str, Any] = content["told"]
+            self.best_epoch: int = content["best_epoch"]
+            self.best_files: list[str] = content["best_files"]
+            self.tensors = _Files([path.parent / name for name in content["files"]])
+            self.best = _Files([path.parent / name for name in self.best_files])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"the checkpoint {str(path)!r} is damaged ({reason}); train anew") from None
+
+
+class _Files:
+    """Tensors in several safetensors files, each read when it is asked for."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        files = [safetensors.safe_open(path, "pt") for path in paths]
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+
+def _all_files(stem: str) -> list[str]:
+    return [f"{stem}-{worker}of{world_size()}.safetensors" for worker in range(world_size())]
+
+
+def _write(path: Path, save: Any, content: Any) -> None:
+    """Write under a temporary name and rename once it is on the disk, so that a power cut leaves no half of it either."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save(content, temporary)
+        for place in (temporary, path.parent):
+            handle = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            if place is temporary:
+                temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class _together:
+    """What fails for one worker within the block fails for all of them, with an OSError."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, OSError):
+            return
+        failures = total(torch.tensor([error is not None], dtype=torch.int32))
+        if error is None and failures:
+            raise OSError("another worker could not write its part")

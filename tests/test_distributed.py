@@ -1,0 +1,231 @@
+"""Two workers train as one would: real processes over gloo, each of which runs this file as a script."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys_moe.checkpoint import Checkpoints
+from recsys_moe.distributed import synced_expert_mlp, synced_sparse_expert_mlp
+from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
+from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.routing import sparse_plan
+from recsys_moe.shards import PreparedData
+from recsys_moe.trainer import TrainConfig, Trainer
+
+MMOE = MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8, 4), tower_dims=(4,), dropout=0.0)
+MODELS = {"softmax": MMOE, "topk": replace(MMOE, gate="topk", top_k=2)}
+# 1033 rows: the last of an epoch's 26 batches has 33 rows, cut into 16 and 17.
+CONFIG = TrainConfig(epochs=8, batch_size=40, patience=0, checkpoint_steps=100)
+
+
+def layer_inputs(rows: int) -> tuple[Tensor, Layer]:
+    random = torch.Generator().manual_seed(rows)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    norm = BatchNorm(draw(3, 5), draw(3, 5), draw(3, 5), draw(3, 5).exp(), training=True)
+    return 3 + draw(rows, 4), Layer(draw(3, 5, 4), draw(3, 5), norm, "silu")
+
+
+def slots(rows: int) -> Tensor:
+    """Two slots a row over three experts: the last expert sees one row at most, and some slots are empty."""
+    ids = torch.arange(2 * rows, dtype=torch.int32).view(rows, 2) % 2
+    ids[1::3, 1] = -1
+    ids[:1, 0] = 2
+    return ids
+
+
+def outcomes(x: Tensor, layer: Layer, y: Tensor) -> dict[str, Tensor]:
+    """An output, the gradients of a loss that weighs its elements differently, and the moments as they are now."""
+    assert layer.norm is not None
+    assert layer.bias is not None
+    weights = torch.linspace(-1, 2, y.shape[1:].numel()).view(y.shape[1:])
+    inputs = {"x": x, "weight": layer.weight, "bias": layer.bias, "scale": layer.norm.scale, "shift": layer.norm.shift}
+    gradients = torch.autograd.grad(((y - 1).square() * weights).sum(), list(inputs.values()))
+    moments = {"mean": layer.norm.running_mean, "var": layer.norm.running_var}
+    return {"y": y.detach(), **dict(zip(inputs, gradients, strict=True)), **moments}
+
+
+def require_grad(x: Tensor, layer: Layer) -> None:
+    assert layer.norm is not None
+    for tensor in (x, layer.weight, layer.bias, layer.norm.scale, layer.norm.shift):
+        assert tensor is not None
+        tensor.requires_grad_()
+
+
+def dense_layer(rows: int, low: int = 0, high: int | None = None) -> dict[str, Tensor]:
+    x, layer = layer_inputs(rows)
+    x = x[low:high].clone()
+    require_grad(x, layer)
+    run = expert_mlp if high is None else synced_expert_mlp
+    return outcomes(x, layer, run(x, layer))
+
+
+def sparse_layer(rows: int, low: int = 0, high: int | None = None) -> dict[str, Tensor]:
+    x, layer = layer_inputs(rows)
+    x, ids = x[low:high].clone(), slots(rows)[low:high]
+    require_grad(x, layer)
+    plan = sparse_plan(ids, torch.where(ids >= 0, 0.75, 0.0), 3)
+    if high is None:
+        y = sparse_expert_mlp(x, (layer,), plan.expert_ids, plan.weights, plan.order, plan.offsets)
+    else:
+        y = synced_sparse_expert_mlp(x, (layer,), plan)
+    return outcomes(x, layer, y)
+
+
+LAYERS = {"dense": dense_layer, "sparse": sparse_layer}
+# Rows, and where they are cut for the two workers.
+CUTS = [(30, 15), (31, 7), (5, 0), (2, 1)]
+
+
+def config(name: str) -> TrainConfig:
+    return CONFIG if name == "softmax" else replace(CONFIG, epochs=1, batch_size=43)  # a last batch of one row
+
+
+def losses(trainer: Trainer) -> list[float]:
+    """Train, and say the loss of each step."""
+    found: list[float] = []
+    step = trainer._train_step
+
+    def watched(batch: Any) -> float:
+        found.append(step(batch))
+        return found[-1]
+
+    trainer._train_step = watched  # type: ignore[method-assign]
+    trainer.fit()
+    return found
+
+
+# ---- what each of the two workers runs ---------------------------------------------------------------------------------
+
+
+def worker(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for kind, run in LAYERS.items():
+        for rows, cut in CUTS:
+            found = run(rows, *((0, cut) if rank == 0 else (cut, rows)))
+            safetensors.torch.save_file(found, folder / f"{kind}-{rows}-{rank}.safetensors")
+    told: dict[str, Any] = {}
+    for name, model in MODELS.items():
+        trainer = Trainer(PreparedData(folder / "prepared"), model, config(name), checkpoints=Checkpoints(folder / name))
+        told[name] = losses(trainer)
+        weights = trainer.whole_weights()
+        if rank == 0:
+            safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
+    resumed = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, checkpoints=Checkpoints(folder / "one"))
+    told |= {"resumed": losses(resumed), "tables": sorted(resumed.model.adagrad())}
+    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, write_prepared: Any, clicks_schema: Any, clicks: Any) -> PreparedData:
+    parts = {"train": [clicks(700, 1), clicks(333, 2)], "validation": [clicks(401, 3)], "test": [clicks(300, 4)]}
+    data: PreparedData = write_prepared(tmp_path_factory.mktemp("two") / "prepared", clicks_schema, parts)
+    return data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model gains nothing by a second thread, and waits for it where others use the core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one(prepared: PreparedData) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
+    """One worker's losses and best weights for each model; its state of step 200 lies in the folder `one`."""
+    found = {}
+    for name, model in MODELS.items():
+        kept = Checkpoints(prepared.folder.parent / "one") if name == "softmax" else None
+        trainer = Trainer(prepared, model, config(name), checkpoints=kept)
+        found[name] = losses(trainer), dict(trainer.model.state_dict())
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(prepared: PreparedData, one: Any) -> Path:
+    """The folder in which two workers have left what they found."""
+    folder = prepared.folder.parent
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(folder)]) for rank in range(2)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    return folder
+
+
+def told(folder: Path, key: str) -> list[Any]:
+    """What each of the two workers said."""
+    return [json.loads((folder / f"told-{rank}.json").read_text())[key] for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("rows", "cut"), CUTS)
+def test_a_layer_is_the_same_over_two_workers(kind: str, rows: int, cut: int, two: Path) -> None:
+    pieces = [safetensors.torch.load_file(two / f"{kind}-{rows}-{rank}.safetensors") for rank in range(2)]
+    for name, whole in LAYERS[kind](rows).items():
+        if name in ("mean", "var"):  # both workers have moved alike
+            assert torch.equal(pieces[0][name], pieces[1][name]), name
+            found = pieces[0][name]
+        elif name in ("x", "y"):  # each has its own rows
+            found = torch.cat([piece[name] for piece in pieces])
+        else:
+            found = pieces[0][name] + pieces[1][name]
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def close(found: list[float], expected: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_workers_take_the_steps_of_one(name: str, two: Path, one: Any) -> None:
+    first, second = told(two, name)
+    assert first == second  # the loss is the whole batch's, on both
+    expected, weights = one[name]
+    assert len(first) == len(expected) == (208 if name == "softmax" else 25)
+    # A bias before a norm changes nothing, so that its gradient is rounding alone, which Adam turns into steps. The norm's
+    # running mean takes them up, and a batch of one row is normalised by that.
+    close(first[:24] if name == "topk" else first[:200], expected[:24] if name == "topk" else expected[:200])
+    found = safetensors.torch.load_file(two / f"{name}.safetensors")
+    assert found.keys() == weights.keys()
+    for key, value in weights.items():
+        tolerance = 0.1 if "biases" in key or "running_mean" in key else 1e-3
+        torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_every_table_lies_with_one_worker(two: Path, one: Any) -> None:
+    first, second = told(two, "tables")
+    assert first
+    assert second
+    assert sorted(first + second) == sorted(key for key in one["softmax"][1] if key.startswith("embeddings."))
+
+
+def test_a_state_goes_on_with_any_number_of_workers(two: Path, one: Any, prepared: PreparedData) -> None:
+    expected = one["softmax"][0][200:]
+    for found in told(two, "resumed"):
+        close(found, expected)
+    state = Checkpoints(two / "softmax")  # what two workers wrote
+    close(losses(Trainer(prepared, MMOE, CONFIG, checkpoints=state)), expected)
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

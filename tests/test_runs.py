@@ -1,0 +1,136 @@
+"""Runs on disk: their records, and what MLflow is told of them later."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recsys_moe.errors import UserError
+from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.pipelines.runs import RunBusy, RunFolder, all_runs, find_run
+from recsys_moe.pipelines.tracking import TrackingConfig, open_client, open_run
+from recsys_moe.pipelines.train import TrainJob, resume, sync
+from recsys_moe.pipelines.worker import _end_line
+from recsys_moe.sources import DataConfig
+from recsys_moe.trainer import TrainConfig
+from recsys_moe.typed import dump
+
+DATASET = {"name": "d", "digest": "0", "source_type": "local", "source": "{}", "profile": "{}"}
+EVENTS = [
+    {"kind": "start", "step": 0, "total_steps": 20, "time": 100.0},
+    {"kind": "step", "step": 5, "train.loss": 0.5, "time": 101.0},
+    {"kind": "epoch", "step": 10, "train.loss": 0.4, "validation": {"click": {"auc": 0.7, "gauc": None}}, "time": 102.5},
+    {"kind": "warning", "message": "", "time": 103.0},
+]
+DONE = {"kind": "done", "validation": {}, "test": {"click": {"auc": 0.6}}, "train": {"steps": 20}, "time": 104.0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run of which MLflow knows nothing."""
+    job = TrainJob(DataConfig("d", "logs", "schema.yaml"), MMoEConfig(), TrainConfig(), runs_dir=str(tmp_path))
+    made = RunFolder.create(tmp_path, "d-mmoe-seed0", dump(job), TrackingConfig().resolve(tmp_path))
+    made.events_file.write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
+    made.update(dataset=DATASET, created=99.0)
+    return made
+
+
+def finish(folder: RunFolder) -> None:
+    with folder.events_file.open("a") as file:
+        file.write(json.dumps(DONE) + "\n")
+    folder.bundle.mkdir()
+    (folder.bundle / "config.json").write_text("{}")
+    folder.update(status="FINISHED", ended=105.0)
+
+
+def test_a_record_is_what_was_written(folder: RunFolder) -> None:
+    assert RunFolder(folder.path).record == folder.record
+    assert [run.path for run in all_runs(folder.path.parents[1])] == [folder.path]
+    folder.update(run_id="abc")
+    for name in (str(folder.path), folder.path.name, "abc"):
+        assert find_run(name, folder.path.parents[1]).path == folder.path
+
+
+def test_a_name_that_no_run_has(folder: RunFolder) -> None:
+    with pytest.raises(UserError, match=f"run 'd-mmoe' is neither a folder .*{folder.path.name}"):
+        find_run("d-mmoe", folder.path.parents[1])
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("{", "is not whole"), ('{"format": 1}', "is missing"), (None, "is not a run")])
+def test_a_damaged_record_is_told(text: str | None, sentence: str, folder: RunFolder) -> None:
+    file = folder.path / "run.json"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        RunFolder(folder.path)
+
+
+def test_a_run_has_one_driver(folder: RunFolder) -> None:
+    with folder.locked():
+        with pytest.raises(RunBusy, match="is being trained by another process"), RunFolder(folder.path).locked():
+            pass
+        assert sync(folder.path.parents[1]) == []  # it tells MLflow itself
+    with folder.locked():
+        pass
+
+
+def test_a_line_that_a_killed_worker_left_half_written_is_no_event(folder: RunFolder) -> None:
+    with folder.events_file.open("a") as file:
+        file.write('{"kind": "ep')
+    assert folder.events() == EVENTS
+    with folder.events_file.open("a+") as file:
+        _end_line(file)
+        file.write(json.dumps(DONE) + "\n")
+    assert folder.events() == [*EVENTS, DONE]
+    size = os.path.getsize(folder.events_file)
+    with folder.events_file.open("a+") as file:
+        _end_line(file)
+    assert os.path.getsize(folder.events_file) == size
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["never heard of it", "lost on the way"])
+def test_mlflow_is_told_what_it_missed(known: bool, folder: RunFolder) -> None:
+    runs_dir, client = folder.path.parents[1], open_client(folder.record.uri)
+    if known:
+        job: Any = folder.record.job
+        with open_run(client, TrackingConfig(), "d-mmoe-seed0", job, DATASET) as run:
+            run.log({"train.loss": 0.5}, 5, 101.0)
+        folder.update(run_id=run.run_id)
+    finish(folder)
+    (told,) = sync(runs_dir)
+    assert (told["run"], told["version"], told["status"]) == (str(folder.path), "models:/d/1", "FINISHED")
+    found = client.get_run(told["run_id"])
+    assert not known or told["run_id"] == run.run_id
+    assert found.info.status == "FINISHED"
+    assert known or (found.info.start_time, found.info.end_time) == (99_000, 105_000)
+    assert found.data.params["train.seed"] == "0"
+    losses = client.get_metric_history(told["run_id"], "train.loss")
+    assert [(m.step, m.value, m.timestamp) for m in losses] == [(5, 0.5, 101_000), (10, 0.4, 102_500)]
+    assert client.get_metric_history(told["run_id"], "validation.click.auc")[0].value == 0.7
+    assert client.get_model_version_by_alias("d", "candidate").run_id == told["run_id"]
+    assert sync(runs_dir) == []
+    # Told once more, nothing changes.
+    folder = RunFolder(folder.path)
+    folder.update(synced=False)
+    (again,) = sync(runs_dir, folder.path.name)
+    assert again == told
+    assert len(client.get_metric_history(told["run_id"], "train.loss")) == 2
+    assert len(client.search_model_versions("name='d'")) == 1
+
+
+def test_a_run_whose_driver_was_killed_has_failed(folder: RunFolder) -> None:
+    (told,) = sync(folder.path.parents[1])
+    assert (told["status"], told["version"]) == ("FAILED", None)
+    assert open_client(folder.record.uri).get_run(told["run_id"]).info.status == "FAILED"
+
+
+def test_a_run_that_has_finished_is_not_resumed(folder: RunFolder) -> None:
+    finish(folder)
+    with pytest.raises(UserError, match=r"has finished, its bundle is .*; tell MLflow of it with `recsys-moe runs sync`"):
+        resume(folder.path.name, folder.path.parents[1], {})
+
+
+def test_two_bounds_of_workers_have_an_order() -> None:
+    with pytest.raises(ValueError, match=r"train.workers is \[4, 2\]: write the smaller bound first"):
+        TrainConfig(workers=(4, 2))
