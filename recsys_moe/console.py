@@ -1,6 +1,5 @@
 """What people see while they wait: progress on standard error, tables, one JSON line on standard output."""
 
-import itertools
 import json
 import math
 import sys
@@ -59,8 +58,11 @@ def print_metrics(title: str, metrics: dict[str, dict[str, Any]], console: Conso
     """Tasks down, metrics across, a table for each kind of task; whole even where the terminal is too narrow for it. GAUC
     only where one is known."""
     console.print(title, style="bold", soft_wrap=True)
-    for _, kind in itertools.groupby(sorted(metrics.items(), key=lambda m: list(m[1])), key=lambda m: list(m[1])):
-        _print_table(dict(kind), console)
+    kinds: dict[tuple[str, ...], dict[str, Any]] = {}
+    for task, values in metrics.items():
+        kinds.setdefault(tuple(values), {})[task] = values
+    for kind in kinds.values():
+        _print_table(kind, console)
 
 
 def _print_table(metrics: dict[str, dict[str, Any]], console: Console) -> None:

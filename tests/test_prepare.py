@@ -1,5 +1,6 @@
 """Preparation through Ray Data: what it writes, and what it says about bad input."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import yaml
 
 from recsys_moe.batches import ordered_rows
 from recsys_moe.errors import UserError
+from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.pipelines import prepare as prepare_module
 from recsys_moe.pipelines.cluster import local_ray
 from recsys_moe.pipelines.prepare import prepare
 from recsys_moe.shards import FORMAT, Manifest, PreparedData, Shard, write_json
 from recsys_moe.sources import PARTS, DataConfig, Split
+from recsys_moe.trainer import TrainConfig, Trainer
 from recsys_moe.transforms import PartialStatistics, Transform
 from recsys_moe.typed import dump, parse
 
@@ -371,6 +374,20 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file in the way")
     with pytest.raises(UserError, match="can't be written"):
         prepare(data_set(tmp_path / "source", rows()), tmp_path / "runs")
+
+
+@pytest.mark.long
+def test_ten_thousand_columns(tmp_path: Path) -> None:
+    r = np.random.default_rng(0)
+    columns = {f"c{n}": r.integers(0, 20, 2000) for n in range(5000)} | {f"x{n}": r.normal(size=2000) for n in range(5000)}
+    kinds = [{"name": name, "kind": "categorical" if name[0] == "c" else "numeric"} for name in columns]
+    frame = pd.DataFrame(columns | {"clicked": r.integers(0, 2, 2000)})
+    config = data_set(tmp_path / "source", frame, {"features": kinds, "tasks": SCHEMA["tasks"]})
+    start = time.monotonic()
+    data = prepare(config, tmp_path / "runs")
+    trainer = Trainer(data, MMoEConfig(), TrainConfig(epochs=1, batch_size=512))
+    assert trainer.fit().epochs == 1
+    assert time.monotonic() - start < 300
 
 
 def test_transformers_imports_inside_a_ray_task() -> None:

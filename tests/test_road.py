@@ -220,7 +220,7 @@ def post(url: str, body: bytes) -> tuple[int, dict[str, Any]]:
 
 
 def json_rows(feed: pa.Table, rows: int) -> list[dict[str, Any]]:
-    keep = [name for name in feed.column_names if name not in (*TASKS, "tags")]
+    keep = [name for name in feed.column_names if name not in TASKS]
     return feed.select(keep).slice(0, rows).to_pylist()
 
 
