@@ -147,7 +147,9 @@ class Description:
         return [tuple(map(_printable, row)) for row in rows]
 
     def to_json(self) -> dict[str, Any]:
-        columns = [{k: v for k, v in asdict(c).items() if k not in ("positive", "same_as")} for c in self.columns]
+        hidden = ("positive", "same_as")
+        shown = (asdict(c if c.use == "feature" else replace(c, feature={})) for c in self.columns)
+        columns = [{k: v for k, v in column.items() if k not in hidden} for column in shown]
         tasks = [{k: v for k, v in task.items() if k != "column"} for task in self.tasks]
         return {
             "source": str(self.source),
@@ -269,6 +271,8 @@ def _sample_csv(files: list[Path], names: list[str], limit: int, progress: Calla
             raise UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the file") from None
     if not rows:
         raise _empty(files[0])
+    if len(names) == 1 and (found := re.search("[;\t|]", names[0])):
+        raise UserError(f"{str(files[0])!r} has one column {names[0]!r}; fields must be split by commas, not by {found[0]!r}")
     table = texts.table()
     return pa.table({name: table[name].cast(possible[name][0]) for name in names}), rows
 
@@ -442,10 +446,9 @@ def _look_at_text(look: Column, present: pa.Array) -> Column:
     if distinct > FEW:
         texts = pc.unique(present)[:10_000].to_pylist()
         strange = [text for text in texts if not _reads_as_number(text)]
-        if 0 < len(strange) <= 3:
-            return replace(
-                look, note=f"numbers but for {', '.join(map(_short, strange))}: leave those empty to make it numeric"
-            )
+        if len(strange) <= 3 and not _ID.search("_".join(_words(look.name))):
+            what = f"numbers but for {', '.join(map(_short, strange))}" if strange else "numbers as text"
+            return replace(look, note=f"{what}: numeric once it holds numbers only")
         if separator := _separator(texts):
             return replace(look, note=f"several values split by {separator!r}? each combination is one category")
     return look

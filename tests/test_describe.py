@@ -105,7 +105,7 @@ EXPECTED = {
     "colour_again": ("left out", "the same as colour"),
     "size": ("categorical", ""),
     "genres": ("categorical", "several values split by '|'? each combination is one category"),
-    "amount": ("categorical", "numbers but for NA: leave those empty to make it numeric"),
+    "amount": ("categorical", "numbers but for NA: numeric once it holds numbers only"),
     "review": ("left out", "free text of "),
     "tags": ("left out", "several values a row (int64): a multi-valued feature, a sequence or an embedding"),
     "shop": ("left out", "the same in every row"),
@@ -358,6 +358,9 @@ def test_files_that_cannot_be_described(tmp_path: Path) -> None:
         describe(tmp_path)
     (tmp_path / "a.csv").write_text("x,y\n")
     with pytest.raises(UserError, match=r"a.csv' is empty; name a file with rows"):
+        describe(tmp_path)
+    (tmp_path / "a.csv").write_text("x;y\n1;2\n")
+    with pytest.raises(UserError, match=r"has one column 'x;y'; fields must be split by commas, not by ';'"):
         describe(tmp_path)
     (tmp_path / "a.csv").write_text("x,y\n1,2,3\n")
     with pytest.raises(UserError, match=r"a.csv' can't be read as CSV \(.*Expected 2 columns, got 3"):

@@ -469,8 +469,9 @@ def test_a_census_file_with_too_few_columns(server: FileServer, tmp_path: Path) 
         fetch(config, tmp_path / "census")
 
 
+@pytest.mark.parametrize("where", ["_check_size", "_copy", "_write_parquet"])
 def test_a_full_disk_keeps_the_download(
-    server: FileServer, tmp_path: Path, archives: Any, monkeypatch: pytest.MonkeyPatch
+    server: FileServer, tmp_path: Path, archives: Any, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     archive, rows = archives["movielens_1m"]
     config = small(load_fetch_config("movielens_1m"), server.put("a", archive), archive, rows)
@@ -479,12 +480,13 @@ def test_a_full_disk_keeps_the_download(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch_module, "_write_parquet", full)
+        patch.setattr(fetch_module, where, full)
         with pytest.raises(UserError, match=r"the disk is full at '.*'; free some space and run the same command again"):
             fetch(config, tmp_path / "ml")
     assert [path.name for path in tmp_path.iterdir()] == ["ml.download"]
     fetch(config, tmp_path / "ml")
-    assert len(server.requests) == 1
+    assert len(server.requests) == (2 if where == "_check_size" else 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["ml"]
 
 
 def test_a_folder_that_holds_something_else(server: FileServer, tmp_path: Path, archives: Any) -> None:
