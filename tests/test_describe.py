@@ -462,7 +462,13 @@ def test_from_a_strangers_csv_to_served_scores(tmp_path: Path, write_prepared: A
     result = trainer.fit()
     # Red things are clicked: 0.7 against 0.2, which ranks at most to about 0.73.
     assert 0.65 < result.validation["click"].auc < 0.8
-    save_bundle(tmp_path / "bundle", trainer.model, BundleConfig(FORMAT, model, "fp32", config, "0" * 64), data.transform, {})
+    save_bundle(
+        tmp_path / "bundle",
+        trainer.model.state_dict(),
+        BundleConfig(FORMAT, model, "fp32", config, "0" * 64),
+        data.transform,
+        {},
+    )
     row = {name: table[name][0].as_py() for name in schema.feature_names}
     with TestClient(build_api(tmp_path / "bundle", ServeConfig())) as client:
         answer = client.post("/v1/score", json={"rows": [row, row | {"colour": "red"}, row | {"colour": "blue"}]}).json()

@@ -106,7 +106,9 @@ def trainer(data: PreparedData) -> Trainer:
 def bundle(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds") / "bundle"
     source = DataConfig(name="kinds", source="nowhere", schema="-")
-    save_bundle(folder, trainer.model, BundleConfig(FORMAT, MODEL, "fp32", source, "0" * 64), trainer.data.transform, {})
+    save_bundle(
+        folder, trainer.model.state_dict(), BundleConfig(FORMAT, MODEL, "fp32", source, "0" * 64), trainer.data.transform, {}
+    )
     return folder
 
 
