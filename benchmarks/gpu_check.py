@@ -249,8 +249,6 @@ def loss(device: str) -> float | None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
-        if "train.device" in done.stderr or "'device'" in done.stderr:
-            print("the configuration has no train.device yet: training on a GPU waits for it", file=sys.stderr)
         return None
     summary = json.loads(done.stdout.splitlines()[-1])
     return statistics.mean(task["logloss"] for task in summary["test"].values())

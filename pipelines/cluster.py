@@ -59,6 +59,16 @@ def ray_cluster(config: RayConfig, workers: int = 1) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_device(device: str) -> None:
+    """Ray would wait for ever for a GPU that no node has.
+
+    Raises:
+        UserError: `device` is "cuda" and the cluster that this process has joined has no GPU.
+    """
+    if device == "cuda" and not ray.cluster_resources().get("GPU"):
+        raise UserError("train.device is 'cuda', but no machine of the cluster has a GPU; use train.device=cpu")
+
+
 def _check_package(config: RayConfig) -> None:
     """Let a node import this package before minutes are spent on data: the same version, found elsewhere than here."""
     import recsys_moe

@@ -18,7 +18,7 @@ from typing import Any
 
 from recsys_moe.errors import UserError
 from recsys_moe.models import ModelConfig
-from recsys_moe.pipelines.cluster import RayConfig, ray_cluster
+from recsys_moe.pipelines.cluster import RayConfig, check_device, ray_cluster
 from recsys_moe.pipelines.prepare import Progress, prepare
 from recsys_moe.pipelines.runs import Event, RunBusy, RunFolder, all_runs, find_run
 from recsys_moe.pipelines.tracking import Run, TrackingConfig, TrackingLost, describe_data, open_client, open_run
@@ -99,6 +99,7 @@ def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on
         opening = pool.submit(open_client, folder.record.uri)
         workers = job.train.workers
         with ray_cluster(job.ray, workers if isinstance(workers, int) else workers[0]):
+            check_device(job.train.device)
             data = prepare(job.data, Path(job.runs_dir), on_prepare)
             folder.update(dataset=describe_data(data.manifest))
             summary = None
@@ -229,7 +230,7 @@ def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event
             "state": str(folder.state),
             "bundle": str(folder.bundle),
         },
-        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=job.train.device == "cuda", resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
             storage_path=str(folder.path), name="ray", failure_config=FailureConfig(max_failures=job.train.max_failures)
         ),

@@ -54,6 +54,13 @@ class Batch:
         ids, dense, labels, weights, numbers = (tensor.index_select(0, index) for tensor in _tensors(self))
         return Batch(ids, dense, labels, weights, numbers, tuple(take_rows(rows, index) for rows in self.lists))
 
+    def to(self, device: torch.device) -> "Batch":
+        if self.labels_bt.device == device:
+            return self
+        lists = tuple(rows.to(device) for rows in self.lists)
+        ids, dense, labels, weights, numbers = (tensor.to(device) for tensor in _tensors(self))
+        return Batch(ids, dense, labels, weights, numbers, lists)
+
     def __len__(self) -> int:
         return self.labels_bt.shape[0]
 

@@ -49,9 +49,16 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         pooling: what a row's ids become where they are not just one: their embeddings' sum or mean, zero if there is none.
     """
 
-    def __init__(self, names: list[str], cardinalities: list[int], width: int, pooling: Pooling = "sum") -> None:
+    def __init__(
+        self,
+        names: list[str],
+        cardinalities: list[int],
+        width: int,
+        pooling: Pooling = "sum",
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ) -> None:
         tables = table_configs(names, cardinalities, width, pooling)
-        super().__init__(tables, torch.optim.Adagrad, ADAGRAD, device=torch.device("cpu"))
+        super().__init__(tables, torch.optim.Adagrad, ADAGRAD, device=device)
         self._lookup._emb_module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         self._names = names
         # torchrec draws the tables from ±1/√rows and heeds no init_fn here. Missing and unknown start at zero: where training
@@ -96,7 +103,7 @@ def one_id_each(names: list[str], ids_bf: Tensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=names,
         values=ids_bf.t().reshape(-1),  # feature-major, as the table batch reads them
-        offsets=_unit_offsets(len(names) * rows),
+        offsets=_unit_offsets(len(names) * rows, ids_bf.device),
         stride=rows,
     )
 
@@ -144,8 +151,8 @@ def last_ids(rows: JaggedTensor, length: int) -> JaggedTensor:
 
 
 @lru_cache(maxsize=8)
-def _unit_offsets(bags: int) -> Tensor:
-    return torch.arange(bags + 1, dtype=torch.int32)
+def _unit_offsets(bags: int, device: torch.device) -> Tensor:
+    return torch.arange(bags + 1, dtype=torch.int32, device=device)
 
 
 def _table_name(feature: str) -> str:

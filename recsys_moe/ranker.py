@@ -1,6 +1,7 @@
 """A whole model: torchrec embeddings in front, a family's network behind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from recsys_moe.models import MODELS
 from recsys_moe.routing import RoutingPlan
 from recsys_moe.transforms import ListInput
 
+CPU = torch.device("cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -23,6 +25,7 @@ class Ranker(nn.Module):
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
     training: nothing else regularises them. `start` has the outputs that a fresh model starts at, task by task (None: the
     weights are loaded). With `sharded` the tables are shared out among the workers of this process group.
+    Inputs are expected on `device`.
     """
 
     def __init__(
@@ -36,11 +39,13 @@ class Ranker(nn.Module):
         lists: Sequence[ListInput] = (),
         start: Sequence[Sequence[float]] | None = None,
         sharded: bool = False,
+        device: torch.device = CPU,
     ) -> None:
         super().__init__()
+        self.device = device
         self.sparse_names, self.lists = sparse_names, lists
         width = config.embedding_dim
-        self.dropout, tables = config.dropout, _tables(sharded)
+        self.dropout, tables = config.dropout, _tables(sharded, device)
         self.embeddings = tables(sparse_names, cardinalities, width) if sparse_names else None
         self.pooled = nn.ModuleDict(
             {
@@ -58,6 +63,7 @@ class Ranker(nn.Module):
             towers = self.network.towers
             assert isinstance(towers, Towers)
             towers.start_at(start)
+        self.network.to(device)
 
     def forward(
         self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()
@@ -104,9 +110,9 @@ def _table_pooling(feature: ListInput) -> Pooling:
     return "mean" if feature.pooling == "mean" else "sum"
 
 
-def _tables(sharded: bool) -> type[Any]:
+def _tables(sharded: bool, device: torch.device) -> Callable[..., Any]:
     if not sharded:
-        return FusedEmbeddings
+        return partial(FusedEmbeddings, device=device)
     from recsys_moe.sharding import ShardedEmbeddings  # imports a second's worth of torchrec
 
     return ShardedEmbeddings

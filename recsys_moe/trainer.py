@@ -23,7 +23,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
 from recsys_moe.losses import multi_task_loss
 from recsys_moe.metrics import TaskMetrics, quality, quality_name
-from recsys_moe.ranker import Ranker
+from recsys_moe.ranker import CPU, Ranker
 from recsys_moe.shards import PreparedData
 from recsys_moe.typed import typed
 
@@ -41,7 +41,8 @@ class TrainConfig:
     known yet).
     Training stops when the mean validation quality (of a binary task its AUC; see `recsys_moe.heads`) has not risen for
     `patience` epochs (0: never) and keeps the best epoch.
-    `precision` is the experts' (`bf16`: their matrix products; gates, norms, towers and losses stay fp32).
+    `precision` is the experts' (`bf16`: their matrix products; gates, norms, towers and losses stay fp32). `device=cuda` trains
+    on a GPU with the Triton kernels, one worker so far; bundles score on the CPU all the same.
 
     `workers` share each batch of `batch_size`: a number, or two bounds between which Ray finds room. A resumable state is
     written every `checkpoint_steps` steps and every `checkpoint_seconds` (0: not so); a worker that is lost costs what was
@@ -58,6 +59,7 @@ class TrainConfig:
     clip_norm: Annotated[float, Field(ge=0)] = 10.0
     patience: Annotated[int, Field(ge=0)] = 3
     precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
     workers: Workers | tuple[Workers, Workers] = 1
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 300.0
@@ -120,9 +122,14 @@ class Trainer:
         on_event: Callable[[Event], None] = lambda event: None,
         checkpoints: Checkpoints | None = None,
     ) -> None:
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("train.device is 'cuda', but PyTorch finds no GPU on the training worker; use train.device=cpu")
+        if config.device == "cuda" and world_size() > 1:
+            raise UserError(f"train.device is 'cuda' with {world_size()} workers; a GPU is used by train.workers=1 only")
         torch.manual_seed(config.seed)
         self.data, self.config, self.on_event, self.checkpoints = data, config, on_event, checkpoints
-        self.model = build_ranker(data, model_config, config.precision)
+        self.device = torch.device(config.device)
+        self.model = build_ranker(data, model_config, config.precision, self.device)
         self.dense = self.model.dense_parameters()
         # Decay is for what multiplies the inputs: a bias holds its task's rate, and a norm's scale belongs at 1, not at 0.
         spared = [p for name, p in self.model.network.named_parameters() if "bias" in name or "norms." in name]
@@ -130,7 +137,7 @@ class Trainer:
         groups: list[dict[str, Any]] = [{"params": multiplying}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
         self.heads = Heads(data.schema, data.transform.statistics)
-        self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks])
+        self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks], device=self.device)
         self.batches = ShuffledBatches(data, "train", config.batch_size, config.seed, rank(), world_size())
         self.rows = data.manifest.rows("train")
         self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
@@ -148,7 +155,7 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train, stop early, and leave the best epoch's weights in `self.model`."""
         p = self.progress
-        if self.config.precision == "bf16" and not has_bf16():
+        if self.config.precision == "bf16" and self.config.device == "cpu" and not has_bf16():
             message = "this CPU has no bf16 instructions: train.precision=bf16 will be slower here than fp32"
             self.on_event({"kind": "warning", "message": message})
         while p.epoch < self.config.epochs:
@@ -232,6 +239,7 @@ class Trainer:
         if world_size() > 1:
             # Dropout by the step: however many workers there are, and whichever was lost, a state needs no more than that.
             torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.step, rank())).generate_state(1)[0]))
+        batch = batch.to(self.device)
         outputs, _ = self.model(batch.ids_bf, batch.dense_bd, batch.lists)
         losses = self.heads.losses(outputs, batch.labels_bt)
         loss = multi_task_loss(losses, batch.weights_bt, self.task_weights_t, total(batch.weights_bt.sum(0)))
@@ -359,7 +367,7 @@ def schedule(kind: str, progress: float) -> float:
     return (1 + math.cos(math.pi * (progress - warm) / (1 - warm))) / 2
 
 
-def build_ranker(data: PreparedData, model_config: Any, precision: str) -> Ranker:
+def build_ranker(data: PreparedData, model_config: Any, precision: str, device: torch.device = CPU) -> Ranker:
     """A freshly initialised model for prepared data, which starts where each task's training labels are."""
     t = data.transform
     heads = Heads(t.schema, t.statistics)
@@ -373,6 +381,7 @@ def build_ranker(data: PreparedData, model_config: Any, precision: str) -> Ranke
         t.lists,
         heads.start(),
         sharded=world_size() > 1,
+        device=device,
     )
 
 
@@ -392,8 +401,9 @@ def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetr
             batch = Batch.of(rows)
             if world_size() > 1:
                 batch = batch.take(torch.arange(len(rows))[piece(len(rows), rank(), world_size())])
+            batch = batch.to(model.device)
             outputs = gather_pieces(model(batch.ids_bf, batch.dense_bd, batch.lists)[0], len(rows))
-            scores = heads.scores(outputs)
+            scores = heads.scores(outputs.cpu())
             collected.append((scores, rows.labels, rows.weights, rows.groups))
     return heads.metrics(collected)
 

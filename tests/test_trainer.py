@@ -273,3 +273,9 @@ def test_a_validation_part_of_one_class(tmp_path: Any, write_prepared: Any, clic
     data = write_prepared(tmp_path / "p", clicks_schema, {"train": [table], "validation": [rows]})
     with pytest.raises(UserError, match="no task has both classes, or labels that differ, in the validation part"):
         trained(data)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(prepared_clicks: PreparedData) -> None:
+    with pytest.raises(UserError, match=r"train\.device is 'cuda', but PyTorch finds no GPU"):
+        Trainer(prepared_clicks, MMoEConfig(), TrainConfig(device="cuda"))
