@@ -1,6 +1,10 @@
 """One Ray instance for a command: local, quiet and gone when the command ends; or a cluster that is there already."""
 
+import logging
 import os
+import socket
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,20 +42,23 @@ def ray_cluster(config: RayConfig, workers: int = 1) -> Iterator[None]:
         with local_ray(workers):
             yield
         return
-    environment: dict[str, Any] = {"env_vars": {"PYTHONSAFEPATH": "1"}}
-    if config.wheel is not None:
-        wheel = Path(config.wheel).expanduser().absolute()
-        if not wheel.is_file() or wheel.suffix != ".whl":
-            raise UserError(f"ray.wheel {config.wheel!r} is no wheel; make one with `pip wheel --no-deps .` and name it")
-        environment["py_modules"] = [str(wheel)]
-    try:
-        with interrupts_deferred():
-            ray.init(config.address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"ray.address {config.address!r} can't be joined ({reason}); start the cluster or leave it out"
-        ) from None
+    _check_reachable(config.address)
+    with tempfile.TemporaryDirectory() as folder:
+        # An empty working directory: without one, Ray puts the directories of this process on the workers' path.
+        empty = Path(folder) / "empty"
+        empty.mkdir()
+        environment: dict[str, Any] = {"env_vars": {"PYTHONSAFEPATH": "1"}, "working_dir": str(empty)}
+        if config.wheel is not None:
+            environment["py_modules"] = [str(_unpack(config.wheel, Path(folder)))]
+        try:
+            with interrupts_deferred():
+                ray.init(config.address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"ray.address {config.address!r} can't be joined ({reason}); look whether it runs this version of Ray, and "
+                "whether it wants a token (RAY_AUTH_MODE)"
+            ) from None
     try:
         _check_package(config)
         yield
@@ -67,6 +74,30 @@ def check_device(device: str) -> None:
     """
     if device == "cuda" and not ray.cluster_resources().get("GPU"):
         raise UserError("train.device is 'cuda', but no machine of the cluster has a GPU; use train.device=cpu")
+
+
+def _unpack(wheel: str, folder: Path) -> Path:
+    """The package from a wheel, as a folder for Ray to send: a wheel itself it would install with all that it depends on."""
+    path = Path(wheel).expanduser()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(folder)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"ray.wheel {wheel!r} is no wheel ({error}); make one with `pip wheel --no-deps .`") from None
+    if not (folder / "recsys_moe").is_dir():
+        raise UserError(f"ray.wheel {wheel!r} has no recsys_moe in it; make it with `pip wheel --no-deps .`")
+    return folder / "recsys_moe"
+
+
+def _check_reachable(address: str) -> None:
+    """Knock before Ray does, which waits for a minute and then ends the process with messages of its own."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # `auto`, or a name that Ray knows
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"ray.address {address!r} does not answer ({error}); start the cluster or leave the key out") from None
 
 
 def _check_package(config: RayConfig) -> None:

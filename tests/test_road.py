@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -607,6 +608,40 @@ def test_two_workers_of_which_one_is_killed_train_every_row_once(work: Path) -> 
                 assert (states[step]["epoch"], states[step]["rows"], states[step]["fingerprint"]) == (epoch, count, seen)
         assert count == 6400
     assert Predictor(Path(json.loads(out.splitlines()[-1])["bundle"])).score_names == TASKS
+
+
+@pytest.mark.long
+def test_a_cluster_trains_with_the_package_from_a_wheel(work: Path, tmp_path: Path) -> None:
+    checkout = Path(__file__).resolve().parents[1]
+    source = tmp_path / "source"  # built from a copy: a build leaves folders behind
+    shutil.copytree(checkout, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*pip, str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", "--num-cpus=3", "--include-dashboard=false", "--object-store-memory=200000000"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--ray-client-server-port=0", "--disable-usage-stats"]
+    environment = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    cluster = subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.5)
+        settings = [f"ray.address=127.0.0.1:{port}", f"ray.wheel={wheel}", "train.workers=2", "train.epochs=1"]
+        summary, _ = run("train", *SETTINGS, *settings, cwd=work, **environment)
+    finally:
+        cluster.terminate()
+        cluster.wait(timeout=60)
+    assert Predictor(Path(summary["bundle"])).tasks == TASKS
+    result, _ = run("train", *SETTINGS, *settings, cwd=work, code=2, **environment)
+    assert f"ray.address '127.0.0.1:{port}' does not answer" in result["error"]
 
 
 @pytest.mark.long
