@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -597,7 +598,12 @@ def test_dropout_keeps_half_and_doubles_it(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_rows_bits_do_not_depend_on_its_company(backend: Backend, dtype: torch.dtype) -> None:
+def test_a_rows_bits_do_not_depend_on_its_company(
+    backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton" and DEVICE == "cpu":
+        # Interpreted, a tile's product is numpy's, whose BLAS sums a row differently by its place in the tile: not the kernel's.
+        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("mk,kn->mn", a, b, dtype=dtype))
     torch.manual_seed(0)
     experts, k, width, units = 6, 2, 40, 24
     up, down = rounded(experts, 2 * units, width, dtype=dtype), rounded(experts, width, units, dtype=dtype)
