@@ -602,7 +602,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(
     backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend == "triton" and DEVICE == "cpu":
-        # Interpreted, a tile's product is numpy's, whose BLAS sums a row differently by its place in the tile: not the kernel's.
+        # Interpreted, a tile's product is numpy's, whose BLAS sums a row by its place in the tile.
         monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("mk,kn->mn", a, b, dtype=dtype))
     torch.manual_seed(0)
     experts, k, width, units = 6, 2, 40, 24
