@@ -161,16 +161,17 @@ def _tell_bundle(run: Run, job: TrainJob, folder: RunFolder, summary: dict[str, 
 def sync(runs_dir: Path, name: str | None = None) -> list[dict[str, Any]]:
     """Tell MLflow all that it missed of each run, or of one: metrics, the bundle, how it ended.
 
-    Runs that are going on are left alone; one whose driver was killed has FAILED.
+    Runs that are going on are left alone; one whose driver was killed has FAILED. A run whose server is away keeps no other
+    from being told.
 
     Returns:
         For each run that was not known whole: its folder, MLflow's run id, the registered version (None: it left no bundle)
         and its status.
 
     Raises:
-        UserError: no such run, or MLflow can't be used.
+        UserError: no such run, or MLflow can't be used for one of them.
     """
-    told = []
+    told, untold = [], []
     for folder in [find_run(name, runs_dir)] if name else all_runs(runs_dir):
         try:
             with folder.locked():
@@ -180,6 +181,13 @@ def sync(runs_dir: Path, name: str | None = None) -> list[dict[str, Any]]:
         except RunBusy:
             if name:
                 raise
+        except UserError as error:
+            if name:
+                raise
+            untold.append(f"{folder.path.name}: {error}")
+    if untold:
+        done = f"{len(told)} runs were told of, {len(untold)} were not" if told else f"{len(untold)} runs were not told of"
+        raise UserError(f"{done} ({'; '.join(untold)})")
     return told
 
 

@@ -666,8 +666,8 @@ def test_metrics_that_a_server_missed_are_sent_later(
     result, _ = run("runs", "sync", str(folder), cwd=work, code=2)  # still gone
     assert "does not answer" in result["error"]
     serve()
-    told, _ = run("runs", "sync", cwd=work)
-    (row,) = [row for row in told["runs"] if row["run"] == str(folder)]
+    told, _ = run("runs", "sync", str(folder), cwd=work)
+    (row,) = told["runs"]
     assert (row["status"], row["version"]) == ("FINISHED", "models:/tiny/1")
     client = MlflowClient(tracking_uri=url)
     assert client.get_run(row["run_id"]).info.status == "FINISHED"
@@ -678,7 +678,7 @@ def test_metrics_that_a_server_missed_are_sent_later(
     assert [m.timestamp for m in history] == [int(e["time"] * 1000) for e in epochs]
     evaluated, _ = run("evaluate", "models:/tiny@candidate", f"tracking.uri={url}", cwd=work)
     assert set(evaluated["test"]) == set(TASKS)
-    again, _ = run("runs", "sync", cwd=work)
+    again, _ = run("runs", "sync", str(folder), cwd=work)
     assert again["runs"] == []
 
 

@@ -119,6 +119,25 @@ def test_mlflow_is_told_what_it_missed(known: bool, folder: RunFolder) -> None:
     assert len(client.search_model_versions("name='d'")) == 1
 
 
+def test_a_server_that_is_away_keeps_no_other_run_from_being_told(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_known(uri: str) -> Any:
+        if uri == "http://away":
+            raise UserError("it does not answer")
+        return open_client(uri)
+
+    monkeypatch.setattr("recsys_moe.pipelines.train.open_client", open_known)
+    runs_dir = folder.path.parents[1]
+    finish(folder)
+    for name in ("a", "z"):  # before and after it in any order
+        other = RunFolder.create(runs_dir, name, folder.record.job, "http://away")
+        other.events_file.write_text("")
+        other.update(dataset=DATASET)
+    with pytest.raises(UserError, match="1 runs were told of, 2 were not") as told:
+        sync(runs_dir)
+    assert f"{other.path.name}: it does not answer" in str(told.value)
+    assert RunFolder(folder.path).record.synced
+
+
 def test_a_run_whose_driver_was_killed_has_failed(folder: RunFolder) -> None:
     (told,) = sync(folder.path.parents[1])
     assert (told["status"], told["version"]) == ("FAILED", None)
