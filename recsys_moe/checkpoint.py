@@ -10,7 +10,8 @@ gathered; a state can be read by any number of workers.
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Checkpoints:
         """
         stems = [f"step-{step:010d}"] + ([f"best-{best_epoch:05d}"] if best_epoch != self._best_epoch else [])
         mine = [self.folder / f"{stem}-{rank()}of{world_size()}.safetensors" for stem in stems]
+        whole = self.folder / f"{stems[0]}.json"
         try:
             with _together():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,13 +58,14 @@ class Checkpoints:
                 "best_epoch": best_epoch,
                 "best_files": best_files,
             }
-            whole = self.folder / f"{stems[0]}.json"
             with _together():
                 if rank() == 0:
                     _write(whole, lambda text, path: path.write_text(text), json.dumps(state))
-        except BaseException:
-            for path in mine:
-                path.unlink(missing_ok=True)
+        except OSError:
+            # All workers are here. After any other error, a lost worker's perhaps, the state may be whole already.
+            for path in [whole, *mine]:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
             raise
         self._best_epoch, self._best_files = best_epoch, best_files
         if rank() == 0:
@@ -147,15 +150,16 @@ def _write(path: Path, save: Any, content: Any) -> None:
             temporary.unlink(missing_ok=True)
 
 
-class _together:
-    """What fails for one worker within the block fails for all of them, with an OSError."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not isinstance(error, OSError):
-            return
-        failures = total(torch.tensor([error is not None], dtype=torch.int32))
-        if error is None and failures:
-            raise OSError("another worker could not write its part")
+@contextmanager
+def _together() -> Iterator[None]:
+    """What fails for one worker within the block, by an OSError, fails for all of them."""
+    failure: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        failure = error
+    failures = total(torch.tensor([failure is not None], dtype=torch.int32))
+    if failure is not None:
+        raise failure
+    if failures:
+        raise OSError("another worker could not write its part")
