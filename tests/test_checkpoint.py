@@ -146,6 +146,34 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+@pytest.mark.parametrize("place", range(1, 7))
+def test_a_disk_may_fill_up_at_any_write(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two files and the JSON, each synced itself and then its folder.
+    kept, synced, fsync = Checkpoints(tmp_path / "state"), 0, os.fsync
+    kept.save(10, {"x": 2}, {"a": torch.arange(5.0)}, 1, {"w": torch.ones(2)})
+    before = sorted(path.name for path in kept.folder.iterdir())
+
+    def full(handle: int) -> None:
+        nonlocal synced
+        synced += 1
+        if synced == place:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            kept.save(15, {"x": 3}, {"a": torch.zeros(5)}, 2, {"w": torch.zeros(2)})
+    assert sorted(path.name for path in kept.folder.iterdir()) == before
+    state = Checkpoints(kept.folder).load()
+    assert state is not None
+    assert (state.told, state.best_epoch) == ({"x": 2}, 1)
+    assert torch.equal(state.tensors["a"], torch.arange(5.0))
+    assert torch.equal(state.best["w"], torch.ones(2))
+    kept.save(20, {"x": 4}, {"a": torch.zeros(5)}, 2, {"w": torch.zeros(2)})
+    assert len(list(kept.folder.iterdir())) == 3
+
+
 FULL = """
 import sys
 sys.argv = ["", {data!r}, {state!r}]
