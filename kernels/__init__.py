@@ -12,6 +12,8 @@ if __name__ == "kernels":
     # Hugging Face package called `kernels`.
     raise ImportError("this folder is recsys_moe.kernels: import it under that name")
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ __all__ = [
     "BatchNorm",
     "Layer",
     "Scoring",
+    "embedding_bags",
     "expert_mlp",
     "gate_mix",
     "route_topk",
@@ -216,6 +219,72 @@ def sparse_expert_mlp(
     run = implementation(backend, x_bd.device)
     out: Tensor = run.sparse_expert_mlp(x_bd, layers, expert_ids_rk, weights_rk, order, offsets, unit_norm, invariant)
     return out
+
+
+def embedding_bags(
+    weights: Tensor,
+    squares: Tensor,
+    starts: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    *,
+    width: int,
+    mean: bool = False,
+    rate: float = 0.0,
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Bags of embeddings, y[b, f] = Σ_i W_f[i] over the ids i of the bag (f, b), or their mean; zeros for an empty bag.
+
+    Where `weights` requires grad, the backward pass gives it none but applies Adagrad (Duchi et al. 2011) in place, to the
+    rows r that the batch has, G_r being the sum of their gradients: S_r ← S_r + G_r², W_r ← W_r − rate·G_r / (√S_r + eps).
+
+    Args:
+        weights: fp32, all tables one after the other, each `[rows, width]`.
+        squares: S, as `weights`.
+        starts: int64 `[F]`, where each table starts in `weights`; rising.
+        ids: int32 or int64, the bags' ids, feature by feature. They must lie in their tables: nothing checks them here.
+        offsets: int32 `[F·B + 1]`, bag (f, b) has the ids from offsets[f·B + b] on.
+
+    Returns:
+        fp32 `[B, F·width]`.
+
+    Raises:
+        ValueError: weights that are not fp32, or the Triton backend: on a GPU, fbgemm's table batch does this.
+
+    >>> tables = torch.tensor([[1.0], [2.0], [5.0]])  # two tables, of two rows and one
+    >>> ids, offsets = torch.tensor([1, 0, 1, 0]), torch.tensor([0, 1, 3, 4, 4], dtype=torch.int32)
+    >>> state, starts = torch.zeros(3), torch.tensor([0, 2])
+    >>> embedding_bags(tables.flatten(), state, starts, ids, offsets, width=1, backend="reference").tolist()
+    [[2.0, 5.0], [3.0, 0.0]]
+    """
+    run = implementation(backend, weights.device)
+    if not hasattr(run, "embedding_bags"):
+        raise ValueError("embedding_bags has no Triton form: on a GPU, fbgemm's table batch does it; use backend='reference'")
+    if weights.dtype != torch.float32 or squares.shape != weights.shape or (offsets.shape[0] - 1) % starts.shape[0]:
+        raise ValueError(
+            f"weights {weights.dtype} {list(weights.shape)}, squares {list(squares.shape)}, starts {list(starts.shape)} and "
+            f"offsets {list(offsets.shape)} do not go together: the first two are fp32 of one shape, offsets are [F·B + 1]"
+        )
+    out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _EmbeddingBags(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, squares: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
+        width, mean, ctx.rate, ctx.eps, ctx.run = rest
+        # Not saved for backward: the tables change in place, by design.
+        ctx.state = (weights, squares, starts, ids, offsets)
+        ctx.width, ctx.mean = width, mean
+        out: Tensor = ctx.run.embedding_bags(weights, starts, ids, offsets, width, mean)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+        with torch.no_grad():
+            ctx.run.embedding_adagrad(*ctx.state, grad, ctx.width, ctx.mean, ctx.rate, ctx.eps)
+        return (None,) * 10
 
 
 def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool) -> None:

@@ -1,4 +1,4 @@
-// The expert operations on the CPU: what PyTorch has no fused form for. Large products go to its BLAS.
+// The expert operations on the CPU.
 //
 // Written with the compiler's vector types and `omp simd`, so that one source serves every width; it is built on the machine
 // it runs on, for that machine. Half precision is bf16; all arithmetic is fp32.
@@ -10,6 +10,7 @@
 
 #include <set>
 
+#include "cpu_embeddings.h"
 #include "cpu_gemm.h"
 #include "cpu_lanes.h"
 #include "cpu_vector.h"
@@ -1158,6 +1159,9 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("route_topk(Tensor logits, int k, int scoring, bool renormalize, Tensor? bias, Tensor? allowed) -> "
         "(Tensor, Tensor, Tensor)");
   m.def("sort_by_expert(Tensor ids, int experts) -> (Tensor, Tensor)");
+  m.def("embedding_bags(Tensor weights, Tensor starts, Tensor ids, Tensor offsets, int width, bool mean) -> Tensor");
+  m.def("embedding_adagrad(Tensor(a!) weights, Tensor(b!) squares, Tensor starts, Tensor ids, Tensor offsets, Tensor grad, "
+        "int width, bool mean, float rate, float eps) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
@@ -1177,4 +1181,6 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("gate_mix_backward", gate_mix_backward);
   m.impl("route_topk", route_topk);
   m.impl("sort_by_expert", sort_by_expert);
+  m.impl("embedding_bags", embedding_bags);
+  m.impl("embedding_adagrad", embedding_adagrad);
 }

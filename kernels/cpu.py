@@ -161,6 +161,25 @@ def sparse_expert_mlp(
     return ops.combine(h, weights_rk, order, offsets).to(x_bd.dtype)
 
 
+def embedding_bags(weights: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, width: int, mean: bool) -> Tensor:
+    return torch.ops.recsys_moe.embedding_bags(weights, starts, ids, offsets, width, mean)
+
+
+def embedding_adagrad(
+    weights: Tensor,
+    squares: Tensor,
+    starts: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    grad: Tensor,
+    width: int,
+    mean: bool,
+    rate: float,
+    eps: float,
+) -> None:
+    torch.ops.recsys_moe.embedding_adagrad(weights, squares, starts, ids, offsets, grad, width, mean, rate, eps)
+
+
 def _in_training(layers: tuple[Layer, ...]) -> bool:
     return any(layer.dropout or (layer.norm is not None and layer.norm.training) for layer in layers)
 
@@ -346,6 +365,14 @@ def _register() -> None:
         lambda ctx, grad: (*ops.combine_backward(grad, *ctx.saved_tensors), None, None),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     )
+
+    @fake("recsys_moe::embedding_bags")
+    def _(weights, starts, ids, offsets, width, mean):  # type: ignore[no-untyped-def]
+        return weights.new_empty((offsets.shape[0] - 1) // starts.shape[0], starts.shape[0] * width)
+
+    @fake("recsys_moe::embedding_adagrad")
+    def _(weights, squares, starts, ids, offsets, grad, width, mean, rate, eps):  # type: ignore[no-untyped-def]
+        return None
 
     @fake("recsys_moe::gate_mix")
     def _(logits, experts, mask, residual):  # type: ignore[no-untyped-def]

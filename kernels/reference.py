@@ -118,6 +118,45 @@ def sparse_expert_mlp(
     return (scattered.view(r, k, y.shape[-1]) * weights.unsqueeze(-1)).sum(1).to(x_bd.dtype)
 
 
+def embedding_bags(weights: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, width: int, mean: bool) -> Tensor:
+    features = starts.shape[0]
+    rows, bags = _bag_rows(starts, ids, offsets, width)
+    summed = weights.new_zeros(offsets.shape[0] - 1, width).index_add(0, bags, weights.view(-1, width)[rows])
+    if mean:
+        summed = summed / offsets.diff().clamp_min(1).unsqueeze(1)
+    return summed.view(features, -1, width).transpose(0, 1).flatten(1)
+
+
+def embedding_adagrad(
+    weights: Tensor,
+    squares: Tensor,
+    starts: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    grad: Tensor,
+    width: int,
+    mean: bool,
+    rate: float,
+    eps: float,
+) -> None:
+    rows, bags = _bag_rows(starts, ids, offsets, width)
+    of_bags = grad.view(-1, starts.shape[0], width).transpose(0, 1).reshape(-1, width)
+    if mean:
+        of_bags = of_bags / offsets.diff().clamp_min(1).unsqueeze(1)
+    touched, place = rows.unique(return_inverse=True)
+    sums = grad.new_zeros(len(touched), width).index_add(0, place, of_bags[bags])
+    table, state = weights.view(-1, width), squares.view(-1, width)
+    state[touched] += sums.square()
+    table[touched] -= rate * sums / (state[touched].sqrt() + eps)
+
+
+def _bag_rows(starts: Tensor, ids: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """For each id its row among those of all tables, and its bag."""
+    bags = torch.repeat_interleave(torch.arange(offsets.shape[0] - 1, device=ids.device), offsets.diff())
+    rows = (offsets.shape[0] - 1) // starts.shape[0]
+    return ids + starts[bags // max(rows, 1)] // width, bags
+
+
 def _finish(z_nh: Tensor, layer: Layer, e: int) -> Tensor:
     """Bias, norm, activation and dropout of expert `e`."""
     if layer.bias is not None:

@@ -16,6 +16,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from recsys_moe.kernels import embedding_bags
 from recsys_moe.transforms import Inputs
 
 ADAGRAD = {"lr": 0.02, "eps": 1e-8}
@@ -60,7 +61,7 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         tables = table_configs(names, cardinalities, width, pooling)
         super().__init__(tables, torch.optim.Adagrad, ADAGRAD, device=device)
         self._lookup._emb_module.bounds_check_mode_int = BoundsCheckMode.NONE.value
-        self._names = names
+        self._names, self._width, self._mean, self._rate = names, width, pooling == "mean", ADAGRAD["lr"]
         # torchrec draws the tables from ±1/√rows and heeds no init_fn here. Missing and unknown start at zero: where training
         # has no such row, scoring one adds nothing. (In a table of buckets, row 1 is the first bucket, which training has.)
         with torch.no_grad():
@@ -75,11 +76,26 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         if features.keys() != self._names:
             raise ValueError(f"features {features.keys()} are not the tables' {self._names}")
-        values = self._lookup(features.values(), features.offsets(), None)
+        fused = self._lookup._emb_module
+        if fused.weights_host.numel():
+            values = embedding_bags(
+                fused.weights_host,
+                fused.momentum1_host,
+                fused.weights_offsets,
+                features.values(),
+                features.offsets(),
+                width=self._width,
+                mean=self._mean,
+                rate=self._rate,
+                eps=ADAGRAD["eps"],
+            )
+        else:
+            values = self._lookup(features.values(), features.offsets(), None)
         return KeyedTensor(keys=self._embedding_names, length_per_key=self._length_per_key, values=values)
 
     def set_lr(self, rate: float) -> None:
         """The learning rate from the next backward pass on."""
+        self._rate = rate
         optimizer = self._lookup.fused_optimizer()
         for group in optimizer.param_groups:
             group["lr"] = rate
