@@ -626,23 +626,28 @@ Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& 
 }
 
 // grad_w[m, n] = Σ_b z[b, m]·x[b, n] for the columns m of some segments of rows, each with its own x: the sums over the rows are
-// taken in blocks of kDepthRows, in order. x_row(segment, b, to) is row b as a pointer, copied to `to` where it has to be made.
+// taken in blocks of kDepthRows, in order. x_row(segment, b, to) is row b as a pointer, copied to `to` where it has to be made;
+// where no row has to be, they lie `ldx` words apart (else 0), and whole panels are read as they lie.
 constexpr int64_t kDepthRows = 512, kPackWords = 32;
 
 struct Segment { int64_t begin, end, z_column; };  // rows of the sum; first column of z
 
 template <typename T, typename F>
-void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, int64_t width, int64_t depth, float* grad, F&& x_row) {
-  const int64_t count = segments.size(), each = panels(depth), blocks = (width + kBlockRows - 1) / kBlockRows;
+void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, int64_t width, int64_t depth, float* grad, int64_t ldx,
+                 F&& x_row) {
+  const int64_t count = segments.size(), each = panels(depth), threads = at::get_num_threads();
+  int64_t blocks = (width + kBlockRows - 1) / kBlockRows;  // of about equal size, and as many for each thread
+  if (count < 4 * threads) blocks = (blocks + threads - 1) / threads * threads;
+  const int64_t block = (width + blocks - 1) / blocks;
   int64_t longest = 0;
   for (const auto& s : segments) longest = std::max(longest, s.end - s.begin);
   const int64_t rows = std::min(longest, kDepthRows), size = panel_words<T>(rows), row_words = whole_vecs(words<T>(rows));
-  const int64_t chunks = (words<T>(rows) + kPackWords - 1) / kPackWords;
+  const int64_t chunks = (words<T>(rows) + kPackWords - 1) / kPackWords, as_they_lie = ldx ? depth / kPanel : 0;
   const Tensor packed = at::empty({count * each * size}, at::kFloat);
   float* pp = packed.data_ptr<float>();
   for (int64_t k = 0; k < longest; k += kDepthRows) {
     auto part = [&](const Segment& s) { return std::min(kDepthRows, s.end - s.begin - k); };
-    at::parallel_for(0, count * chunks, 1, [&](int64_t from, int64_t to) {
+    if (as_they_lie < each) at::parallel_for(0, count * chunks, 1, [&](int64_t from, int64_t to) {
       std::vector<T> copy(2 * depth);
       for (int64_t i = from; i < to; ++i) {
         const Segment& s = segments[i / chunks];
@@ -650,28 +655,31 @@ void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, 
         if (here <= 0) continue;
         pack_columns<T>(begin, end, here, depth, size, pp + i / chunks * each * size, [&](int64_t r) {
           return x_row(i / chunks, s.begin + k + r, copy.data() + r % 2 * depth);
-        });
+        }, as_they_lie * kPanel);
       }
     });
     at::parallel_for(0, count * blocks, 1, [&](int64_t from, int64_t to) {
-      std::vector<float> a(kBlockRows * row_words);
+      std::vector<float> a(block * row_words);
       for (int64_t i = from; i < to; ++i) {
         const Segment& s = segments[i / blocks];
-        const int64_t m0 = i % blocks * kBlockRows, units = std::min(kBlockRows, width - m0), here = part(s);
-        if (here <= 0) continue;
+        const int64_t m0 = i % blocks * block, units = std::min(block, width - m0), here = part(s);
+        if (here <= 0 || units <= 0) continue;
         pack_transposed(z + (s.begin + k) * ldz + s.z_column + m0, ldz, here, units, a.data());
         const int64_t stride = whole_vecs(words<T>(here)) * kPerWord<T>;
         for (int64_t p = 0; p < each; ++p) {
           float* out = grad + (i / blocks * width + m0) * depth + p * kPanel;
           const int64_t columns = std::min(kPanel, depth - p * kPanel);
-          multiply(reinterpret_cast<const T*>(a.data()), stride, units, pp + (i / blocks * each + p) * size, words<T>(here),
+          const bool lies = p < as_they_lie;
+          const float* panel = lies ? reinterpret_cast<const float*>(x_row(i / blocks, s.begin + k, nullptr)) + p * kPanel
+                                    : pp + (i / blocks * each + p) * size;
+          multiply(reinterpret_cast<const T*>(a.data()), stride, units, panel, words<T>(here),
                    [&](int64_t m, const float* sums) {
                      float* g = out + m * depth;
                      if (!k) return store_panel(sums, g, columns);
                      by_vecs(columns, [&](int64_t c, int64_t n) {
                        store_first(load_first(g + c, n) + load_first(sums + c, n), g + c, n);
                      });
-                   });
+                   }, lies ? ldx : kPanel);
         }
       }
     });
@@ -735,7 +743,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_,
     const T *gz = data<T>(grad_z), *wp = data<T>(w);
     std::vector<Segment> segments;
     for (int64_t g = 0; g < in.groups; ++g) segments.push_back({0, b, g * width});
-    grad_weight(gz, columns, segments, width, d, grad_w.data_ptr<float>(), [&](int64_t g, int64_t r, T* copy) -> const T* {
+    const int64_t ldx = std::is_same_v<T, float> && std::is_same_v<X, T> && !gated ? in.inputs * d : 0;
+    grad_weight(gz, columns, segments, width, d, grad_w.data_ptr<float>(), ldx, [&](int64_t g, int64_t r, T* copy) -> const T* {
       if constexpr (std::is_same_v<X, T>)
         if (!gated) return in.template row<X>(r, g);
       in.template copy_row<X>(r, g, copy);
@@ -820,7 +829,7 @@ std::tuple<Tensor, Tensor> grouped_linear_backward(const Tensor& grad_z_, const 
     using T = decltype(t);
     std::vector<Segment> segments;
     for (int64_t e = 0; e < experts; ++e) segments.push_back({off[e], off[e + 1], 0});
-    grad_weight(data<T>(grad_z), units, segments, units, depth, grad_w.data_ptr<float>(),
+    grad_weight(data<T>(grad_z), units, segments, units, depth, grad_w.data_ptr<float>(), std::is_same_v<T, float> ? depth : 0,
                 [&](int64_t, int64_t r, T*) -> const T* { return data<T>(h) + r * depth; });
     at::parallel_for(0, experts * each, 1, [&](int64_t from, int64_t to) {
       std::vector<float> panel(panel_words<T>(units));
@@ -954,16 +963,23 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_, const Tensor& h
 
 // ---- gates ----------------------------------------------------------------------------------------------------------------
 
-// Softmax of one row; `w` may be the logits themselves.
+// Softmax of one row. `w` has room for whole vectors: stored and loaded whole, its values stay in the store buffer's reach.
 inline void softmax_row(const float* logits, float* w, int64_t e) {
-  const float top = *std::max_element(logits, logits + e);
-  Vec sums = {};
+  Vec top = -INFINITY - Vec{};
   by_vecs(e, [&](int64_t i, int64_t n) {
-    store_first(exp(load_first(logits + i, n) - top), w + i, n);
-    sums += load_first(w + i, n);  // without the lanes behind a short vector's end
+    const Vec v = load_first(logits + i, n, -INFINITY);
+    store(v, w + i);
+    top = v > top ? v : top;
+  });
+  top = max_lanes(top) - Vec{};
+  Vec sums = {};
+  by_vecs(e, [&](int64_t i, int64_t) {
+    const Vec v = exp(load(w + i) - top);  // 0 behind the end
+    store(v, w + i);
+    sums += v;
   });
   const float inverse = 1.0f / add_lanes(sums);
-  for (int64_t i = 0; i < e; ++i) w[i] *= inverse;
+  by_vecs(e, [&](int64_t i, int64_t) { store(load(w + i) * inverse, w + i); });
 }
 
 // Which experts each task's gate may see, and which tasks see each expert.
@@ -996,12 +1012,16 @@ std::tuple<Tensor, Tensor> gate_mix(const Tensor& logits_, const Tensor& experts
     using Y = decltype(type);
     const Y* yp = data<Y>(experts);
     at::parallel_for(0, b, grain(t * e * h), [&](int64_t from, int64_t to) {
-      std::vector<float> w(e);
+      std::vector<float> some(e), w(whole_vecs(e));
       for (int64_t i = from * t; i < to * t; ++i) {
         const std::vector<int64_t>& seen = sight.experts[i % t];
         const int64_t count = seen.size();
-        for (int64_t k = 0; k < count; ++k) w[k] = lp[i * e + seen[k]];
-        softmax_row(w.data(), w.data(), count);
+        const float* logit = lp + i * e;
+        if (count < e) {
+          for (int64_t k = 0; k < count; ++k) some[k] = logit[seen[k]];
+          logit = some.data();
+        }
+        softmax_row(logit, w.data(), count);
         for (int64_t k = 0; k < count; ++k) {
           sp[i * e + seen[k]] = w[k];
           if (rp) w[k] += rp[i * e + seen[k]];
@@ -1038,13 +1058,21 @@ std::tuple<Tensor, Tensor, Tensor> gate_mix_backward(const Tensor& grad_, const 
       for (int64_t row = from; row < to; ++row) {
         const float *gz = gp + row * t * h, *s = sp + row * t * e, *r = rp ? rp + row * t * e : nullptr;
         float* dl = lp + row * t * e;
-        for (int64_t k = 0; k < e; ++k) {
-          const Y* yk = yp + (row * e + k) * h;
-          for (int64_t g : sight.tasks[k]) {  // of a weight: ⟨grad z, y⟩
-            Vec dots = {};
-            by_vecs(h, [&](int64_t j, int64_t n) { dots += load_first(gz + g * h + j, n) * load_first(yk + j, n); });
-            dl[g * e + k] = add_lanes(dots);
+        for (int64_t g = 0; g < t; ++g) {  // of a weight: ⟨grad z, y⟩, for eight experts at once
+          const std::vector<int64_t>& seen = sight.experts[g];
+          for (size_t first = 0; first < seen.size(); first += 8) {
+            const int64_t count = std::min<int64_t>(8, seen.size() - first);
+            Vec dots[8] = {};
+            by_vecs(h, [&](int64_t j, int64_t n) {
+              const Vec of_z = load_first(gz + g * h + j, n);
+              for (int64_t k = 0; k < count; ++k) dots[k] += of_z * load_first(yp + (row * e + seen[first + k]) * h + j, n);
+            });
+            float sums[8];
+            add_lanes_of_8(dots, sums);
+            for (int64_t k = 0; k < count; ++k) dl[g * e + seen[first + k]] = sums[k];
           }
+        }
+        for (int64_t k = 0; k < e; ++k) {
           by_vecs(h, [&](int64_t j, int64_t n) {
             Vec total = {};
             for (int64_t g : sight.tasks[k])
@@ -1082,12 +1110,13 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
   int32_t* ip = ids.data_ptr<int32_t>();
   float *wp = weights.data_ptr<float>(), *sp = scores.data_ptr<float>();
   at::parallel_for(0, b, std::max<int64_t>(1, 8192 / (e * (k + 1))), [&](int64_t from, int64_t to) {
-    std::vector<float> choice(e);
+    std::vector<float> choice(e), soft(whole_vecs(e));
     for (int64_t row = from; row < to; ++row) {
       const float* l = lp + row * e;
       float *s = sp + row * e, *w = wp + row * k;
       if (scoring == kSoftmax) {
-        softmax_row(l, s, e);
+        softmax_row(l, soft.data(), e);
+        std::copy(soft.data(), soft.data() + e, s);
       } else if (scoring == kSigmoid) {
         by_vecs(e, [&](int64_t i, int64_t n) { store_first(sigmoid(load_first(l + i, n)), s + i, n); });
       } else {
@@ -1104,8 +1133,8 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
         w[j] = s[best];
       }
       if (scoring == kSoftmaxAfter) {
-        std::vector<float> chosen(w, w + k);
-        softmax_row(chosen.data(), w, k);
+        softmax_row(w, soft.data(), k);
+        std::copy(soft.data(), soft.data() + k, w);
       } else if (renormalize) {
         float sum = 0;
         for (int64_t j = 0; j < k; ++j) sum += w[j];

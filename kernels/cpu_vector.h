@@ -62,6 +62,14 @@ inline float add_lanes(Vec v) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
+// The largest of the lanes.
+inline float max_lanes(Vec v) {
+  const auto halves = std::bit_cast<std::array<V8, 2>>(v);
+  const auto quarters = std::bit_cast<std::array<V4, 2>>(halves[0] > halves[1] ? halves[0] : halves[1]);
+  const V4 m = quarters[0] > quarters[1] ? quarters[0] : quarters[1];
+  return std::max(std::max(m[0], m[2]), std::max(m[1], m[3]));
+}
+
 // bf16 to nearest even; a NaN keeps a set bit.
 inline void store(Vec v, bf16* p) {
 #if defined(__AVX512BF16__)
@@ -75,9 +83,14 @@ inline void store(Vec v, bf16* p) {
 }
 
 template <typename T>
-inline Vec load_first(const T* p, int64_t count) {  // the first `count` values, zeros behind
+inline Vec load_first(const T* p, int64_t count, float rest = 0.0f) {  // the first `count` values, `rest` behind
   if (count >= kLanes) return load(p);
-  T part[kLanes] = {};
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return std::bit_cast<Vec>(_mm512_mask_loadu_ps(_mm512_set1_ps(rest), (1u << count) - 1, p));
+#endif
+  T part[kLanes];
+  std::fill(part, part + kLanes, static_cast<T>(rest));
   std::memcpy(part, p, count * sizeof(T));
   return load(part);
 }
@@ -85,6 +98,9 @@ inline Vec load_first(const T* p, int64_t count) {  // the first `count` values,
 template <typename T>
 inline void store_first(Vec v, T* p, int64_t count) {
   if (count >= kLanes) return store(v, p);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, (1u << count) - 1, std::bit_cast<__m512>(v));
+#endif
   T part[kLanes];
   store(v, part);
   std::memcpy(p, part, count * sizeof(T));

@@ -177,11 +177,11 @@ class Gate(nn.Linear):
             raise ValueError(f"x_bd is {x_bd.dtype} {list(x_bd.shape)}, not floating-point [B, D] with D = {self.in_features}")
         with torch.autocast(x_bd.device.type, enabled=False):
             x_bd, weight, bias = x_bd.float(), self.weight.float(), None if self.bias is None else self.bias.float()
-            if self.training or torch.is_grad_enabled():
-                return F.linear(x_bd, weight, bias).view(-1, self.num_experts)
-            # BLAS chooses its kernel by the number of rows and splits D among threads, so F.linear's bits depend on both.
+            # BLAS chooses its kernel by the number of rows and splits D among threads, so F.linear's bits depend on both; the
+            # experts' product does not at inference, and for so few outputs it is the faster one in training.
             one_expert = Layer(weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0))
-            return expert_mlp(x_bd, one_expert, invariant=True).view(-1, self.num_experts)
+            inference = not (self.training or torch.is_grad_enabled())
+            return expert_mlp(x_bd, one_expert, invariant=inference).view(-1, self.num_experts)
 
 
 # `torch.sigmoid` and `F.softplus` round the last few elements of a tensor in another way than the rest (a scalar tail after
