@@ -582,6 +582,15 @@ Tensor dense_forward(const Tensor& x, const OptionalTensor& gate, const Tensor& 
   return y;
 }
 
+// A row of a panel's sums through bias (may be null) and activation.
+template <int64_t A, typename T>
+inline void finish(const float* sums, const float* bias, T* to, int64_t count) {
+  auto value = [&](int64_t i, Vec b) { return activate<A>(bias ? load(sums + i) + b : load(sums + i)); };
+  if (count < kPanel)
+    return by_vecs(count, [&](int64_t i, int64_t n) { store_first(value(i, bias ? load_first(bias + i, n) : Vec{}), to + i, n); });
+  for (int64_t i = 0; i < kPanel; i += kLanes) store(value(i, bias ? load(bias + i) : Vec{}), to + i);
+}
+
 // In training: the linear part and, where no norm comes between, bias and activation: y `[B, E, H]`.
 Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& weight, at::IntArrayRef source,
                      const OptionalTensor& bias, int64_t activation) {
@@ -608,15 +617,16 @@ Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& 
     });
     for_blocks(b, each, [&](int64_t begin, int64_t end, int64_t from_panel, int64_t to_panel) {
       std::vector<T> copy;
-      std::pair<const T*, int64_t> A;
+      std::pair<const T*, int64_t> A_rows;
       for (int64_t g = 0; g < in.groups; ++g) {
-        if (g == 0 || !in.same(g, g - 1)) A = in.template rows<X, T>(begin, end, g, copy);
+        if (g == 0 || !in.same(g, g - 1)) A_rows = in.template rows<X, T>(begin, end, g, copy);
         for (int64_t p = from_panel; p < to_panel; ++p) {
           const int64_t n = p * kPanel, count = std::min(kPanel, width - n);
           T* out = data<T>(z) + begin * columns + g * width + n;
-          multiply(A.first, A.second, end - begin, pp + (g * each + p) * size, words<T>(d), [&](int64_t m, const float* sums) {
-            if (activation == kNone && !c) return store_panel(sums, out + m * columns, count);
-            activate_row(sums, out + m * columns, count, 1, nullptr, c ? c + g * width + n : nullptr, activation);
+          const float* bias_here = c ? c + g * width + n : nullptr;
+          with_activation(activation, [&](auto A) {
+            multiply(A_rows.first, A_rows.second, end - begin, pp + (g * each + p) * size, words<T>(d),
+                     [&](int64_t m, const float* sums) { finish<decltype(A)::value>(sums, bias_here, out + m * columns, count); });
           });
         }
       }
@@ -636,9 +646,12 @@ template <typename T, typename F>
 void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, int64_t width, int64_t depth, float* grad, int64_t ldx,
                  F&& x_row) {
   const int64_t count = segments.size(), each = panels(depth), threads = at::get_num_threads();
-  int64_t blocks = (width + kBlockRows - 1) / kBlockRows;  // of about equal size, and as many for each thread
-  if (count < 4 * threads) blocks = (blocks + threads - 1) / threads * threads;
-  const int64_t block = (width + blocks - 1) / blocks;
+  // Blocks of whole tiles; where there are few, of about equal size and as many for each thread.
+  int64_t blocks = (width + kBlockRows - 1) / kBlockRows, block = kBlockRows;
+  if (count < 4 * threads) {
+    blocks = (blocks + threads - 1) / threads * threads;
+    block = (width + 4 * blocks - 1) / (4 * blocks) * 4;
+  }
   int64_t longest = 0;
   for (const auto& s : segments) longest = std::max(longest, s.end - s.begin);
   const int64_t rows = std::min(longest, kDepthRows), size = panel_words<T>(rows), row_words = whole_vecs(words<T>(rows));
@@ -715,7 +728,7 @@ struct ToInputs {
     }
   }
   void operator()(int64_t m, const float* grad) const {
-    by_vecs(count, [&](int64_t i, int64_t n) {
+    auto vec = [&](int64_t i, auto n) {
       Vec v = load_first(grad + i, n);
       if (gate) {
         store_first(v * load_first(x + m * ldx + i, n), grad_gate + m * ldg + i, n);
@@ -723,7 +736,9 @@ struct ToInputs {
       }
       float* total = sum + m * lds + i;
       store_first(first ? v : load_first(total, n) + v, total, n);
-    });
+    };
+    if (count < kPanel) return by_vecs(count, vec);
+    for (int64_t i = 0; i < kPanel; i += kLanes) vec(i, std::integral_constant<int64_t, kLanes>{});
   }
 };
 
@@ -1062,10 +1077,12 @@ std::tuple<Tensor, Tensor, Tensor> gate_mix_backward(const Tensor& grad_, const 
           const std::vector<int64_t>& seen = sight.experts[g];
           for (size_t first = 0; first < seen.size(); first += 8) {
             const int64_t count = std::min<int64_t>(8, seen.size() - first);
+            const Y* y[8];  // of fewer than eight the last is taken again: a fixed number stays in registers
+            for (int64_t k = 0; k < 8; ++k) y[k] = yp + (row * e + seen[first + std::min(k, count - 1)]) * h;
             Vec dots[8] = {};
             by_vecs(h, [&](int64_t j, int64_t n) {
               const Vec of_z = load_first(gz + g * h + j, n);
-              for (int64_t k = 0; k < count; ++k) dots[k] += of_z * load_first(yp + (row * e + seen[first + k]) * h + j, n);
+              for (int k = 0; k < 8; ++k) dots[k] += of_z * load_first(y[k] + j, n);
             });
             float sums[8];
             add_lanes_of_8(dots, sums);
