@@ -4,12 +4,14 @@
 
 A small trainable layer: 64 experts, top-4, 8,192 tokens a step from clusters of very unequal size (Zipf), a task that
 differs by cluster. Prints the load's coefficient of variation (mean of the last 50 steps; the multinomial floor is
-√(experts / (tokens · k)) ≈ 0.044) and the task's loss for both, and draws their curves.
+√(experts / (tokens · k)) ≈ 0.044) and the task's loss, and draws their curves. The auxiliary loss is taken at the usual
+weight and at weights that are meant to even the load as much as the bias does.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,20 +71,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rate", type=float, default=0.01, help="the bias's update a step, falling to a twentieth")
-    parser.add_argument("--auxiliary", type=float, default=0.01, help="the auxiliary loss's weight")
+    parser.add_argument("--auxiliary", type=float, nargs="+", default=[0.01, 1.0, 3.0], help="the auxiliary loss's weights")
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     runs: dict[str, Callable[[], tuple[list[float], list[float]]]] = {
         "nothing": lambda: train(options.steps, 0.0, 0.0),
-        "auxiliary loss": lambda: train(options.steps, 0.0, options.auxiliary),
         "correction bias": lambda: train(options.steps, options.rate, 0.0),
     }
+    for weight in options.auxiliary:
+        runs[f"auxiliary loss · {weight:g}"] = partial(train, options.steps, 0.0, weight)
     curves = {name: run() for name, run in runs.items()}
     found = {
         name: {"load_cv": sum(cvs[-50:]) / 50, "task_loss": sum(losses[-50:]) / 50} for name, (cvs, losses) in curves.items()
     }
     for name, values in found.items():
-        print(f"{name:16s} load CV {values['load_cv']:.3f}   task loss {values['task_loss']:.4f}")
+        print(f"{name:22s} load CV {values['load_cv']:.3f}   task loss {values['task_loss']:.4f}")
     if options.figure:
         draw(curves, options.figure)
     print(json.dumps(found))

@@ -236,12 +236,13 @@ def embedding_bags(
 ) -> Tensor:
     """Bags of embeddings, y[b, f] = Σ_i W_f[i] over the ids i of the bag (f, b), or their mean; zeros for an empty bag.
 
-    Where `weights` requires grad, the backward pass gives it none but applies Adagrad (Duchi et al. 2011) in place, to the
-    rows r that the batch has, G_r being the sum of their gradients: S_r ← S_r + G_r², W_r ← W_r − rate·G_r / (√S_r + eps).
+    Where `weights` requires grad, the backward pass gives it none but applies row-wise Adagrad (Duchi et al. 2011, with one
+    sum a row) in place, to the rows r that the batch has, G_r `[width]` being the sum of their gradients:
+    S_r ← S_r + mean(G_r²), W_r ← W_r − rate·G_r / (√S_r + eps).
 
     Args:
         weights: fp32, all tables one after the other, each `[rows, width]`.
-        squares: S, as `weights`.
+        squares: S, fp32, of all rows one after the other.
         starts: int64 `[F]`, where each table starts in `weights`; rising.
         ids: int32 or int64, the bags' ids, feature by feature. They must lie in their tables: nothing checks them here.
         offsets: int32 `[F·B + 1]`, bag (f, b) has the ids from offsets[f·B + b] on.
@@ -261,12 +262,13 @@ def embedding_bags(
     run = implementation(backend, weights.device)
     if not hasattr(run, "embedding_bags"):
         raise ValueError("embedding_bags has no Triton form: on a GPU, fbgemm's table batch does it; use backend='reference'")
-    if weights.dtype != torch.float32 or squares.shape != weights.shape or (offsets.shape[0] - 1) % starts.shape[0]:
+    tables, bags = starts.shape[0], offsets.shape[0] - 1
+    if weights.dtype != torch.float32 or squares.numel() * width != weights.numel() or bags % tables:
         raise ValueError(
             f"weights {weights.dtype} {list(weights.shape)}, squares {list(squares.shape)}, starts {list(starts.shape)} and "
-            f"offsets {list(offsets.shape)} do not go together: the first two are fp32 of one shape, offsets are [F·B + 1]"
+            f"offsets {list(offsets.shape)} do not go together: weights are fp32, {width} to each of squares, offsets [F·B + 1]"
         )
-    out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)  # type: ignore[no-untyped-call]
+    out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)
     return out
 
 
@@ -281,7 +283,7 @@ class _EmbeddingBags(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         with torch.no_grad():
             ctx.run.embedding_adagrad(*ctx.state, grad, ctx.width, ctx.mean, ctx.rate, ctx.eps)
         return (None,) * 10

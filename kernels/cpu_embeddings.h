@@ -1,4 +1,4 @@
-// Bags of embeddings, and Adagrad inside their backward pass.
+// Bags of embeddings, and row-wise Adagrad inside their backward pass.
 //
 // Bag (f, b) of feature f and row b has the ids values[offsets[f·B + b]] … values[offsets[f·B + b + 1] − 1] of table f, which
 // starts at weights[starts[f]]; all tables are of one width W. The gradient of an id is added up over the bags in their order
@@ -109,22 +109,23 @@ void gather_gradients(Gathered& g, int64_t table_rows, const I* ids, const int32
   }
 }
 
-// S_r += G_r², W_r −= rate·G_r / (√S_r + eps), for the rows r that the batch has.
+// S_r += mean(G_r²), W_r −= rate·G_r / (√S_r + eps), for the rows r that the batch has.
 template <typename W>
 void apply_adagrad(const Gathered& g, float* weights, float* squares, float rate, float eps, W width) {
   const int64_t count = g.ids.size();
   for (int64_t n = 0; n < count; ++n) {
     if (n + kEmbeddingAhead < count) {
       __builtin_prefetch(weights + g.ids[n + kEmbeddingAhead] * width, 1);
-      __builtin_prefetch(squares + g.ids[n + kEmbeddingAhead] * width, 1);
+      __builtin_prefetch(squares + g.ids[n + kEmbeddingAhead], 1);
     }
     const float* sum = g.sums.data() + n * width;
-    float *w = weights + g.ids[n] * width, *s = squares + g.ids[n] * width;
+    float *w = weights + g.ids[n] * width, square = 0;
+    for (int64_t j = 0; j < width; ++j) square += sum[j] * sum[j];  // in order: the same bits whatever the width's kind
+    float& s = squares[g.ids[n]];
+    s += square / static_cast<float>(width);
+    const float step = rate / (std::sqrt(s) + eps);
 #pragma omp simd
-    for (int64_t j = 0; j < width; ++j) {
-      s[j] += sum[j] * sum[j];
-      w[j] -= rate * sum[j] / (std::sqrt(s[j]) + eps);
-    }
+    for (int64_t j = 0; j < width; ++j) w[j] -= step * sum[j];
   }
 }
 
@@ -152,7 +153,7 @@ void embedding_backward(const Tensor& weights, const Tensor& squares, const Tens
         const int64_t table_end = f + 1 < features ? start[f + 1] : weights.numel();
         gather_gradients(gathered, (table_end - start[f]) / width_, ids, offsets + f * rows, rows, g + f * width_, features * width_,
                          mean, part, parts, width);
-        apply_adagrad(gathered, w + start[f], s + start[f], rate, eps, width);
+        apply_adagrad(gathered, w + start[f], s + start[f] / width_, rate, eps, width);
       }
     });
   });

@@ -145,9 +145,8 @@ def embedding_adagrad(
         of_bags = of_bags / offsets.diff().clamp_min(1).unsqueeze(1)
     touched, place = rows.unique(return_inverse=True)
     sums = grad.new_zeros(len(touched), width).index_add(0, place, of_bags[bags])
-    table, state = weights.view(-1, width), squares.view(-1, width)
-    state[touched] += sums.square()
-    table[touched] -= rate * sums / (state[touched].sqrt() + eps)
+    squares[touched] += sums.square().mean(1)
+    weights.view(-1, width)[touched] -= rate * sums / (squares[touched].sqrt() + eps).unsqueeze(1)
 
 
 def _bag_rows(starts: Tensor, ids: Tensor, offsets: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class ShardedEmbeddings(nn.Module):
         comm_ops.set_gradient_division(False)
         collection = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
         fused = {
-            "optimizer": EmbOptimType.EXACT_ADAGRAD,
+            "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             "learning_rate": ADAGRAD["lr"],
             "eps": ADAGRAD["eps"],
             "bounds_check_mode": BoundsCheckMode.NONE,
