@@ -37,8 +37,7 @@ class TrainConfig:
 
     Adam (AdamW with `weight_decay`, biases and norms spared) for the dense part and row-wise Adagrad for the embeddings, both
     on the same `schedule`: a `one_cycle` (Smith 2018) over all epochs, or `constant`. `clip_norm` bounds the dense gradient's
-    norm (0: off; the fused embedding optimizer applies its update inside the backward pass, where no norm over all parameters is
-    known yet).
+    norm (0: off; the embeddings' update happens inside the backward pass, where no norm over all parameters is known yet).
     Training stops when the mean validation quality (of a binary task its AUC; see `recsys_moe.heads`) has not risen for
     `patience` epochs (0: never) and keeps the best epoch.
     `precision` is the experts' (`bf16`: their matrix products; gates, norms, towers and losses stay fp32). `device=cuda` trains
