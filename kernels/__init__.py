@@ -238,10 +238,11 @@ def embedding_bags(
 
     Where `weights` requires grad, the backward pass gives it none but applies Adagrad (Duchi et al. 2011) in place, to the
     rows r that the batch has, G_r being the sum of their gradients: S_r ← S_r + G_r², W_r ← W_r − rate·G_r / (√S_r + eps).
+    Where S has one number a row, it takes the mean of G_r².
 
     Args:
         weights: fp32, all tables one after the other, each `[rows, width]`.
-        squares: S, as `weights`.
+        squares: S, as `weights`, or one number a row, all tables' rows on end.
         starts: int64 `[F]`, where each table starts in `weights`; rising.
         ids: int32 or int64, the bags' ids, feature by feature. They must lie in their tables: nothing checks them here.
         offsets: int32 `[F·B + 1]`, bag (f, b) has the ids from offsets[f·B + b] on.
@@ -261,10 +262,11 @@ def embedding_bags(
     run = implementation(backend, weights.device)
     if not hasattr(run, "embedding_bags"):
         raise ValueError("embedding_bags has no Triton form: on a GPU, fbgemm's table batch does it; use backend='reference'")
-    if weights.dtype != torch.float32 or squares.shape != weights.shape or (offsets.shape[0] - 1) % starts.shape[0]:
+    fits = squares.numel() in (weights.numel(), weights.numel() // width)
+    if weights.dtype != torch.float32 or not fits or (offsets.shape[0] - 1) % starts.shape[0]:
         raise ValueError(
             f"weights {weights.dtype} {list(weights.shape)}, squares {list(squares.shape)}, starts {list(starts.shape)} and "
-            f"offsets {list(offsets.shape)} do not go together: the first two are fp32 of one shape, offsets are [F·B + 1]"
+            f"offsets {list(offsets.shape)} do not go together: the first is fp32, the second as large or one number a row, offsets are [F·B + 1]"
         )
     out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)  # type: ignore[no-untyped-call]
     return out

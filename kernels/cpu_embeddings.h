@@ -109,17 +109,31 @@ void gather_gradients(Gathered& g, int64_t table_rows, const I* ids, const int32
   }
 }
 
-// S_r += G_r², W_r −= rate·G_r / (√S_r + eps), for the rows r that the batch has.
+// S_r += G_r², W_r −= rate·G_r / (√S_r + eps), for the rows r that the batch has; by row, S_r is one number and takes the mean
+// of G_r².
 template <typename W>
-void apply_adagrad(const Gathered& g, float* weights, float* squares, float rate, float eps, W width) {
+void apply_adagrad(const Gathered& g, float* weights, float* squares, bool by_row, float rate, float eps, W width) {
   const int64_t count = g.ids.size();
   for (int64_t n = 0; n < count; ++n) {
     if (n + kEmbeddingAhead < count) {
-      __builtin_prefetch(weights + g.ids[n + kEmbeddingAhead] * width, 1);
-      __builtin_prefetch(squares + g.ids[n + kEmbeddingAhead] * width, 1);
+      const int64_t ahead = g.ids[n + kEmbeddingAhead];
+      __builtin_prefetch(weights + ahead * width, 1);
+      __builtin_prefetch(squares + (by_row ? ahead : ahead * width), 1);
     }
     const float* sum = g.sums.data() + n * width;
-    float *w = weights + g.ids[n] * width, *s = squares + g.ids[n] * width;
+    float* w = weights + g.ids[n] * width;
+    if (by_row) {
+      float& s = squares[g.ids[n]];
+      float square = 0.0f;
+#pragma omp simd reduction(+ : square)
+      for (int64_t j = 0; j < width; ++j) square += sum[j] * sum[j];
+      s += square / static_cast<float>(width);
+      const float step = rate / (std::sqrt(s) + eps);
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) w[j] -= step * sum[j];
+      continue;
+    }
+    float* s = squares + g.ids[n] * width;
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
       s[j] += sum[j] * sum[j];
@@ -133,6 +147,7 @@ void embedding_backward(const Tensor& weights, const Tensor& squares, const Tens
                         const Tensor& grad_, int64_t width_, bool mean, float rate, float eps) {
   const Tensor grad = grad_.contiguous();
   const int64_t rows = grad.size(0), features = starts.numel(), threads = at::get_num_threads();
+  const bool by_row = squares.numel() != weights.numel();
   const int64_t* start = starts.const_data_ptr<int64_t>();
   float *w = weights.data_ptr<float>(), *s = squares.data_ptr<float>();
   const float* g = grad.const_data_ptr<float>();
@@ -152,7 +167,7 @@ void embedding_backward(const Tensor& weights, const Tensor& squares, const Tens
         const int64_t table_end = f + 1 < features ? start[f + 1] : weights.numel();
         gather_gradients(gathered, (table_end - start[f]) / width_, ids, offsets + f * rows, rows, g + f * width_, features * width_,
                          mean, part, parts, width);
-        apply_adagrad(gathered, w + start[f], s + start[f], rate, eps, width);
+        apply_adagrad(gathered, w + start[f], s + (by_row ? start[f] / width_ : start[f]), by_row, rate, eps, width);
       }
     });
   });

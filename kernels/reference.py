@@ -145,8 +145,9 @@ def embedding_adagrad(
         of_bags = of_bags / offsets.diff().clamp_min(1).unsqueeze(1)
     touched, place = rows.unique(return_inverse=True)
     sums = grad.new_zeros(len(touched), width).index_add(0, place, of_bags[bags])
-    table, state = weights.view(-1, width), squares.view(-1, width)
-    state[touched] += sums.square()
+    table = weights.view(-1, width)
+    state = squares.view(len(table), -1)  # one number a row, or as many as the table has
+    state[touched] += sums.square() if state.shape[1] == width else sums.square().mean(1, keepdim=True)
     table[touched] -= rate * sums / (state[touched].sqrt() + eps)
 
 

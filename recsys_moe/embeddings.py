@@ -14,6 +14,7 @@ logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from recsys_moe.kernels import embedding_bags
@@ -23,7 +24,16 @@ ADAGRAD = {"lr": 0.02, "eps": 1e-8}
 """What the tables' optimizer starts with; `set_lr` is called before every step."""
 
 
+BY_ROW_FROM = 2**28
+"""Tables of so many numbers together (1 GiB) have Adagrad's state by row: by number, it would take as much as they do. Row by
+row costs a little quality (docs/decisions.md), so smaller ones keep the whole state."""
+
 Pooling = Literal["sum", "mean"]
+
+
+def adagrad_by_row(cardinalities: list[int], width: int) -> bool:
+    """Whether tables that are updated together keep one sum of squares a row, instead of one a number."""
+    return sum(cardinalities) * width >= BY_ROW_FROM
 
 
 def table_configs(names: list[str], cardinalities: list[int], width: int, pooling: Pooling) -> list[EmbeddingBagConfig]:
@@ -36,7 +46,8 @@ def table_configs(names: list[str], cardinalities: list[int], width: int, poolin
 
 
 class FusedEmbeddings(FusedEmbeddingBagCollection):
-    """One table per feature, all of one width and pooling, in one fused table batch whose backward pass applies Adagrad.
+    """One table per feature, all of one width and pooling, in one fused table batch whose backward pass applies Adagrad
+    (by row where they are large: see `BY_ROW_FROM`).
 
     A `FusedEmbeddingBagCollection` that hands a `KeyedJaggedTensor` whose keys are the tables in order to the kernel as it
     is. The parent takes every input apart by feature and puts it together again: forward and backward of 31 tables, width 4,
@@ -59,7 +70,8 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
     ) -> None:
         tables = table_configs(names, cardinalities, width, pooling)
-        super().__init__(tables, torch.optim.Adagrad, ADAGRAD, device=device)
+        optimizer = RowWiseAdagrad if adagrad_by_row(cardinalities, width) else torch.optim.Adagrad
+        super().__init__(tables, optimizer, ADAGRAD, device=device)
         self._lookup._emb_module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         self._names, self._width, self._mean, self._rate = names, width, pooling == "mean", ADAGRAD["lr"]
         # torchrec draws the tables from ±1/√rows and heeds no init_fn here. Missing and unknown start at zero: where training
@@ -102,7 +114,7 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         optimizer.step()  # applies nothing but the rate
 
     def adagrad(self) -> dict[str, Tensor]:
-        """Adagrad's sums of squares for each table, by the table's name in `state_dict`."""
+        """Adagrad's sums of squares for each table, `[rows, width]` or `[rows]`, by the table's name in `state_dict`."""
         states = self._lookup._emb_module.split_optimizer_states()
         return {name: state for name, (state,) in zip(self.state_dict(), states, strict=True)}
 

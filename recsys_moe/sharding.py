@@ -19,7 +19,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recsys_moe.distributed import rank, world_size
-from recsys_moe.embeddings import ADAGRAD, Pooling, draw_table, table_configs
+from recsys_moe.embeddings import ADAGRAD, Pooling, adagrad_by_row, draw_table, table_configs
 
 _SEND_BYTES = 2**28
 
@@ -41,8 +41,9 @@ class ShardedEmbeddings(nn.Module):
         # Losses are sums over the workers' pieces here, not means over the workers.
         comm_ops.set_gradient_division(False)
         collection = EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+        by_row = adagrad_by_row(cardinalities, width)
         fused = {
-            "optimizer": EmbOptimType.EXACT_ADAGRAD,
+            "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD if by_row else EmbOptimType.EXACT_ADAGRAD,
             "learning_rate": ADAGRAD["lr"],
             "eps": ADAGRAD["eps"],
             "bounds_check_mode": BoundsCheckMode.NONE,

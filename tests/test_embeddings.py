@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from recsys_moe import embeddings
 from recsys_moe.embeddings import FusedEmbeddings, JaggedTensor, KeyedJaggedTensor, Pooling, one_id_each
 from recsys_moe.kernels import Backend, embedding_bags
 from recsys_moe.transforms import MISSING, UNKNOWN
@@ -41,9 +42,10 @@ BAGS = [
 
 @pytest.mark.parametrize(("features", "rows", "width", "batch", "longest"), BAGS)
 @pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_bags_and_adagrad_are_what_a_loop_in_float64_finds(
-    features: int, rows: int, width: int, batch: int, longest: int | None, mean: bool, backend: Backend
+    features: int, rows: int, width: int, batch: int, longest: int | None, mean: bool, by_row: bool, backend: Backend
 ) -> None:
     generator = torch.Generator().manual_seed(features * rows + batch)
     lengths = torch.ones(features * batch, dtype=torch.int32)
@@ -55,12 +57,12 @@ def test_bags_and_adagrad_are_what_a_loop_in_float64_finds(
     ids = pool[torch.randint(0, len(pool), (int(offsets[-1]),), generator=generator)].int()
     starts = torch.arange(features) * rows * width
     weights = torch.randn(features * rows * width, generator=generator).requires_grad_()
-    squares = torch.rand(features * rows * width, generator=generator)
+    squares = torch.rand(features * rows * (1 if by_row else width), generator=generator)
     grad = torch.randn(batch, features * width, generator=generator)
     rate, eps = 0.1, 1e-8
 
     table = weights.detach().double().view(features, rows, width).clone()
-    state = squares.double().view(features, rows, width).clone()
+    state = squares.double().view(features, rows, -1).clone()
     expected = torch.zeros(batch, features, width, dtype=torch.float64)
     sums: dict[tuple[int, int], Tensor] = {}
     for f in range(features):
@@ -72,7 +74,7 @@ def test_bags_and_adagrad_are_what_a_loop_in_float64_finds(
                 piece = grad[b, f * width : (f + 1) * width].double() * share
                 sums[f, i] = sums.get((f, i), torch.zeros(width, dtype=torch.float64)) + piece
     for (f, i), g in sums.items():
-        state[f, i] += g.square()
+        state[f, i] += g.square().mean() if by_row else g.square()
         table[f, i] -= rate * g / (state[f, i].sqrt() + eps)
 
     y = embedding_bags(weights, squares, starts, ids, offsets, width=width, mean=mean, rate=rate, eps=eps, backend=backend)
@@ -84,8 +86,10 @@ def test_bags_and_adagrad_are_what_a_loop_in_float64_finds(
 
 
 @pytest.mark.parametrize("pooling", ["sum", "mean"])
-def test_tables_learn_as_fbgemm_would_have_them(pooling: Pooling) -> None:
+@pytest.mark.parametrize("by_row", [False, True])
+def test_tables_learn_as_fbgemm_would_have_them(pooling: Pooling, by_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     names, rows = ["a", "b"], [50, 3000]
+    monkeypatch.setattr(embeddings, "BY_ROW_FROM", 1 if by_row else 10**9)
 
     def tables() -> FusedEmbeddings:
         torch.manual_seed(1)
@@ -94,6 +98,7 @@ def test_tables_learn_as_fbgemm_would_have_them(pooling: Pooling) -> None:
         return made
 
     ours, theirs = tables(), tables()
+    assert [state.dim() for state in ours.adagrad().values()] == [1 if by_row else 2] * 2
     for step in range(3):
         torch.manual_seed(step)
         lists = {n: JaggedTensor.from_dense([torch.randint(0, r, (k,)) for k in (2, 0, 5, 1)]) for n, r in zip(names, rows)}  # noqa: B905
