@@ -47,7 +47,7 @@ def rows(options: argparse.Namespace) -> dict[str, Any]:
         if not feed.exists():
             command("data", "synth", str(feed), "--rows", str(size), cwd=options.work)
         settings = ["data=feed_synth", f"data.source={feed}"]
-        prepared, seconds, memory = command("data", "prepare", *settings, cwd=options.work, fresh=True)
+        _, seconds, memory = command("data", "prepare", *settings, cwd=options.work, fresh=True)
         trained, _, training = command("train", *settings, "train.epochs=1", "train.batch_size=4096", cwd=options.work)
         found[size] = {
             "prepared_rows_per_s": size / seconds,
@@ -155,7 +155,9 @@ FORTY: dict[str, Any] = {
     "features": [
         *({"name": f"i{n}", "kind": "numeric", "log1p": True, "buckets": 32, "missing_indicator": True} for n in range(13)),
         *(
-            {"name": f"c{n}", "kind": "categorical"} if size < 100_000 else {"name": f"c{n}", "kind": "hashed", "buckets": 10**6}
+            {"name": f"c{n}", "kind": "categorical"}
+            if size < 100_000
+            else {"name": f"c{n}", "kind": "hashed", "buckets": 10**6}
             for n, size in enumerate(CARDINALITIES)
         ),
     ],

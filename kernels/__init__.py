@@ -266,7 +266,8 @@ def embedding_bags(
     if weights.dtype != torch.float32 or not fits or (offsets.shape[0] - 1) % starts.shape[0]:
         raise ValueError(
             f"weights {weights.dtype} {list(weights.shape)}, squares {list(squares.shape)}, starts {list(starts.shape)} and "
-            f"offsets {list(offsets.shape)} do not go together: the first is fp32, the second as large or one number a row, offsets are [F·B + 1]"
+            f"offsets {list(offsets.shape)} do not go together: the first is fp32, the second as "
+            "large or one number a row, offsets are [F·B + 1]"
         )
     out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)  # type: ignore[no-untyped-call]
     return out

@@ -39,6 +39,7 @@ from recsys_moe.sources import (
     plan_chunks,
     read_chunk,
 )
+from recsys_moe.storage import locate
 from recsys_moe.transforms import PartialStatistics, Statistics, Transform
 from recsys_moe.typed import dump, parse
 
@@ -126,7 +127,7 @@ def digest_data(config: DataConfig, schema: Schema) -> str:
     }
     if config.join:
         joins = list_joins(config)
-        protocol["join"] = [[join.key for join in joins], digest_files([Path(join.file) for join in joins])]
+        protocol["join"] = [[join.key for join in joins], digest_files([locate(join.file) for join in joins])]
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
 
 
@@ -151,7 +152,7 @@ def _write(config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk],
         for p, part in enumerate(PARTS)
         for t, task in enumerate(schema.tasks)
     )
-    source = str(Path(config.source).resolve())
+    source = str(locate(config.source).resolve())
     manifest = Manifest(FORMAT, config.name, digest, source, tuple(shards), task_counts)
     write_json(folder / "manifest.json", dump(manifest))
 
