@@ -269,7 +269,7 @@ def embedding_bags(
             f"offsets {list(offsets.shape)} do not go together: the first is fp32, the second as "
             "large or one number a row, offsets are [F·B + 1]"
         )
-    out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)  # type: ignore[no-untyped-call]
+    out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)
     return out
 
 
@@ -284,7 +284,7 @@ class _EmbeddingBags(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         with torch.no_grad():
             ctx.run.embedding_adagrad(*ctx.state, grad, ctx.width, ctx.mean, ctx.rate, ctx.eps)
         return (None,) * 10
