@@ -39,6 +39,7 @@ from recsys_moe.sources import (
     plan_chunks,
     read_chunk,
 )
+from recsys_moe.storage import locate
 from recsys_moe.transforms import PartialStatistics, Statistics, Transform, extend
 from recsys_moe.typed import dump, parse
 from recsys_moe.warm_start import StartBundle
@@ -137,7 +138,7 @@ def digest_data(config: DataConfig, schema: Schema, start: str | None = None) ->
     }
     if config.join:
         joins = list_joins(config)
-        protocol["join"] = [[join.key for join in joins], digest_files([Path(join.file) for join in joins])]
+        protocol["join"] = [[join.key for join in joins], digest_files([locate(join.file) for join in joins])]
     if start is not None:
         protocol["start"] = start
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
@@ -174,7 +175,7 @@ def _write(
         for p, part in enumerate(PARTS)
         for t, task in enumerate(schema.tasks)
     )
-    source = str(Path(config.source).resolve())
+    source = str(locate(config.source).resolve())
     manifest = Manifest(FORMAT, config.name, digest, source, tuple(shards), task_counts, start.digest if start else None)
     write_json(folder / "manifest.json", dump(manifest))
 

@@ -33,6 +33,7 @@ from recsys_moe.pipelines.tracking import (
 )
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
+from recsys_moe.storage import locate
 from recsys_moe.trainer import TrainConfig
 from recsys_moe.typed import dump, parse, typed
 from recsys_moe.warm_start import StartBundle
@@ -65,7 +66,7 @@ def train(
     runs_dir = Path(job.runs_dir).absolute()
     uri = job.tracking.resolve(runs_dir)
     # Whoever goes on with the run may stand elsewhere.
-    settled = replace(job, runs_dir=str(runs_dir), data=replace(job.data, source=str(Path(job.data.source).absolute())))
+    settled = replace(job, runs_dir=str(runs_dir), data=replace(job.data, source=str(locate(job.data.source))))
     try:
         folder = RunFolder.create(runs_dir, f"{job.data.name}-{job.model.name}-seed{job.train.seed}", dump(settled), uri)
     except OSError as error:

@@ -67,7 +67,7 @@ def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
     except UserError as error:
         best = trainer.progress.best if trainer else None
         if trainer and best:
-            trainer.model.load_state_dict(trainer.best_weights)
+            trainer.restore_best()
             _save(bundle, trainer, described, {"validation": {t: asdict(m) for t, m in best.validation.items()}})
         return {"kind": "error", "message": str(error), "bundle": str(bundle) if best else None}
     validation = {task: asdict(m) for task, m in result.validation.items()}

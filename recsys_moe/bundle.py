@@ -120,10 +120,9 @@ def save_bundle(
     write_json(temporary / "schema.json", dump(transform.schema))
     write_json(temporary / "statistics.json", dump(transform.statistics))
     write_json(temporary / "metrics.json", metrics)
-    own = {name: tensor.clone() for name, tensor in weights.items()}  # tables share one storage
-    safetensors.torch.save_file(own, temporary / "model.safetensors")
+    safetensors.torch.save_file(dict(weights), temporary / "model.safetensors")
     if adagrad:
-        safetensors.torch.save_file({name: sums.clone() for name, sums in adagrad.items()}, temporary / ADAGRAD_FILE)
+        safetensors.torch.save_file(dict(adagrad), temporary / ADAGRAD_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -2,7 +2,7 @@
 
     step-0000001200.json               what is not a tensor, and which files belong to the state; written last
     step-0000001200-0of1.safetensors   tensors of worker 0 of 1: weights, the optimizers' states, random numbers
-    best-00003-0of1.safetensors        weights of the best epoch so far
+    best-00003-0of1.safetensors        weights of the best epoch so far, written when it ends
 
 A state counts once its JSON is there, and the one before it goes then. Each worker writes what it alone holds, so nothing is
 gathered; a state can be read by any number of workers.
@@ -10,7 +10,7 @@ gathered; a state can be read by any number of workers.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from recsys_moe.errors import UserError
 
 FORMAT = 1
 
-Tensors = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
+_READ_BYTES = 2**26
 
 
 class Checkpoints:
@@ -36,6 +37,25 @@ class Checkpoints:
         self.folder = folder
         self._best_epoch: int | None = None
         self._best_files: list[str] = []
+        self._named: list[str] = []  # the newest state's best files, which it can't do without
+
+    def keep_best(self, epoch: int, tensors: Tensors) -> "TensorFiles":
+        """Put this worker's weights of `epoch`, the best so far, aside on disk, where the next state finds them.
+
+        In memory they would double what large tables take.
+
+        Raises:
+            OSError: some worker could not write its part.
+        """
+        stem = f"best-{epoch:05d}"
+        path = self.folder / f"{stem}-{rank()}of{world_size()}.safetensors"
+        with _together():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(path, safetensors.torch.save_file, tensors)
+        self._best_epoch, self._best_files = epoch, _all_files(stem)
+        if rank() == 0:
+            self._remove({*self._best_files, *self._named}, "best-*.safetensors*")
+        return TensorFiles([path])
 
     def save(self, step: int, told: dict[str, Any], tensors: Tensors, best_epoch: int | None, best: Tensors) -> None:
         """Write a state: `told` is JSON, `tensors` and `best` (the weights of `best_epoch`, if there is one) are this worker's.
@@ -68,15 +88,18 @@ class Checkpoints:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
             raise
-        self._best_epoch, self._best_files = best_epoch, best_files
+        self._best_epoch, self._best_files, self._named = best_epoch, best_files, best_files
         if rank() == 0:
-            kept = {whole.name, *_all_files(stems[0]), *best_files}
             # JSON first: what is half removed must not look like a state.
-            for pattern in ("step-*.json", "step-*.safetensors*", "best-*.safetensors*"):
-                for path in self.folder.glob(pattern):
-                    if path.name not in kept:
-                        with suppress(OSError):
-                            path.unlink()
+            kept = {whole.name, *_all_files(stems[0]), *best_files}
+            self._remove(kept, "step-*.json", "step-*.safetensors*", "best-*.safetensors*")
+
+    def _remove(self, kept: set[str], *patterns: str) -> None:
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                if path.name not in kept:
+                    with suppress(OSError):
+                        path.unlink()
 
     def load(self) -> "State | None":
         """The newest state; None if there is none.
@@ -88,7 +111,7 @@ class Checkpoints:
         if not found:
             return None
         state = State(found[-1])
-        self._best_epoch, self._best_files = state.best_epoch, state.best_files
+        self._best_epoch, self._best_files, self._named = state.best_epoch, state.best_files, state.best_files
         return state
 
 
@@ -103,8 +126,8 @@ class State:
             self.told: dict[str, Any] = content["told"]
             self.best_epoch: int | None = content["best_epoch"]
             self.best_files: list[str] = content["best_files"]
-            self.tensors = _Files([path.parent / name for name in content["files"]])
-            self.best = _Files([path.parent / name for name in self.best_files])
+            self.tensors = TensorFiles([path.parent / name for name in content["files"]])
+            self.best = TensorFiles([path.parent / name for name in self.best_files])
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
@@ -112,19 +135,40 @@ class State:
             raise UserError(f"the checkpoint {str(path)!r} is damaged ({reason}); train anew") from None
 
 
-class _Files:
+class TensorFiles(Mapping[str, Tensor]):
     """Tensors in several safetensors files, each read when it is asked for."""
 
     def __init__(self, paths: list[Path]) -> None:
-        files = [safetensors.safe_open(path, "pt") for path in paths]
-        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+        self._paths: dict[str, Path] = {}
+        for path in paths:
+            with safetensors.safe_open(path, "pt") as file:
+                self._paths |= dict.fromkeys(file.keys(), path)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+        with safetensors.safe_open(self._paths[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copy a tensor, a piece of its rows at a time."""
+        if not target.dim():
+            target.copy_(self[name])
+            return
+        step = max(1, _READ_BYTES // max(1, target[:1].nbytes))
+        for low in range(0, len(target), step):
+            high = min(low + step, len(target))
+            # Opened anew for each piece: what a mapping has touched stays in this process's memory until it is closed.
+            with safetensors.safe_open(self._paths[name], "pt") as file:
+                piece = file.get_slice(name)
+                if piece.get_shape() != list(target.shape):
+                    raise RuntimeError(f"{name!r} is {piece.get_shape()} on disk, not {list(target.shape)}")
+                target[low:high] = piece[low:high]
 
 
 def _all_files(stem: str) -> list[str]:

@@ -199,7 +199,7 @@ def synth(
 
 @data_app.command(epilog="Example: `recsys-moe data describe logs.parquet --label is_click --output shop.yaml`")
 def describe(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="Parquet or CSV, or a folder of such files.")],
+    source: Annotated[str, typer.Argument(metavar="FILE", help="Parquet or CSV, or a folder of such files; a path or an URI.")],
     label: Annotated[
         list[str] | None,
         typer.Option(help="A column of two values that is to be learnt, or NAME=CONDITION; repeatable.", show_default=False),
@@ -213,12 +213,13 @@ def describe(
     from recsys_moe.console import PhaseProgress, print_json, print_table, progress, stderr
     from recsys_moe.describe import COLUMN_TITLES
     from recsys_moe.describe import describe as look_at
+    from recsys_moe.storage import locate
 
     if output is not None and output.exists():
         raise UserError(f"--output {str(output)!r} exists already; name a new file or delete it")
     with progress() as display:
         phases = PhaseProgress(display)
-        found = look_at(source, label or [], lambda done, total: phases("rows", done, total))
+        found = look_at(locate(source), label or [], lambda done, total: phases("rows", done, total))
     sampled = "" if found.sampled == found.rows else f", judged by a random sample of {found.sampled:,}"
     print_table(f"{source}: {found.rows:,} rows{sampled}", COLUMN_TITLES, found.table(), stderr)
     if output is not None:
@@ -266,7 +267,7 @@ def fetch(
 def evaluate(
     model: Model,
     overrides: Overrides = None,
-    file: Annotated[Path | None, typer.Option(help="Evaluate all rows of this file instead of a data set's part.")] = None,
+    file: Annotated[str | None, typer.Option(help="Evaluate all rows of this file instead of a data set's part.")] = None,
     part: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     json: Json = False,
 ) -> None:
@@ -282,6 +283,7 @@ def evaluate(
     from recsys_moe.pipelines.prepare import digest_data
     from recsys_moe.predictor import Predictor
     from recsys_moe.sources import list_joins, read_part, read_rows
+    from recsys_moe.storage import locate
     from recsys_moe.trainer import undefined_quality_warnings
     from recsys_moe.typed import plain
 
@@ -289,11 +291,11 @@ def evaluate(
     schema, trained_on = predictor.bundle.schema, predictor.bundle.config.data
     same_data = None
     if file is not None:
-        tables = read_rows(file, schema, joins=list_joins(trained_on))
+        tables = read_rows(locate(file), schema, joins=list_joins(trained_on))
     else:
         data = _section(config, "data") if "data" in config else trained_on
         same_data = digest_data(data, schema, predictor.bundle.config.start) == predictor.bundle.config.data_digest
-        if not same_data and Path(data.source).absolute() == Path(trained_on.source):
+        if not same_data and locate(data.source) == locate(trained_on.source):
             stderr.print(
                 f"warning: {data.source!r} or its split has changed since the bundle was trained: these {part} rows are not "
                 "the run's, and some may have been trained on",
@@ -315,8 +317,8 @@ def evaluate(
 @app.command(epilog="Example: `recsys-moe score models:/census_full@candidate new_rows.parquet scores.parquet`")
 def score(
     model: Model,
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Rows to score: Parquet or CSV with the feature columns.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="A Parquet file, one column per task (multiclass: per class).")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="Rows to score: Parquet or CSV with the feature columns.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="A Parquet file, one column per task (multiclass: per class).")],
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
@@ -325,10 +327,11 @@ def score(
 
     folder, _ = _resolve(model, overrides)
     from recsys_moe.predictor import score_file
+    from recsys_moe.storage import locate
 
     with progress() as display:
         phases = PhaseProgress(display)
-        rows = score_file(folder, source, target, lambda done, total: phases("score", done, total))
+        rows = score_file(folder, locate(source), locate(target), lambda done, total: phases("score", done, total))
     if json:
         print_json({"model": model, "bundle": str(folder), "rows": rows, "out": str(target)})
     else:
@@ -492,8 +495,10 @@ def _compose(overrides: list[str] | None, needs_data: bool = True) -> dict[str, 
     """
     from recsys_moe.config import compose
     from recsys_moe.errors import nearest
+    from recsys_moe.storage import only_local
 
     config = compose(overrides or [], needs_data)
+    only_local(str(config["runs_dir"]), "runs_dir")
     for key in config:
         if key not in SECTIONS:
             raise UserError(f"unknown key {key!r}; {nearest(key, SECTIONS)}")

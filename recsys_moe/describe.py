@@ -27,6 +27,7 @@ from recsys_moe.errors import UserError, nearest
 from recsys_moe.expressions import Expression
 from recsys_moe.schema import BUCKET_SUFFIX, MISSING_SUFFIX
 from recsys_moe.sources import CSV_TYPES, DataConfig, casts, column_names, damaged, is_csv, list_files, open_parquet, stream_csv
+from recsys_moe.storage import AnyPath, Remote, trouble
 
 SAMPLE_ROWS = 200_000
 SAMPLE_CELLS = 20_000_000
@@ -115,7 +116,7 @@ class Column:
 class Description:
     """The columns, the tasks (named, or else suspected), what else the schema says, and the schema's text."""
 
-    source: Path
+    source: AnyPath
     rows: int
     sampled: int
     columns: tuple[Column, ...]
@@ -165,7 +166,7 @@ class Description:
 
 
 def describe(
-    source: Path, labels: Sequence[str] = (), progress: Callable[[int, int], None] = lambda done, total: None
+    source: AnyPath, labels: Sequence[str] = (), progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Description:
     """Look at a Parquet or CSV file, or at a folder of them, and propose a schema.
 
@@ -199,7 +200,7 @@ def describe(
 # The sample
 
 
-def _read_sample(files: list[Path], progress: Callable[[int, int], None]) -> tuple[pa.Table, int, dict[str, Column]]:
+def _read_sample(files: list[AnyPath], progress: Callable[[int, int], None]) -> tuple[pa.Table, int, dict[str, Column]]:
     """A sample of the rows of all files, how many rows there are in all, and the columns that are no use as they are."""
     headers = [column_names(path) for path in files]
     for path, header in zip(files, headers, strict=True):
@@ -254,7 +255,9 @@ class _Thinned:
         return table.combine_chunks()
 
 
-def _sample_csv(files: list[Path], names: list[str], limit: int, progress: Callable[[int, int], None]) -> tuple[pa.Table, int]:
+def _sample_csv(
+    files: list[AnyPath], names: list[str], limit: int, progress: Callable[[int, int], None]
+) -> tuple[pa.Table, int]:
     """A sample and the number of all rows; a column has the narrowest type that all its values have, not only the sample's."""
     possible = {name: list(CSV_TYPES) for name in names}
     rows, texts = 0, _Thinned(limit)
@@ -267,6 +270,8 @@ def _sample_csv(files: list[Path], names: list[str], limit: int, progress: Calla
                 rows += batch.num_rows
                 progress(rows, rows)
         except (pa.ArrowException, OSError) as error:
+            if isinstance(path, Remote) and isinstance(error, OSError):
+                raise trouble(path, error) from None
             reason = str(error).split("\n")[0]
             raise UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the file") from None
     if not rows:
@@ -278,7 +283,7 @@ def _sample_csv(files: list[Path], names: list[str], limit: int, progress: Calla
 
 
 def _sample_parquet(
-    files: list[Path], schema: pa.Schema, limit: int, progress: Callable[[int, int], None]
+    files: list[AnyPath], schema: pa.Schema, limit: int, progress: Callable[[int, int], None]
 ) -> tuple[pa.Table, int]:
     """A sample of all row groups, or of some spread evenly over all, and the number of all rows."""
     sizes = [
@@ -307,7 +312,7 @@ def _sample_parquet(
     return thinned.table(), rows
 
 
-def _empty(path: Path) -> UserError:
+def _empty(path: AnyPath) -> UserError:
     return UserError(f"{str(path)!r} is empty; name a file with rows")
 
 

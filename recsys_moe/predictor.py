@@ -1,5 +1,6 @@
 """The plain predictor: rows in, scores out. Offline scoring, evaluation and serving all go through it."""
 
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.metrics import TaskMetrics
 from recsys_moe.sources import count_rows, list_joins, read_rows
+from recsys_moe.storage import AnyPath, put
 
 
 class Predictor:
@@ -61,7 +63,7 @@ class Predictor:
 
 
 def score_file(
-    folder: Path, source: Path, target: Path, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path, source: AnyPath, target: AnyPath, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
     """Score every row of a Parquet or CSV file into `target`, one fp32 column per score, in order; returns the rows.
 
@@ -73,11 +75,13 @@ def score_file(
     """
     if target.is_dir():
         raise UserError(f"OUT {str(target)!r} is a folder; name a Parquet file to write")
-    if source.exists() and target.exists() and target.samefile(source):
+    if source.exists() and target.exists() and _same(source, target):
         raise UserError(f"OUT {str(target)!r} is the file that is to be scored; choose another OUT")
     predictor = Predictor(folder)
     schema = pa.schema([(name, pa.float32()) for name in predictor.score_names])
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    # An object appears when it is closed, whole or not: it is written here first.
+    beside = target.parent if isinstance(target, Path) else Path(tempfile.gettempdir())
+    temporary = beside / f".{target.name}.{uuid.uuid4().hex[:8]}"
     joins = list_joins(predictor.bundle.config.data)
     rows, total = 0, count_rows(source, predictor.bundle.schema, joins=joins)
     try:
@@ -86,9 +90,13 @@ def score_file(
                 writer.write_table(pa.table(dict(zip(predictor.score_names, predictor.score(table), strict=True)), schema))
                 rows += table.num_rows
                 progress(rows, total)
-        temporary.replace(target)
+        put(temporary, target)
     except OSError as error:
         raise UserError(f"{str(target)!r} can't be written ({error.strerror or error}); choose another OUT") from None
     finally:
         temporary.unlink(missing_ok=True)
     return rows
+
+
+def _same(source: AnyPath, target: AnyPath) -> bool:
+    return source.samefile(target) if isinstance(source, Path) and isinstance(target, Path) else source == target

@@ -22,10 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from pyarrow.fs import FileType
 from pydantic import Field
 
+from recsys_moe import storage
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.schema import Name, Numeric, Schema, load_schema
+from recsys_moe.storage import AnyPath, Remote, locate
 from recsys_moe.transforms import as_category
 from recsys_moe.typed import typed
 
@@ -79,8 +82,9 @@ class Join:
 class DataConfig:
     """A data set: where its rows are, its schema and its protocol.
 
-    `source` is a folder or a file; `files` and `held_out` are glob patterns below a folder. A file that both match is held
-    out; one that is joined is neither. `schema` is a file, or the name of one in `conf/schema`. `tasks` picks some of the
+    `source` is a folder or a file, on this machine or in object storage (see `recsys_moe.storage`); `files` and `held_out`
+    are glob patterns below a folder. A file that both match is held out; one that is joined is neither. `schema` is a file,
+    or the name of one in `conf/schema`. `tasks` picks some of the
     schema's tasks; empty means all.
     """
 
@@ -92,6 +96,11 @@ class DataConfig:
     join: tuple[Join, ...] = ()
     tasks: tuple[str, ...] = ()
     split: Split = Split()
+
+    def __post_init__(self) -> None:
+        for text in (self.source, *(join.file for join in self.join)):
+            if "://" in text:
+                locate(text)  # credentials end here, before they are written anywhere
 
     def load_schema(self, shipped: Path) -> Schema:
         """The schema with the chosen tasks; `shipped` is the folder of those that come with the package.
@@ -119,7 +128,7 @@ class Chunk:
     """
 
     index: int
-    path: Path
+    path: AnyPath
     offset: int
     start: int
     parts: npt.NDArray[np.int8]
@@ -128,20 +137,26 @@ class Chunk:
 
 def list_joins(config: DataConfig) -> tuple[Join, ...]:
     """The joined tables with their files' whole paths."""
-    source = Path(config.source).absolute()
+    if not config.join:
+        return ()
+    source = locate(config.source)
     folder = source.parent if source.is_file() else source
-    return tuple(replace(join, file=str(folder / join.file)) for join in config.join)
+    return tuple(replace(join, file=str(_below(folder, join.file))) for join in config.join)
 
 
-def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
+def _below(folder: AnyPath, file: str) -> AnyPath:
+    return locate(file) if "://" in file or Path(file).is_absolute() else folder / file
+
+
+def list_files(config: DataConfig) -> tuple[list[AnyPath], list[AnyPath]]:
     """The data files and the held-out files, each file once, in the order of the patterns, then by name.
 
     Raises:
         UserError: nothing there, nothing that a pattern matches, or a file that is to be trained on and held out.
     """
-    source = Path(config.source).absolute()
+    source = locate(config.source)
     for join in list_joins(config) if source.exists() else ():
-        if not Path(join.file).is_file():
+        if not locate(join.file).is_file():
             raise UserError(f"data.join: {join.file!r} is no file; name a Parquet or CSV file below data.source")
     if source.is_file():
         if config.held_out:
@@ -155,7 +170,7 @@ def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
     default = DataConfig.__dataclass_fields__["files"].default
     files = _matches(source, "data.files", config.files, together=config.files == default)
     held_out = _matches(source, "data.held_out", config.held_out, together=False)
-    spoken_for = {Path(join.file).resolve(): "data.join names" for join in list_joins(config)}
+    spoken_for = {locate(join.file).resolve(): "data.join names" for join in list_joins(config)}
     spoken_for |= dict.fromkeys(held_out, "data.held_out matches")
     for path, pattern in files.values():
         # A pattern that spells a file out means just that file; a wildcard means whatever is not spoken for.
@@ -169,12 +184,13 @@ def list_files(config: DataConfig) -> tuple[list[Path], list[Path]]:
     return training, [path for path, _ in held_out.values()]
 
 
-def _matches(source: Path, key: str, patterns: tuple[str, ...], together: bool) -> dict[Path, tuple[Path, str]]:
+def _matches(source: AnyPath, key: str, patterns: tuple[str, ...], together: bool) -> dict[AnyPath, tuple[AnyPath, str]]:
     """The files that the patterns match, each under its real path so that it counts once, with the pattern that found it."""
-    found: dict[Path, tuple[Path, str]] = {}
+    found: dict[AnyPath, tuple[AnyPath, str]] = {}
     for pattern in patterns:
         try:
-            paths = sorted(source.glob(pattern))
+            found_here: Any = source.glob(pattern)  # of one kind of place, which sort among themselves
+            paths: list[AnyPath] = sorted(found_here)
         except (NotImplementedError, ValueError):  # what pathlib says to an absolute or an empty pattern
             raise UserError(f"{key}: {pattern!r} is no pattern below {str(source)!r}; write one such as '*.parquet'") from None
         if not paths and not together:
@@ -190,12 +206,11 @@ def _matches(source: Path, key: str, patterns: tuple[str, ...], together: bool) 
     return found
 
 
-def digest_files(paths: list[Path]) -> str:
-    """SHA-256 over the files' names and contents."""
+def digest_files(paths: Sequence[AnyPath]) -> str:
+    """SHA-256 over the files' names and what stands for their contents (see `storage.digest`)."""
     whole = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            whole.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        whole.update(f"{path.name}:{storage.digest(path)}\n".encode())
     return whole.hexdigest()
 
 
@@ -251,13 +266,13 @@ def _share_out(
     return parts
 
 
-def _sort_keys(paths: list[Path], by: str, schema: Schema, joins: tuple[Join, ...]) -> npt.NDArray[Any]:
+def _sort_keys(paths: list[AnyPath], by: str, schema: Schema, joins: tuple[Join, ...]) -> npt.NDArray[Any]:
     """The values of the column that the rows are sorted by: numbers as they are, times in microseconds."""
     pieces = [_sort_key(table[by], by, path) for path in paths for table in _read(path, (by,), schema, joins=joins)]
     return np.concatenate(pieces)
 
 
-def _sort_key(column: pa.ChunkedArray, by: str, path: Path) -> npt.NDArray[Any]:
+def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath) -> npt.NDArray[Any]:
     if column.null_count:
         raise UserError(
             f"data.split.by: column {by!r} of {str(path)!r} is null in {column.null_count:,} rows, which have no place in "
@@ -276,7 +291,7 @@ def _sort_key(column: pa.ChunkedArray, by: str, path: Path) -> npt.NDArray[Any]:
     )
 
 
-def read_rows(path: Path, schema: Schema, labels: bool = True, joins: tuple[Join, ...] = ()) -> Iterator[pa.Table]:
+def read_rows(path: AnyPath, schema: Schema, labels: bool = True, joins: tuple[Join, ...] = ()) -> Iterator[pa.Table]:
     """All rows of a file, in order, with the schema's columns only; without `labels`, the feature columns only.
 
     Raises:
@@ -290,7 +305,7 @@ def read_rows(path: Path, schema: Schema, labels: bool = True, joins: tuple[Join
         raise _empty(path)
 
 
-def count_rows(path: Path, schema: Schema, labels: bool = False, joins: tuple[Join, ...] = ()) -> int:
+def count_rows(path: AnyPath, schema: Schema, labels: bool = False, joins: tuple[Join, ...] = ()) -> int:
     """The rows of a file.
 
     Raises:
@@ -324,7 +339,7 @@ def read_part(config: DataConfig, schema: Schema, part: str) -> Iterator[pa.Tabl
 
 
 def _read(
-    path: Path,
+    path: AnyPath,
     columns: Sequence[str],
     schema: Schema,
     offset: int = 0,
@@ -338,7 +353,7 @@ def _read(
         yield table.select(list(columns))
 
 
-def _read_file(path: Path, columns: Sequence[str], schema: Schema, offset: int, rows: int | None) -> Iterator[pa.Table]:
+def _read_file(path: AnyPath, columns: Sequence[str], schema: Schema, offset: int, rows: int | None) -> Iterator[pa.Table]:
     if is_csv(path):
         for batch in _open_csv(path, schema, columns):
             yield pa.Table.from_batches([batch])
@@ -360,7 +375,7 @@ def _read_file(path: Path, columns: Sequence[str], schema: Schema, offset: int, 
 
 
 def _find_columns(
-    path: Path, wanted: Sequence[str], schema: Schema, joins: tuple[Join, ...]
+    path: AnyPath, wanted: Sequence[str], schema: Schema, joins: tuple[Join, ...]
 ) -> tuple[list[str], list[tuple[Join, tuple[str, ...]]]]:
     """Which columns to read from the file itself, and which from which joined table."""
     present = column_names(path)
@@ -368,8 +383,8 @@ def _find_columns(
     own = [name for name in wanted if name in present]
     lookups = []
     for join in joins if missing else ():
-        there = column_names(Path(join.file))
-        _check_columns(Path(join.file), there, [join.key])
+        there = column_names(locate(join.file))
+        _check_columns(locate(join.file), there, [join.key])
         names = tuple(name for name in missing if name in there)
         if names:
             _check_columns(path, present, [join.key])
@@ -392,7 +407,7 @@ def _add_columns(table: pa.Table, join: Join, names: tuple[str, ...], schema: Sc
 
 def _look_up(column: pa.ChunkedArray, join: Join, names: tuple[str, ...], schema: Schema) -> tuple[pa.Array, pa.Table]:
     """The row of the joined table that each value of the key belongs to (null: none), and the table."""
-    stamp = Path(join.file).stat().st_mtime_ns
+    stamp = storage.info(locate(join.file)).mtime_ns
     other = _joined_table(join, names, schema, not pa.types.is_integer(column.type), stamp)
     keys = _key(column, join.key, as_text=not pa.types.is_integer(other[join.key].type))
     return pc.index_in(keys, value_set=other[join.key]), other
@@ -404,7 +419,7 @@ def _joined_table(join: Join, names: tuple[str, ...], schema: Schema, as_text: b
 
     Kept for the next chunk while the file's `stamp` is the same.
     """
-    path = Path(join.file)
+    path = locate(join.file)
     columns = tuple(dict.fromkeys((join.key, *names)))
     tables = list(_read_file(path, columns, schema, 0, None))
     if not tables:
@@ -429,7 +444,7 @@ def _key(column: pa.ChunkedArray, name: str, as_text: bool) -> pa.Array:
     return pc.cast(column, pa.int64(), safe=False).combine_chunks()
 
 
-def _check_joins(path: Path, schema: Schema, joins: tuple[Join, ...]) -> None:
+def _check_joins(path: AnyPath, schema: Schema, joins: tuple[Join, ...]) -> None:
     """Nulls in every row would pass for missing values: a key that never fits is a mistake."""
     _, lookups = _find_columns(path, schema.columns, schema, joins)
     for join, names in lookups:
@@ -441,7 +456,7 @@ def _check_joins(path: Path, schema: Schema, joins: tuple[Join, ...]) -> None:
             )
 
 
-def column_names(path: Path) -> list[str]:
+def column_names(path: AnyPath) -> list[str]:
     """The names of a file's columns, in order.
 
     Raises:
@@ -457,19 +472,19 @@ def column_names(path: Path) -> list[str]:
         raise _not_csv(path, error) from None
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: AnyPath) -> pq.ParquetFile:
     """Open a Parquet file; nothing but its footer is read.
 
     Raises:
         UserError: it is damaged.
     """
     try:
-        return pq.ParquetFile(path, memory_map=True)
+        return pq.ParquetFile(storage.open_file(path), pre_buffer=not isinstance(path, Path))
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from None
 
 
-def _open_csv(path: Path, schema: Schema, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _open_csv(path: AnyPath, schema: Schema, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     numeric = {f.name for f in schema.features if isinstance(f, Numeric)}
     # Categories stay strings whatever they look like.
     types = {n: pa.float64() if n in numeric else pa.string() for n in schema.feature_columns if n in columns}
@@ -480,7 +495,7 @@ def _open_csv(path: Path, schema: Schema, columns: Sequence[str]) -> Iterator[pa
         raise _not_csv(path, error) from None
 
 
-def stream_csv(path: Path, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def stream_csv(path: AnyPath, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
     """The columns of `types` in blocks of about a megabyte; an empty field is null."""
     convert = pyarrow.csv.ConvertOptions(
         column_types=types, include_columns=list(types), strings_can_be_null=True, null_values=[""]
@@ -489,15 +504,15 @@ def stream_csv(path: Path, types: dict[str, pa.DataType]) -> Iterator[pa.RecordB
         yield from pyarrow.csv.open_csv(stream, convert_options=convert)
 
 
-def _bytes_of(path: Path) -> pa.NativeFile:
-    return pa.input_stream(str(path), compression="gzip" if path.suffix.lower() == ".gz" else None)
+def _bytes_of(path: AnyPath) -> pa.NativeFile:
+    return storage.open_stream(path, "gzip" if path.suffix.lower() == ".gz" else None)
 
 
-def is_csv(path: Path) -> bool:
+def is_csv(path: AnyPath) -> bool:
     return path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def settle_types(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
+def settle_types(path: AnyPath, columns: list[str]) -> dict[str, pa.DataType]:
     """The narrowest type that every value of each column has, from the whole file: Arrow would guess from its beginning."""
     possible = {name: list(CSV_TYPES) for name in columns}
     if columns:
@@ -516,16 +531,17 @@ def casts(values: pa.Array, kind: pa.DataType) -> bool:
     return True
 
 
-def _check_there(path: Path) -> None:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+def _check_there(path: AnyPath) -> None:
+    found = storage.info(path)
+    if found.type != FileType.File:
+        what = "is a folder" if found.type == FileType.Directory else "does not exist"
         raise UserError(f"{str(path)!r} {what}; name a Parquet or CSV file")
-    if not path.stat().st_size:
+    if not found.size:
         raise _empty(path)
 
 
 def _check_columns(
-    path: Path,
+    path: AnyPath,
     present: Sequence[str],
     wanted: Sequence[str],
     roles: Mapping[str, str] = MappingProxyType({}),
@@ -544,16 +560,20 @@ def _check_columns(
             )
 
 
-def _empty(path: Path) -> UserError:
+def _empty(path: AnyPath) -> UserError:
     return UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
 
 
-def _not_csv(path: Path, error: Exception) -> UserError:
+def _not_csv(path: AnyPath, error: Exception) -> UserError:
+    if isinstance(path, Remote) and isinstance(error, OSError):
+        return storage.trouble(path, error)
     reason = str(error).split("\n")[0]
     return UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the value or its feature's kind")
 
 
-def damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: AnyPath, error: Exception) -> UserError:
     """What to say of a Parquet file that `error` came from."""
+    if isinstance(path, Remote) and isinstance(error, OSError):
+        return storage.trouble(path, error)
     reason = str(error).split("\n")[0].rstrip(".")
     return UserError(f"{str(path)!r} is not a whole Parquet file ({reason}); write or fetch it again")

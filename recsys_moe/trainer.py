@@ -7,7 +7,7 @@ from its last checkpoint.
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows, piece
-from recsys_moe.checkpoint import Checkpoints
+from recsys_moe.checkpoint import Checkpoints, TensorFiles, Tensors
 from recsys_moe.distributed import agreed, gather_pieces, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
@@ -145,7 +145,7 @@ class Trainer:
         self.rows = data.manifest.rows("train")
         self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
         self.progress = Progress()
-        self.best_weights: dict[str, Tensor] = {}
+        self.best_weights: Tensors = {}
         self._starts_anew = start is None
         if start is not None:
             start.check_model(model_config)
@@ -183,7 +183,8 @@ class Trainer:
             improved = p.best is None or mean > p.best.best_quality
             if improved:
                 p.best = TrainResult(p.epoch, self.rows, p.seconds, rate, p.epoch, mean, validation)
-                self.best_weights = copy.deepcopy(self.model.state_dict())
+                if p.epoch < self.config.epochs:  # else they stay where they are
+                    self.best_weights = self._keep_best()
             assert p.best is not None
             p.best.epochs, p.best.seconds, p.best.samples_per_s = p.epoch, p.seconds, rate
             self.on_event(
@@ -202,7 +203,8 @@ class Trainer:
             if self.config.patience and p.epoch - p.best.best_epoch >= self.config.patience:
                 break
         assert p.best is not None
-        self.model.load_state_dict(self.best_weights)
+        if p.best.best_epoch != p.epoch:
+            self.restore_best()
         if p.best.best_epoch == 0:
             message = (
                 "no epoch was better on the validation part than the model that training started from: its weights are kept"
@@ -215,9 +217,13 @@ class Trainer:
         validation = evaluate(self.model, self.data, "validation")
         mean = mean_quality(validation)
         self.progress.best = TrainResult(0, self.rows, 0.0, 0.0, 0, -math.inf if math.isnan(mean) else mean, validation)
-        self.best_weights = copy.deepcopy(self.model.state_dict())
+        self.best_weights = self._keep_best()
         measured = {task: asdict(m) for task, m in validation.items()}
         self.on_event({"kind": "before", "step": 0, "before.mean_quality": mean, "before": measured})
+
+    def restore_best(self) -> None:
+        """Give the model the weights of the best epoch that was not the last."""
+        _copy_tensors(self.best_weights, self.model.state_dict())
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's `state_dict` with all tables, on worker 0; every worker must ask for it."""
@@ -316,8 +322,9 @@ class Trainer:
         told = TypeAdapter(Progress).dump_python(p)
         told |= {"data": self.data.manifest.digest, "workers": world_size()}
         best = p.best.best_epoch if p.best else None
+        in_memory = {} if isinstance(self.best_weights, TensorFiles) else self._owned(self.best_weights)
         try:
-            self.checkpoints.save(p.step, told, self._tensors(), best, self._owned(self.best_weights))
+            self.checkpoints.save(p.step, told, self._tensors(), best, in_memory)
         except OSError as error:
             message = f"the checkpoint of step {p.step} could not be written ({error}); the one before is kept"
             self.on_event({"kind": "warning", "message": message})
@@ -325,6 +332,17 @@ class Trainer:
             rows = {"rows": p.rows, "fingerprint": p.fingerprint}
             self.on_event({"kind": "checkpoint", "step": p.step, "epoch": p.epoch, **rows})
         self._saved_at = time.monotonic()
+
+    def _keep_best(self) -> Tensors:
+        """The weights as they are now: on disk, or in memory if there are no states or no room for them."""
+        weights = self.model.state_dict()
+        if self.checkpoints is not None:
+            try:
+                return self.checkpoints.keep_best(self.progress.epoch, weights)
+            except OSError as error:
+                message = f"the weights of epoch {self.progress.epoch} could not be written ({error}); they are kept in memory"
+                self.on_event({"kind": "warning", "message": message})
+        return copy.deepcopy(weights)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What has to be restored, as far as this worker has to write it."""
@@ -336,7 +354,7 @@ class Trainer:
             tensors["random"] = torch.get_rng_state()
         return tensors
 
-    def _owned(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _owned(self, weights: Tensors) -> dict[str, Tensor]:
         """Tables, which one worker alone has, and from worker 0 the dense part, which all have."""
         return {name: value for name, value in weights.items() if rank() == 0 or is_table(name)}
 
@@ -354,18 +372,24 @@ class Trainer:
         self.progress = TypeAdapter(Progress).validate_python(told)
         if rank():
             self.progress.fingerprint = 0  # worker 0 remembers for all
-        names = self.model.state_dict()
-        self.model.load_state_dict({name: state.tensors[f"model.{name}"] for name in names})
-        for name, sums in self.model.adagrad().items():
-            sums.copy_(state.tensors[f"adagrad.{name}"])
+        _copy_tensors(state.tensors, {f"model.{name}": weight for name, weight in self.model.state_dict().items()})
+        _copy_tensors(state.tensors, {f"adagrad.{name}": sums for name, sums in self.model.adagrad().items()})
         for name, parameter in self.model.network.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{name}.{key}" in state.tensors]
             self.optimizer.state[parameter] = {key: state.tensors[f"adamw.{name}.{key}"] for key in keys}
         torch.set_rng_state(state.tensors["random"])
-        if state.best_epoch is not None:
-            self.best_weights = {name: state.best[name] for name in names}
+        self.best_weights = state.best
         p = self.progress
         self.on_event({"kind": "resume", "step": p.step, "epoch": p.epoch, "rows": p.rows, "workers_before": workers})
+
+
+def _copy_tensors(source: Tensors, targets: Mapping[str, Tensor]) -> None:
+    """Fill tensors in place from those of the same names."""
+    for name, target in targets.items():
+        if isinstance(source, TensorFiles):
+            source.read_into(name, target)
+        else:
+            target.copy_(source[name])
 
 
 def fingerprint(numbers: Tensor) -> int:

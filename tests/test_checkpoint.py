@@ -137,13 +137,33 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert [path.name for path in state.glob("*.json")] == ["step-0000000010.json"]
     assert len(list(state.iterdir())) == 3
     warnings = [event["message"] for event in told if event["kind"] == "warning"]
-    assert len(warnings) == 3
-    assert warnings[0] == (
-        "the checkpoint of step 15 could not be written ([Errno 28] No space left on device); the one before is kept"
-    )
+    checkpoints = [f"the checkpoint of step {step} could not be written" for step in (15, 20, 25)]
+    assert [w.split(" (")[0] for w in warnings if w.startswith("the checkpoint")] == checkpoints
+    assert warnings[0].endswith("([Errno 28] No space left on device); the one before is kept")
+    (of_weights,) = [w for w in warnings if not w.startswith("the checkpoint")]
+    assert of_weights.endswith("; they are kept in memory")
     monkeypatch.undo()
     again = finished(trainer(prepared_clicks, state))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_the_best_weights_lie_on_disk_and_come_back_bit_for_bit(
+    prepared_clicks: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_READ_BYTES", 64)  # several pieces a table
+    mine = trainer(prepared_clicks, tmp_path / "state")
+    before = {name: value.clone() for name, value in mine.model.state_dict().items()}
+    mine.progress.epoch = 1
+    mine.best_weights = mine._keep_best()
+    assert isinstance(mine.best_weights, checkpoint.TensorFiles)
+    for value in mine.model.state_dict().values():
+        value.zero_()
+    mine.restore_best()
+    assert all(torch.equal(value, before[name]) for name, value in mine.model.state_dict().items())
+    # What no state names goes once a better epoch came.
+    mine.progress.epoch = 2
+    mine._keep_best()
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["best-00002-0of1.safetensors"]
 
 
 @pytest.mark.parametrize("place", range(1, 7))
