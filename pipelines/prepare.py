@@ -39,29 +39,39 @@ from recsys_moe.sources import (
     plan_chunks,
     read_chunk,
 )
-from recsys_moe.transforms import PartialStatistics, Statistics, Transform
+from recsys_moe.transforms import PartialStatistics, Statistics, Transform, extend
 from recsys_moe.typed import dump, parse
+from recsys_moe.warm_start import StartBundle
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, the rows done and the rows in all."""
 
 
 def prepare(
-    config: DataConfig, runs_dir: Path, progress: Progress = lambda phase, done, total: None, force: bool = False
+    config: DataConfig,
+    runs_dir: Path,
+    progress: Progress = lambda phase, done, total: None,
+    force: bool = False,
+    start: StartBundle | None = None,
 ) -> PreparedData:
     """The prepared data of `config`: found under its digest and verified, or made now.
 
+    Args:
+        start: a model that will go on with these rows: its vocabularies are extended, its other statistics used.
+
     Raises:
-        UserError: whatever is wrong with the source, the schema or the protocol.
+        UserError: whatever is wrong with the source, the schema or the protocol, or does not fit `start`.
     """
     schema = config.load_schema(conf_dir() / "schema")
-    digest = digest_data(config, schema)
+    if start is not None:
+        start.check_schema(schema)
+    digest = digest_data(config, schema, start.digest if start else None)
     folder = runs_dir / "prepared" / f"{config.name}-{digest[:12]}"
     if folder.exists() and not force:
         return PreparedData(folder)
     chunks = plan_chunks(config, schema)
     with _unfinished(folder) as temporary:
-        _write(config, schema, digest, chunks, temporary, progress)
+        _write(config, schema, digest, start, chunks, temporary, progress)
         _put(temporary, folder, force)
     return PreparedData(folder, verify=False)
 
@@ -115,8 +125,9 @@ def _put(temporary: Path, folder: Path, force: bool) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def digest_data(config: DataConfig, schema: Schema) -> str:
-    """SHA-256 over the source's contents, the schema, the protocol and the format of the shards."""
+def digest_data(config: DataConfig, schema: Schema, start: str | None = None) -> str:
+    """SHA-256 over the source's contents, the schema, the protocol, the format of the shards and the statistics (their digest)
+    that were extended."""
     files, held_out = list_files(config)
     protocol = {
         "format": FORMAT,
@@ -127,10 +138,20 @@ def digest_data(config: DataConfig, schema: Schema) -> str:
     if config.join:
         joins = list_joins(config)
         protocol["join"] = [[join.key for join in joins], digest_files([Path(join.file) for join in joins])]
+    if start is not None:
+        protocol["start"] = start
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
 
 
-def _write(config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk], folder: Path, progress: Progress) -> None:
+def _write(
+    config: DataConfig,
+    schema: Schema,
+    digest: str,
+    start: StartBundle | None,
+    chunks: list[Chunk],
+    folder: Path,
+    progress: Progress,
+) -> None:
     total = sum(len(c.parts) for c in chunks)
     fit = _Fit(dump(schema))
     partial = PartialStatistics.empty()
@@ -140,6 +161,8 @@ def _write(config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk],
         counts += np.asarray(summary["counts"])
     statistics = partial.finish(schema)
     _check_targets(schema, statistics, chunks)
+    if start is not None:
+        statistics = extend(start.statistics, statistics)
     transform = _TransformAndWrite(dump(schema), dump(statistics), str(folder))
     shards: list[Shard] = []
     for summary in _map_chunks(chunks, transform, lambda done: progress("transform", done, total)):
@@ -152,7 +175,7 @@ def _write(config: DataConfig, schema: Schema, digest: str, chunks: list[Chunk],
         for t, task in enumerate(schema.tasks)
     )
     source = str(Path(config.source).resolve())
-    manifest = Manifest(FORMAT, config.name, digest, source, tuple(shards), task_counts)
+    manifest = Manifest(FORMAT, config.name, digest, source, tuple(shards), task_counts, start.digest if start else None)
     write_json(folder / "manifest.json", dump(manifest))
 
 

@@ -2,6 +2,7 @@
 
 run.json        the settings, where MLflow is, and what it has been told
 events.jsonl    what happened, a line each
+start/          the bundle that training starts from, if it does
 state/          the checkpoint to go on from (recsys_moe.checkpoint), gone once the run has ended well
 bundle/         the trained model
 """
@@ -51,7 +52,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.events_file, self.state, self.bundle = path / "events.jsonl", path / "state", path / "bundle"
+        self.events_file, self.start = path / "events.jsonl", path / "start"
+        self.state, self.bundle = path / "state", path / "bundle"
         file = path / "run.json"
         try:
             self.record: RunRecord = parse(RunRecord, json.loads(file.read_text()), str(file))

@@ -365,6 +365,29 @@ def resolve_model(name: str, runs_dir: Path, uri: str) -> Path:
         ) from None
 
 
+def pinned(name: str, uri: str) -> str:
+    """`models:/NAME@alias` as the version that it names now; a folder as its whole path; anything else as it is.
+
+    Raises:
+        UserError: no such alias.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not name.startswith(("models:/", "runs:/")):
+        return str(Path(name).absolute())
+    model, _, alias = name.removeprefix("models:/").partition("@")
+    if not alias:
+        return name
+    client = open_client(uri)
+    try:
+        return f"models:/{model}/{client.get_model_version_by_alias(model, alias).version}"
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model {name!r} is not to be had from {uri!r} ({reason}); check the name or set tracking.uri"
+        ) from None
+
+
 def promote(name: str, alias: str, uri: str) -> str:
     """Move `alias` to the version that `models:/…` names; returns `models:/NAME/VERSION`.
 

@@ -21,16 +21,26 @@ from recsys_moe.models import ModelConfig
 from recsys_moe.pipelines.cluster import RayConfig, check_device, ray_cluster
 from recsys_moe.pipelines.prepare import Progress, prepare
 from recsys_moe.pipelines.runs import Event, RunBusy, RunFolder, all_runs, find_run
-from recsys_moe.pipelines.tracking import Run, TrackingConfig, TrackingLost, describe_data, open_client, open_run
+from recsys_moe.pipelines.tracking import (
+    Run,
+    TrackingConfig,
+    TrackingLost,
+    describe_data,
+    open_client,
+    open_run,
+    pinned,
+    resolve_model,
+)
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig
 from recsys_moe.typed import dump, parse, typed
+from recsys_moe.warm_start import StartBundle
 
 
 @typed
 class TrainJob:
-    """All that `recsys-moe train` is told."""
+    """All that `recsys-moe train` is told. `start` names a model to go on from, as `evaluate` does."""
 
     data: DataConfig
     model: ModelConfig
@@ -38,6 +48,7 @@ class TrainJob:
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
     runs_dir: str = "runs"
+    start: str | None = None
 
 
 def train(
@@ -97,10 +108,11 @@ def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on
     with folder.locked(), _status_kept(folder), ThreadPoolExecutor(1) as pool:
         # Importing MLflow and migrating its database takes seconds: meanwhile Ray starts.
         opening = pool.submit(open_client, folder.record.uri)
+        job, start = _fetch_start(job, folder)
         workers = job.train.workers
         with ray_cluster(job.ray, workers if isinstance(workers, int) else workers[0]):
             check_device(job.train.device)
-            data = prepare(job.data, Path(job.runs_dir), on_prepare)
+            data = prepare(job.data, Path(job.runs_dir), on_prepare, start=start)
             folder.update(dataset=describe_data(data.manifest))
             summary = None
             try:
@@ -119,6 +131,28 @@ def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on
                 ) from None
             folder.update(synced=True)
     return {"model": job.model.name, "run_id": folder.record.run_id, "version": folder.record.version, **summary}
+
+
+def _fetch_start(job: TrainJob, folder: RunFolder) -> tuple[TrainJob, StartBundle | None]:
+    """The bundle to start from, copied into the run's folder, where the workers find it even if the registry is away; and the
+    job with the version in place of an alias, which may move.
+
+    Raises:
+        UserError: there is no such model, or it is not the one that the job describes.
+    """
+    if job.start is None:
+        return job, None
+    if not folder.start.exists():
+        name = pinned(job.start, folder.record.uri)
+        temporary = folder.start.with_name("start.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(resolve_model(name, Path(job.runs_dir), folder.record.uri), temporary)
+        temporary.rename(folder.start)
+        job = replace(job, start=name)
+        folder.update(job=dump(job))
+    start = StartBundle(folder.start)
+    start.check_model(job.model)
+    return job, start
 
 
 @contextmanager
@@ -237,6 +271,7 @@ def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event
             "events": str(folder.events_file),
             "state": str(folder.state),
             "bundle": str(folder.bundle),
+            "start": str(folder.start) if job.start else None,
         },
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=job.train.device == "cuda", resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
@@ -311,9 +346,10 @@ def _tell(event: Event, on_event: Callable[[Event], None], run: Run | None) -> N
 
 def _log(run: Run, event: Event) -> None:
     """Send an event's metrics, as of when it happened."""
-    if event["kind"] not in ("step", "epoch"):
+    if event["kind"] not in ("before", "step", "epoch"):
         return
-    metrics = {k: v for k, v in event.items() if k.startswith(("train.", "validation."))}
-    for task, values in event.get("validation", {}).items():
-        metrics |= {f"validation.{task}.{name}": value for name, value in values.items()}
+    metrics = {k: v for k, v in event.items() if k.startswith(("train.", "validation.", "before."))}
+    for part in ("validation", "before"):
+        for task, values in event.get(part, {}).items():
+            metrics |= {f"{part}.{task}.{name}": value for name, value in values.items()}
     run.log(metrics, event["step"], event["time"])

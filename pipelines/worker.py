@@ -18,6 +18,7 @@ from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate, undefined_quality_warnings
 from recsys_moe.typed import parse, plain
+from recsys_moe.warm_start import StartBundle
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -55,11 +56,12 @@ def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
     model_config = parse(ModelConfig, config["model"], "model")
     train_config: TrainConfig = parse(TrainConfig, config["train"], "train")
     source = parse(DataConfig, config["data"], "data")
-    described = BundleConfig(FORMAT, model_config, train_config.precision, source, data.manifest.digest)
+    described = BundleConfig(FORMAT, model_config, train_config.precision, source, data.manifest.digest, data.manifest.start)
     bundle = Path(config["bundle"])
     trainer: Trainer | None = None
     try:
-        trainer = Trainer(data, model_config, train_config, tell, Checkpoints(Path(config["state"])))
+        start = StartBundle(Path(config["start"])) if config["start"] else None
+        trainer = Trainer(data, model_config, train_config, tell, Checkpoints(Path(config["state"])), start)
         tell({"kind": "start", "step": trainer.step, "total_steps": trainer.total_steps, "workers": world_size()})
         result = trainer.fit()
     except UserError as error:
@@ -90,6 +92,6 @@ def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict[str, Any]) -> None:
     """Gather the tables and let the first worker write the bundle."""
-    weights = trainer.whole_weights()
+    weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
     if rank() == 0:
-        save_bundle(bundle, weights, described, trainer.data.transform, plain(metrics))
+        save_bundle(bundle, weights, described, trainer.data.transform, plain(metrics), adagrad)

@@ -5,6 +5,7 @@
     statistics.json     vocabularies and moments of the feature transforms and of the tasks' labels
     model.safetensors   the weights
     metrics.json        how it did on the validation part, which chose the epoch, and on the test part
+    adagrad.safetensors the sums of squares of the tables' optimizer, for whoever goes on training; scoring does without
 
 No pickle: loading a bundle runs no code from it.
 """
@@ -30,18 +31,36 @@ from recsys_moe.transforms import Statistics, Transform
 from recsys_moe.typed import dump, parse, typed
 
 FORMAT = 2
+ADAGRAD_FILE = "adagrad.safetensors"
 FILES = ("config.json", "schema.json", "statistics.json", "model.safetensors", "metrics.json")
 
 
 @typed
 class BundleConfig:
-    """What rebuilds the model, and where it comes from."""
+    """What rebuilds the model, and where it comes from. `start` digests the statistics that its own extend, if any."""
 
     format: int
     model: ModelConfig
     precision: Literal["fp32", "bf16"]
     data: DataConfig
     data_digest: str
+    start: str | None = None
+
+
+def read_description(folder: Path) -> tuple[BundleConfig, Schema, Statistics]:
+    """What a bundle's folder says of itself, without its weights.
+
+    Raises:
+        UserError: it is no bundle, of another format, or damaged.
+    """
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise UserError(f"{str(folder)!r} is not a bundle: it has no {name}; name the folder that training printed")
+    config: BundleConfig = parse(BundleConfig, _read(folder / "config.json"), str(folder / "config.json"))
+    if config.format != FORMAT:
+        raise UserError(f"{str(folder)!r} has bundle format {config.format}, not {FORMAT}; train it again")
+    schema = parse(Schema, _read(folder / "schema.json"), str(folder / "schema.json"))
+    return config, schema, parse(Statistics, _read(folder / "statistics.json"), str(folder / "statistics.json"))
 
 
 class Bundle:
@@ -53,14 +72,7 @@ class Bundle:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in FILES:
-            if not (folder / name).is_file():
-                raise UserError(f"{str(folder)!r} is not a bundle: it has no {name}; name the folder that training printed")
-        self.config: BundleConfig = parse(BundleConfig, _read(folder / "config.json"), str(folder / "config.json"))
-        if self.config.format != FORMAT:
-            raise UserError(f"{str(folder)!r} has bundle format {self.config.format}, not {FORMAT}; train it again")
-        schema = parse(Schema, _read(folder / "schema.json"), str(folder / "schema.json"))
-        statistics = parse(Statistics, _read(folder / "statistics.json"), str(folder / "statistics.json"))
+        self.config, schema, statistics = read_description(folder)
         self.metrics: dict[str, Any] = _read(folder / "metrics.json")
         try:
             self.transform = Transform(schema, statistics)
@@ -94,7 +106,12 @@ class Bundle:
 
 
 def save_bundle(
-    folder: Path, weights: Mapping[str, Tensor], config: BundleConfig, transform: Transform, metrics: dict[str, Any]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: BundleConfig,
+    transform: Transform,
+    metrics: dict[str, Any],
+    adagrad: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a bundle, a model's `state_dict` in it, under a temporary name, then move it into place."""
     temporary = folder.with_name(folder.name + ".tmp")
@@ -106,6 +123,8 @@ def save_bundle(
     write_json(temporary / "metrics.json", metrics)
     own = {name: tensor.clone() for name, tensor in weights.items()}  # tables share one storage
     safetensors.torch.save_file(own, temporary / "model.safetensors")
+    if adagrad:
+        safetensors.torch.save_file({name: sums.clone() for name, sums in adagrad.items()}, temporary / ADAGRAD_FILE)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -34,10 +34,11 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._best_epoch, self._best_files = 0, list[str]()
+        self._best_epoch: int | None = None
+        self._best_files: list[str] = []
 
-    def save(self, step: int, told: dict[str, Any], tensors: Tensors, best_epoch: int, best: Tensors) -> None:
-        """Write a state: `told` is JSON, `tensors` and `best` (the weights of `best_epoch`; 0: none yet) are this worker's.
+    def save(self, step: int, told: dict[str, Any], tensors: Tensors, best_epoch: int | None, best: Tensors) -> None:
+        """Write a state: `told` is JSON, `tensors` and `best` (the weights of `best_epoch`, if there is one) are this worker's.
 
         Raises:
             OSError: some worker could not write its part, on a full disk perhaps. The state before stays.
@@ -100,7 +101,7 @@ class State:
             if content["format"] != FORMAT:
                 raise UserError(f"{str(path)!r} has checkpoint format {content['format']}, not {FORMAT}; train anew")
             self.told: dict[str, Any] = content["told"]
-            self.best_epoch: int = content["best_epoch"]
+            self.best_epoch: int | None = content["best_epoch"]
             self.best_files: list[str] = content["best_files"]
             self.tensors = _Files([path.parent / name for name in content["files"]])
             self.best = _Files([path.parent / name for name in self.best_files])

@@ -52,7 +52,13 @@ def root() -> None:
     """Multi-task recommendation with mixtures of experts: train, compare and serve on one road."""
 
 
-@app.command(epilog="Example: `recsys-moe train data=census_full model=mmoe train.seed=1 train.epochs=4 --json`")
+@app.command(
+    epilog="""Examples:
+
+    recsys-moe train data=census_full model=mmoe train.seed=1 train.epochs=4 --json
+
+    recsys-moe train data=custom data.name=shop data.schema=shop.yaml data.source=tuesday/ start=models:/shop@champion"""
+)
 def train(
     overrides: Overrides = None,
     resume: Annotated[
@@ -61,6 +67,9 @@ def train(
     json: Json = False,
 ) -> None:
     """Prepare the data if need be, train a model, track the run in MLflow, leave a bundle.
+
+    `start=models:/NAME@champion` goes on from a registered model (or a bundle's folder) on new rows: its vocabularies grow, old
+    ids keep their embeddings, and the best of its own weights and the epochs' is kept.
 
     With --resume the settings are the run's own; `train.workers`, `train.max_failures`, `train.checkpoint_…` and `ray.…` may
     differ.
@@ -82,6 +91,9 @@ def train(
                 stderr.print(f"warning: {event['message']}", style="yellow", soft_wrap=True)
             elif event["kind"] == "start":
                 phases("train", event["step"], event["total_steps"])
+            elif event["kind"] == "before":
+                mean = number(event["before.mean_quality"])
+                stderr.print(f"before: validation {qualities(event['before'])}  mean {mean}", soft_wrap=True)
             elif event["kind"] == "resume":
                 stderr.print(f"going on from step {event['step']:,}, in epoch {event['epoch'] + 1}", soft_wrap=True)
             elif event["kind"] in ("step", "epoch"):
@@ -125,8 +137,15 @@ def prepare(
     from recsys_moe.pipelines.cluster import ray_cluster
     from recsys_moe.pipelines.prepare import prepare as run_prepare
 
+    start = None
+    if config["start"] is not None:
+        from recsys_moe.pipelines.tracking import resolve_model
+        from recsys_moe.warm_start import StartBundle
+
+        runs_dir = Path(config["runs_dir"])
+        start = StartBundle(resolve_model(config["start"], runs_dir, _section(config, "tracking").resolve(runs_dir)))
     with progress() as display, ray_cluster(_section(config, "ray")):
-        prepared = run_prepare(data, Path(config["runs_dir"]).absolute(), PhaseProgress(display), force)
+        prepared = run_prepare(data, Path(config["runs_dir"]).absolute(), PhaseProgress(display), force, start)
     rows = {part: prepared.manifest.rows(part) for part in PARTS}
     if json:
         counts = dump(prepared.manifest)["counts"]
@@ -273,7 +292,7 @@ def evaluate(
         tables = read_rows(file, schema, joins=list_joins(trained_on))
     else:
         data = _section(config, "data") if "data" in config else trained_on
-        same_data = digest_data(data, schema) == predictor.bundle.config.data_digest
+        same_data = digest_data(data, schema, predictor.bundle.config.start) == predictor.bundle.config.data_digest
         if not same_data and Path(data.source).absolute() == Path(trained_on.source):
             stderr.print(
                 f"warning: {data.source!r} or its split has changed since the bundle was trained: these {part} rows are not "
@@ -419,7 +438,7 @@ def _job(config: dict[str, Any]) -> Any:
     from recsys_moe.pipelines.train import TrainJob
     from recsys_moe.typed import parse
 
-    parts = {key: config[key] for key in ("data", "model", "train", "tracking", "ray", "runs_dir")}
+    parts = {key: config[key] for key in ("data", "model", "train", "tracking", "ray", "runs_dir", "start")}
     return parse(TrainJob, parts, "configuration")
 
 
@@ -461,6 +480,7 @@ SECTIONS = {
     "tracking": ("recsys_moe.pipelines.tracking", "TrackingConfig"),
     "ray": ("recsys_moe.pipelines.cluster", "RayConfig"),
     "runs_dir": ("builtins", "str"),
+    "start": ("recsys_moe.typed", "OptionalText"),
 }
 
 

@@ -129,9 +129,12 @@ def _local(sharded: Any) -> Tensor:
     return tensor
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with all tables, on worker 0; the others send theirs and get what they have. All must call it."""
-    state: dict[str, Tensor] = dict(model.state_dict())
+def gather_tables(model: nn.Module, tensors: Mapping[str, Tensor], per_row: bool = False) -> dict[str, Tensor]:
+    """`tensors` with those of all tables, on worker 0; the others send theirs and get what they have. All must call it.
+
+    `tensors` has this worker's tables, by their names in the model's state, or (`per_row`) one number a row of each.
+    """
+    state = dict(tensors)
     for prefix, module in model.named_modules():
         if not isinstance(module, ShardedEmbeddings):
             continue
@@ -139,8 +142,9 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
             key = f"{prefix}.{name}"
             if owner == 0 or rank() not in (0, owner):
                 continue
-            table = state[key] if rank() == owner else torch.empty(module._shapes[name])
-            for chunk in table.split(max(1, _SEND_BYTES // (4 * table.shape[1]))):
+            shape = module._shapes[name][:1] if per_row else module._shapes[name]
+            table = state[key] if rank() == owner else torch.empty(shape)
+            for chunk in table.split(max(1, _SEND_BYTES // max(1, table[:1].nbytes))):
                 dist.recv(chunk, owner) if rank() == 0 else dist.send(chunk, 0)
             state[key] = table
     return state

@@ -54,7 +54,8 @@ class TaskCount:
 
 @typed
 class Manifest:
-    """What a prepared folder holds. `digest` covers source contents, schema and protocol."""
+    """What a prepared folder holds. `digest` covers source contents, schema, protocol and what `start` digests: the
+    statistics that were extended, if any."""
 
     format: int
     name: str
@@ -62,6 +63,7 @@ class Manifest:
     source: str
     shards: tuple[Shard, ...]
     counts: tuple[TaskCount, ...]
+    start: str | None = None
 
     def rows(self, part: str) -> int:
         return sum(s.rows for s in self.shards if s.part == part)

@@ -26,6 +26,7 @@ from recsys_moe.metrics import TaskMetrics, quality, quality_name
 from recsys_moe.ranker import CPU, Ranker
 from recsys_moe.shards import PreparedData
 from recsys_moe.typed import typed
+from recsys_moe.warm_start import StartBundle, is_table
 
 Event = dict[str, Any]
 Workers = Annotated[int, Field(ge=1)]
@@ -108,9 +109,11 @@ class Trainer:
             (`{"kind": "epoch", …}` with the validation metrics of each task and whether it is the best so far).
         checkpoints: where resumable states are kept; training goes on from the newest. It ends with the very bits of a
             training that was never interrupted, given as many workers.
+        start: a bundle whose weights training starts from. They are kept if no epoch is better than they are.
 
     Raises:
-        UserError: a loss that is not finite, a validation part in which no task has a quality, or a state of other data.
+        UserError: a loss that is not finite, a validation part in which no task has a quality, a state of other data, or a
+            start that does not fit.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Trainer:
         config: TrainConfig,
         on_event: Callable[[Event], None] = lambda event: None,
         checkpoints: Checkpoints | None = None,
+        start: StartBundle | None = None,
     ) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("train.device is 'cuda', but PyTorch finds no GPU on the training worker; use train.device=cpu")
@@ -148,6 +152,10 @@ class Trainer:
         self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
         self.progress = Progress()
         self.best_weights: dict[str, Tensor] = {}
+        self._starts_anew = start is None
+        if start is not None:
+            start.check_model(model_config)
+            start.take_over(self.model)
         self._saved_at = time.monotonic()
         if checkpoints is not None:
             self._resume(checkpoints)
@@ -163,6 +171,8 @@ class Trainer:
         if self.config.precision == "bf16" and self.config.device == "cpu" and not has_bf16():
             message = "this CPU has no bf16 instructions: train.precision=bf16 will be slower here than fp32"
             self.on_event({"kind": "warning", "message": message})
+        if p.best is None and not self._starts_anew:
+            self._measure_start()
         while p.epoch < self.config.epochs:
             loss = self._train_epoch()
             validation = evaluate(self.model, self.data, "validation")
@@ -199,15 +209,37 @@ class Trainer:
                 break
         assert p.best is not None
         self.model.load_state_dict(self.best_weights)
+        if p.best.best_epoch == 0:
+            message = (
+                "no epoch was better on the validation part than the model that training started from: its weights are kept"
+            )
+            self.on_event({"kind": "warning", "message": message})
         return p.best
+
+    def _measure_start(self) -> None:
+        """What the model that training starts from does on the validation part is what every epoch has to beat."""
+        validation = evaluate(self.model, self.data, "validation")
+        mean = mean_quality(validation)
+        self.progress.best = TrainResult(0, self.rows, 0.0, 0.0, 0, -math.inf if math.isnan(mean) else mean, validation)
+        self.best_weights = copy.deepcopy(self.model.state_dict())
+        measured = {task: asdict(m) for task, m in validation.items()}
+        self.on_event({"kind": "before", "step": 0, "before.mean_quality": mean, "before": measured})
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's `state_dict` with all tables, on worker 0; every worker must ask for it."""
         if world_size() == 1:
             return dict(self.model.state_dict())
-        from recsys_moe.sharding import whole_state
+        from recsys_moe.sharding import gather_tables
 
-        return whole_state(self.model)
+        return gather_tables(self.model, self.model.state_dict())
+
+    def whole_adagrad(self) -> dict[str, Tensor]:
+        """The Adagrad sums of all tables, on worker 0; every worker must ask for them."""
+        if world_size() == 1:
+            return self.model.adagrad()
+        from recsys_moe.sharding import gather_tables
+
+        return gather_tables(self.model, self.model.adagrad(), per_row=True)
 
     def _train_epoch(self) -> float:
         self.model.train()
@@ -289,7 +321,7 @@ class Trainer:
         p = replace(self.progress, fingerprint=self._trained_rows())
         told = TypeAdapter(Progress).dump_python(p)
         told |= {"data": self.data.manifest.digest, "workers": world_size()}
-        best = p.best.best_epoch if p.best else 0
+        best = p.best.best_epoch if p.best else None
         try:
             self.checkpoints.save(p.step, told, self._tensors(), best, self._owned(self.best_weights))
         except OSError as error:
@@ -312,7 +344,7 @@ class Trainer:
 
     def _owned(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tables, which one worker alone has, and from worker 0 the dense part, which all have."""
-        return {name: value for name, value in weights.items() if rank() == 0 or name.startswith(("embeddings.", "pooled."))}
+        return {name: value for name, value in weights.items() if rank() == 0 or is_table(name)}
 
     def _resume(self, checkpoints: Checkpoints) -> None:
         state = checkpoints.load()
@@ -336,7 +368,7 @@ class Trainer:
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{name}.{key}" in state.tensors]
             self.optimizer.state[parameter] = {key: state.tensors[f"adamw.{name}.{key}"] for key in keys}
         torch.set_rng_state(state.tensors["random"])
-        if state.best_epoch:
+        if state.best_epoch is not None:
             self.best_weights = {name: state.best[name] for name in names}
         p = self.progress
         self.on_event({"kind": "resume", "step": p.step, "epoch": p.epoch, "rows": p.rows, "workers_before": workers})

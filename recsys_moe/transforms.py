@@ -361,6 +361,24 @@ class PartialStatistics:
         return Statistics(tuple(categorical), tuple(numeric), tuple(targets))
 
 
+def extend(start: Statistics, fitted: Statistics) -> Statistics:
+    """`start` with the values that `fitted` has besides, behind its own: ids stay what they were, new values get new ones.
+
+    Everything else stays `start`'s: a model that was trained on numbers standardised and bucketed in one way, on labels of
+    one scale, would read shifted ones wrongly.
+
+    >>> first, second = (Statistics((CategoricalStatistics("city", values),), ()) for values in (("b", "a"), ("c", "a", "d")))
+    >>> extend(first, second).categorical[0].vocabulary
+    ('b', 'a', 'c', 'd')
+    """
+    vocabularies = []
+    for old, new in zip(start.categorical, fitted.categorical, strict=True):
+        known = set(old.vocabulary)
+        added = tuple(value for value in new.vocabulary if value not in known)
+        vocabularies.append(CategoricalStatistics(old.name, old.vocabulary + added))
+    return Statistics(tuple(vocabularies), start.numeric, start.targets)
+
+
 def _count(texts: pa.Array) -> Counter[str]:
     counts = pc.value_counts(texts)
     pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)

@@ -87,19 +87,21 @@ def clicks() -> Callable[..., pa.Table]:
 def write_prepared() -> Callable[..., Any]:
     """`write_prepared(folder, schema, {part: [table, …]})`: a prepared folder by hand, one shard for each table.
 
-    The statistics are those of the training tables.
+    The statistics are those of the training tables, or `start` extended by them.
     """
     from recsys_moe.labels import group_ids, task_labels
     from recsys_moe.shards import FORMAT, Manifest, PreparedData, Rows, write_json, write_shard
-    from recsys_moe.transforms import PartialStatistics, Transform
+    from recsys_moe.transforms import PartialStatistics, Transform, extend
     from recsys_moe.typed import dump
 
-    def write(folder: Path, schema: Any, parts: dict[str, list[pa.Table]]) -> PreparedData:
+    def write(folder: Path, schema: Any, parts: dict[str, list[pa.Table]], start: Any = None) -> PreparedData:
         folder.mkdir()
         train = pa.concat_tables(parts["train"])
         fitted = PartialStatistics.of(train, schema)
         fitted.merge(PartialStatistics.of_labels(*task_labels(train, schema), schema))
         statistics = fitted.finish(schema)
+        if start is not None:
+            statistics = extend(start, statistics)
         transform = Transform(schema, statistics)
         shards = []
         for part, tables in parts.items():

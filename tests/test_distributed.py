@@ -16,13 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import synced_expert_mlp, synced_sparse_expert_mlp
 from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.routing import sparse_plan
 from recsys_moe.shards import PreparedData
+from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig, Trainer
+from recsys_moe.warm_start import StartBundle
 
 MMOE = MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8, 4), tower_dims=(4,), dropout=0.0)
 MODELS = {"softmax": MMOE, "topk": replace(MMOE, gate="topk", top_k=2)}
@@ -124,9 +127,15 @@ def worker(rank: int, port: int, folder: Path) -> None:
     for name, model in MODELS.items():
         trainer = Trainer(PreparedData(folder / "prepared"), model, config(name), checkpoints=Checkpoints(folder / name))
         told[name] = losses(trainer)
-        weights = trainer.whole_weights()
+        weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
         if rank == 0:
             safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
+            safetensors.torch.save_file(adagrad, folder / f"{name}.adagrad.safetensors")
+    started = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, start=StartBundle(folder / "bundle"))
+    weights, adagrad = started.whole_weights(), started.whole_adagrad()
+    if rank == 0:
+        safetensors.torch.save_file(weights, folder / "started.safetensors")
+        safetensors.torch.save_file(adagrad, folder / "started.adagrad.safetensors")
     resumed = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, checkpoints=Checkpoints(folder / "one"))
     told |= {"resumed": losses(resumed), "tables": sorted(resumed.model.adagrad())}
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
@@ -150,13 +159,18 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def one(prepared: PreparedData) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    """One worker's losses and best weights for each model; its state of step 200 lies in the folder `one`."""
+def one(prepared: PreparedData) -> dict[str, tuple[list[float], dict[str, Tensor], dict[str, Tensor]]]:
+    """One worker's losses, best weights and Adagrad sums for each model; its state of step 200 lies in the folder `one`, and
+    what it ended with in `bundle`."""
     found = {}
     for name, model in MODELS.items():
         kept = Checkpoints(prepared.folder.parent / "one") if name == "softmax" else None
         trainer = Trainer(prepared, model, config(name), checkpoints=kept)
-        found[name] = losses(trainer), dict(trainer.model.state_dict())
+        found[name] = losses(trainer), dict(trainer.model.state_dict()), trainer.whole_adagrad()
+        if name == "softmax":
+            described = BundleConfig(FORMAT, model, "fp32", DataConfig(name="clicks", source="nowhere", schema="-"), "0" * 64)
+            folder = prepared.folder.parent / "bundle"
+            save_bundle(folder, trainer.whole_weights(), described, prepared.transform, {}, trainer.whole_adagrad())
     return found
 
 
@@ -200,7 +214,7 @@ def close(found: list[float], expected: list[float]) -> None:
 def test_two_workers_take_the_steps_of_one(name: str, two: Path, one: Any) -> None:
     first, second = told(two, name)
     assert first == second  # the loss is the whole batch's, on both
-    expected, weights = one[name]
+    expected, weights, adagrad = one[name]
     assert len(first) == len(expected) == (208 if name == "softmax" else 25)
     # A bias before a norm changes nothing, so that its gradient is rounding alone, which Adam turns into steps. The norm's
     # running mean takes them up, and a batch of one row is normalised by that.
@@ -210,6 +224,17 @@ def test_two_workers_take_the_steps_of_one(name: str, two: Path, one: Any) -> No
     for key, value in weights.items():
         tolerance = 0.1 if "biases" in key or "running_mean" in key else 1e-3
         torch.testing.assert_close(found[key], value, rtol=0, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")
+    sums = safetensors.torch.load_file(two / f"{name}.adagrad.safetensors")
+    assert sums.keys() == adagrad.keys()
+    for key, value in adagrad.items():
+        torch.testing.assert_close(sums[key], value, rtol=0.02, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_two_workers_start_from_what_one_has_left(two: Path, one: Any) -> None:
+    for file, expected in (("started", one["softmax"][1]), ("started.adagrad", one["softmax"][2])):
+        found = safetensors.torch.load_file(two / f"{file}.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_every_table_lies_with_one_worker(two: Path, one: Any) -> None:

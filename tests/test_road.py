@@ -125,7 +125,14 @@ def test_mlflow_holds_the_run(trained: dict[str, Any], work: Path) -> None:
 
 def test_the_bundle_is_safetensors_and_json(trained: dict[str, Any]) -> None:
     files = {p.name for p in Path(trained["bundle"]).iterdir()}
-    assert files == {"config.json", "schema.json", "statistics.json", "model.safetensors", "metrics.json"}
+    assert files == {
+        "config.json",
+        "schema.json",
+        "statistics.json",
+        "model.safetensors",
+        "metrics.json",
+        "adagrad.safetensors",
+    }
 
 
 def test_preparation_is_reused(trained: dict[str, Any], work: Path) -> None:
@@ -143,6 +150,31 @@ def test_evaluation_equals_training_time(trained: dict[str, Any], work: Path) ->
     for task, metrics in trained["test"].items():
         for name, value in metrics.items():
             assert summary["test"][task][name] == pytest.approx(value, abs=1e-6), (task, name)
+
+
+def test_a_registered_model_goes_on_with_new_rows(trained: dict[str, Any], work: Path, feed: pa.Table) -> None:
+    from mlflow.tracking import MlflowClient
+
+    day = feed.slice(0, 3000)
+    place = day.schema.get_field_index("item_id")
+    items = [10**9 + n % 7 if n % 3 else old for n, old in enumerate(day["item_id"].to_pylist())]
+    (work / "tuesday" / "logs").mkdir(parents=True)
+    pq.write_table(day.set_column(place, "item_id", pa.array(items)), work / "tuesday" / "logs" / "rows.parquet")
+    settings = [*SETTINGS[:2], "data.source=tuesday", "train.batch_size=256", "train.epochs=1", "start=models:/tiny@candidate"]
+    more, err = run("train", *settings, "data.name=tuesday", cwd=work)
+    assert "before: validation AUC" in err
+    old, new = (json.loads(Path(folder, "statistics.json").read_text()) for folder in (trained["bundle"], more["bundle"]))
+    vocabularies = [{c["name"]: c["vocabulary"] for c in s["categorical"]} for s in (old, new)]
+    known = vocabularies[0]["item_id"]
+    assert vocabularies[1]["item_id"][: len(known)] == known
+    assert {str(10**9 + n) for n in range(7)} <= set(vocabularies[1]["item_id"][len(known) :])
+    assert old["numeric"] == new["numeric"]
+    client = MlflowClient(tracking_uri=f"sqlite:///{work}/runs/mlflow.db")
+    kept = client.get_run(more["run_id"]).data
+    assert kept.params["start"] == "models:/tiny/1"
+    assert {"before.mean_quality", "before.like.auc", "validation.like.auc"} <= set(kept.metrics)
+    evaluated, err = run("evaluate", "models:/tuesday@candidate", cwd=work)
+    assert (evaluated["same_data"], "warning" in err) == (True, False)
 
 
 def test_evaluation_tells_when_the_data_has_changed(trained: dict[str, Any], work: Path, feed: pa.Table) -> None:

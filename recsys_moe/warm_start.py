@@ -1,0 +1,106 @@
+"""Going on with a trained model on new rows: what must fit, and how its weights are taken over.
+
+A vocabulary only grows at its end (`recsys_moe.transforms.extend`), so the model's tables are the first rows of the new ones.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from recsys_moe.bundle import ADAGRAD_FILE, read_description
+from recsys_moe.errors import UserError
+from recsys_moe.ranker import Ranker
+from recsys_moe.schema import Schema
+from recsys_moe.typed import dump
+
+
+class StartBundle:
+    """A bundle that training starts from.
+
+    Raises:
+        UserError: it is no bundle, or is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config, self.schema, self.statistics = read_description(folder)
+        self.digest = hashlib.sha256(json.dumps(dump(self.statistics), sort_keys=True).encode()).hexdigest()
+
+    def check_schema(self, schema: Schema) -> None:
+        """Raises UserError: `schema` is not the bundle's; names the first difference."""
+        _check_equal(
+            dump(self.schema), dump(schema), "schema", "prepare the rows with the schema that the model was trained with"
+        )
+
+    def check_model(self, config: Any) -> None:
+        """Raises UserError: `config`, a family's configuration, is not the bundle's; names the first difference."""
+        _check_equal(dump(self.config.model), dump(config), "model", "give the model the same settings, or train anew")
+
+    def take_over(self, model: Ranker) -> None:
+        """Give a fresh `model` of the same configuration the bundle's weights and, if it has them, its Adagrad sums.
+
+        Rows that the bundle's tables lack keep what they were drawn with, and sums of 0.
+
+        Raises:
+            UserError: the bundle's files are damaged or do not fit.
+        """
+        _copy(self.folder / "model.safetensors", dict(model.state_dict()))
+        if (self.folder / ADAGRAD_FILE).exists():
+            _copy(self.folder / ADAGRAD_FILE, model.adagrad())
+
+
+def _copy(path: Path, targets: dict[str, Tensor]) -> None:
+    """Fill the tensors of these names, tables from their first row on."""
+    try:
+        with safetensors.safe_open(path, "pt") as file, torch.no_grad():
+            for name, target in targets.items():
+                source = file.get_tensor(name)
+                if is_table(name) and source.shape[1:] == target.shape[1:] and len(source) <= len(target):
+                    target = target[: len(source)]
+                if source.shape != target.shape:
+                    raise UserError(
+                        f"{name!r} in {str(path)!r} is {list(source.shape)}, but the model to train has {list(target.shape)}; "
+                        "start from a model of the same settings"
+                    )
+                target.copy_(source)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}); fetch or train the bundle again") from None
+
+
+def is_table(name: str) -> bool:
+    """Whether a tensor of that name in a ranker's state is an embedding table or its Adagrad sums."""
+    return name.startswith(("embeddings.", "pooled."))
+
+
+def _check_equal(before: Any, now: Any, where: str, remedy: str) -> None:
+    if (difference := _first_difference(before, now, where)) is not None:
+        path, was, is_now = difference
+        raise UserError(f"{path} is {is_now}, but the model to start from has {was}; {remedy}")
+
+
+_ABSENT = "nothing"
+
+
+def _first_difference(before: Any, now: Any, path: str) -> tuple[str, str, str] | None:
+    """Where two plain values differ first, and the two values there; lists of named things are compared by name."""
+    if isinstance(before, list) and isinstance(now, list):
+        names, now_names = _names(before), _names(now)
+        if names != now_names:
+            return path, str(names), str(now_names)
+        before, now = dict(zip(names, before, strict=True)), dict(zip(names, now, strict=True))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            if found := _first_difference(before.get(key, _ABSENT), now.get(key, _ABSENT), f"{path}.{key}"):
+                return found
+        return None
+    return None if before == now else (path, repr(before), repr(now))
+
+
+def _names(items: list[Any]) -> list[str]:
+    return [item["name"] if isinstance(item, dict) and "name" in item else str(n) for n, item in enumerate(items)]
