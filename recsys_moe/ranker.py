@@ -28,14 +28,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ranker(nn.Module):
-    """ids int32 `[B, F]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, `widths` of each task's tower.
+    """ids int32 `[B, F + H]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, `widths` of each task's tower.
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
     training: nothing else regularises them. `start` has the outputs that a fresh model starts at, task by task (None: the
-    weights are loaded). The last of `sparse_names` may be features whose ids have rows of their own, `own_rows`: they arrive
-    as pairs of int32, the halves of a hash, and training gives them rows. With `sharded` the tables are shared out among the workers of this process group.
-    Inputs are expected on `device`.
+    weights are loaded). The last H of `sparse_names`, `own_rows`, are features whose ids have rows of their own: they arrive
+    as two int32 each, the halves of a hash, and training gives them rows. With `sharded` the tables are shared out among the
+    workers of this process group. Inputs are expected on `device`.
     """
 
     def __init__(
@@ -108,6 +108,8 @@ class Ranker(nn.Module):
         columns = [ids_bf[:, :fixed]]
         for name, hashes_b in zip(self.own_names, hashes_bh.unbind(1), strict=True):
             own = self.own_rows[table_name(name)]
+            assert isinstance(own, OwnRows)
+            assert self.embeddings is not None
             if self.training:
                 evicted = own.admit(hashes_b)
                 if len(evicted):

@@ -2,9 +2,10 @@
 
     manifest.json               what is here, with row counts and a SHA-256 for each shard
     schema.json statistics.json the features and tasks, and what was fitted
-    train-00000-000.arrow …     Arrow IPC, uncompressed: one int32 column per embedded feature (two, the halves of a
-                                hash, where ids have rows of their own), one list<int32> column per feature of many ids, one float32 column per dense input, `label.<task>` and
-                                `weight.<task>` as float32, `group` as int64
+    train-00000-000.arrow …     Arrow IPC, uncompressed: one int32 column per embedded feature (two, the halves of a hash,
+                                where ids have rows of their own), one list<int32> column per feature of many ids, one
+                                float32 column per dense input, `label.<task>` and `weight.<task>` as float32, `group`
+                                as int64
 
 A folder is written under a temporary name and renamed when it is whole: a half-written one is never taken for data.
 """

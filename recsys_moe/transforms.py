@@ -208,8 +208,8 @@ class Transform:
             ids[row] = buckets.of_hashes(combine(parts), np.logical_or.reduce(missing))
         # int64 ids of all would double a batch; two int32 ones of few do not.
         for row, name in enumerate(self.own_rows):
-            found, missing = hashes[name]
-            found = np.where(missing, MISSING, np.maximum(found, 1)).astype("<u8")
+            found, null = hashes[name]
+            found = np.where(null, MISSING, np.maximum(found, 1)).astype("<u8")
             low = len(self.id_names) - 2 * (len(self.own_rows) - row)
             ids[low : low + 2] = found.view("<i4").reshape(-1, 2).T
 

@@ -25,6 +25,7 @@ from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 from recsys_moe.transforms import Statistics, Transform
 from recsys_moe.typed import parse
+from recsys_moe.warm_start import StartBundle
 
 ROWS = 150  # three sets of 50
 MODEL = MMoEConfig(embedding_dim=4, num_experts=2, expert_dims=(8,), tower_dims=(4,), dropout=0.2)
@@ -158,6 +159,7 @@ def test_what_is_seen_often_stays_and_what_is_seen_once_goes() -> None:
 
 # -- in tables
 
+
 def test_hashes_arrive_whole() -> None:
     users, colours = ["u1", None, "u2"], ["red", "red", None]
     table = pa.table({"user": pa.array(users), "colour": pa.array(colours)})
@@ -276,3 +278,19 @@ def test_several_workers_are_refused(data: PreparedData, monkeypatch: pytest.Mon
 def test_another_word_is_refused() -> None:
     with pytest.raises(UserError, match=r"collisions.*'never'"):
         schema(collisions="never")
+
+
+def test_another_day_goes_on_with_the_rows_that_were_given(
+    trained: Trainer, bundle: Path, tmp_path: Path, write_prepared: Any
+) -> None:
+    start = StartBundle(bundle)
+    day = write_prepared(tmp_path / "day", OWN, {"train": [draw(900, 7)], "validation": [draw(300, 8)]}, start.statistics)
+    trainer = Trainer(day, MODEL, CONFIG, start=start)
+    expected = trained.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+    trainer.model.train()
+    for batch in trainer.batches.epoch(0):
+        trainer._train_step(batch)
+    own = trainer.model.own_rows["user"]
+    assert own.step == trained.model.own_rows["user"].step + 8
+    assert not torch.equal(own.hashes, expected["own_rows.user.hashes"])
