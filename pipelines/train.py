@@ -107,9 +107,9 @@ def resume(
 
 def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on_prepare: Progress) -> dict[str, Any]:
     with folder.locked(), _status_kept(folder), ThreadPoolExecutor(1) as pool:
+        job, start = _fetch_start(job, folder)  # imports MLflow too, which fails where two threads do so at once
         # Importing MLflow and migrating its database takes seconds: meanwhile Ray starts.
         opening = pool.submit(open_client, folder.record.uri)
-        job, start = _fetch_start(job, folder)
         workers = job.train.workers
         with ray_cluster(job.ray, workers if isinstance(workers, int) else workers[0]):
             check_device(job.train.device)

@@ -24,7 +24,7 @@ Block = tuple[int, int]
 
 @dataclass
 class Batch:
-    """B rows, row-major: ids int32 `[B, F]`, dense fp32 `[B, D]`, labels and weights fp32 `[B, T]`; `numbers_b` int64 `[B]`
+    """B rows, row-major: ids int32 `[B, F + H]`, dense fp32 `[B, D]`, labels and weights fp32 `[B, T]`; `numbers_b` int64 `[B]`
     says which rows of the part they are. `lists` has, for each feature of many ids a row, its int32 ids and where each row's
     begin."""
 

@@ -88,6 +88,7 @@ class Bundle:
             self.heads.outputs,
             self.config.precision,
             t.lists,
+            own_rows=t.own_rows,
         )
         path = folder / "model.safetensors"
         try:

@@ -31,7 +31,7 @@ def table_configs(names: list[str], cardinalities: list[int], width: int, poolin
     """One table per feature."""
     kind = PoolingType(pooling.upper())
     return [
-        EmbeddingBagConfig(name=_table_name(name), embedding_dim=width, num_embeddings=rows, feature_names=[name], pooling=kind)
+        EmbeddingBagConfig(name=table_name(name), embedding_dim=width, num_embeddings=rows, feature_names=[name], pooling=kind)
         for name, rows in zip(names, cardinalities, strict=True)
     ]
 
@@ -63,6 +63,7 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         super().__init__(tables, RowWiseAdagrad, ADAGRAD, device=device)
         self._lookup._emb_module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         self._names, self._width, self._mean, self._rate = names, width, pooling == "mean", ADAGRAD["lr"]
+        self._bounds = [config.get_weight_init_max() for config in tables]
         # torchrec draws the tables from ±1/√rows and heeds no init_fn here. Missing and unknown start at zero: where training
         # has no such row, scoring one adds nothing. (In a table of buckets, row 1 is the first bucket, which training has.)
         with torch.no_grad():
@@ -101,6 +102,17 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()  # applies nothing but the rate
+
+    @torch.no_grad()
+    def renew(self, name: str, rows: Tensor) -> None:
+        """Draw rows of a feature's table anew and forget their Adagrad sums: they are another id's from now on."""
+        table = self._names.index(name)
+        weight_rd = self._lookup.split_embedding_weights()[table]
+        (sums_r,) = self._lookup._emb_module.split_optimizer_states()[table]
+        bound = self._bounds[table]
+        # Drawn on the CPU, whose random numbers a checkpoint holds.
+        weight_rd[rows] = torch.empty(len(rows), self._width).uniform_(-bound, bound).to(weight_rd.device)
+        sums_r[rows] = 0
 
     def adagrad(self) -> dict[str, Tensor]:
         """Adagrad's sum of squares of each row, `[rows]` for each table, by the table's name in `state_dict`."""
@@ -172,7 +184,7 @@ def _unit_offsets(bags: int, device: torch.device) -> Tensor:
     return torch.arange(bags + 1, dtype=torch.int32, device=device)
 
 
-def _table_name(feature: str) -> str:
+def table_name(feature: str) -> str:
     # Tables are modules in a ModuleDict, whose names take no dots and no attribute of its own, such as `keys` or `type`.
     name = feature.replace(".", "__")
     return f"{name}__" if hasattr(nn.ModuleDict(), name) else name

@@ -8,9 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.embeddings import FusedEmbeddings, JaggedTensor, KeyedJaggedTensor, Pooling, last_ids, one_id_each
+from recsys_moe.embeddings import (
+    FusedEmbeddings,
+    JaggedTensor,
+    KeyedJaggedTensor,
+    Pooling,
+    last_ids,
+    one_id_each,
+    table_name,
+)
 from recsys_moe.experts import Towers
 from recsys_moe.models import MODELS
+from recsys_moe.own_rows import OwnRows
 from recsys_moe.routing import RoutingPlan
 from recsys_moe.transforms import ListInput
 
@@ -19,13 +28,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ranker(nn.Module):
-    """ids int32 `[B, F]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, `widths` of each task's tower.
+    """ids int32 `[B, F + H]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, `widths` of each task's tower.
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
     training: nothing else regularises them. `start` has the outputs that a fresh model starts at, task by task (None: the
-    weights are loaded). With `sharded` the tables are shared out among the workers of this process group.
-    Inputs are expected on `device`.
+    weights are loaded). The last H of `sparse_names`, `own_rows`, are features whose ids have rows of their own: they arrive
+    as two int32 each, the halves of a hash, and training gives them rows. With `sharded` the tables are shared out among the
+    workers of this process group. Inputs are expected on `device`.
     """
 
     def __init__(
@@ -40,6 +50,7 @@ class Ranker(nn.Module):
         start: Sequence[Sequence[float]] | None = None,
         sharded: bool = False,
         device: torch.device = CPU,
+        own_rows: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.device = device
@@ -47,6 +58,9 @@ class Ranker(nn.Module):
         width = config.embedding_dim
         self.dropout, tables = config.dropout, _tables(sharded, device)
         self.embeddings = tables(sparse_names, cardinalities, width) if sparse_names else None
+        rows = dict(zip(sparse_names, cardinalities, strict=True))
+        self.own_names = own_rows
+        self.own_rows = nn.ModuleDict({table_name(name): OwnRows(rows[name] - 2, device) for name in own_rows})
         self.pooled = nn.ModuleDict(
             {
                 pooling: tables([f.name for f in of], [f.cardinality for f in of], width, pooling)
@@ -71,6 +85,7 @@ class Ranker(nn.Module):
         """Outputs and, where the family has gates, their plan."""
         inputs = []
         if self.embeddings is not None:
+            ids_bf = self._give_rows(ids_bf) if self.own_names else ids_bf
             inputs.append(self.embeddings(one_id_each(self.sparse_names, ids_bf)).values())
         for pooling, tables in self.pooled.items():
             rows = {
@@ -85,6 +100,22 @@ class Ranker(nn.Module):
         outputs: Tensor
         outputs, plan = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
         return outputs, plan
+
+    def _give_rows(self, ids_bf: Tensor) -> Tensor:
+        """The ids with rows in place of hashes. In training new ids get some, and rows that change hands start anew."""
+        fixed = ids_bf.shape[1] - 2 * len(self.own_names)
+        hashes_bh = ids_bf[:, fixed:].clone(memory_format=torch.contiguous_format).view(torch.int64)
+        columns = [ids_bf[:, :fixed]]
+        for name, hashes_b in zip(self.own_names, hashes_bh.unbind(1), strict=True):
+            own = self.own_rows[table_name(name)]
+            assert isinstance(own, OwnRows)
+            assert self.embeddings is not None
+            if self.training:
+                evicted = own.admit(hashes_b)
+                if len(evicted):
+                    self.embeddings.renew(name, evicted)
+            columns.append(own(hashes_b).unsqueeze(1))
+        return torch.cat(columns, 1)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Everything but the embedding tables."""

@@ -59,11 +59,15 @@ class Hashed:
     """One of ever so many values: id 0 is missing, 2 + hash(value) mod `buckets` any other (see `recsys_moe.hashing`).
 
     Nothing is fitted: a value that training never met has a row of its own or shares one. Id 1 is never given.
+
+    With `collisions: none` values get rows of their own as training meets them, `buckets` at most, and what is seen rarely
+    makes room (see `recsys_moe.own_rows`); id 1 is then a value that has no row.
     """
 
     name: Name
     kind: Literal["hashed"]
     buckets: Buckets
+    collisions: Literal["shared", "none"] = "shared"
 
 
 @typed

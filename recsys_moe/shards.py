@@ -2,9 +2,10 @@
 
     manifest.json               what is here, with row counts and a SHA-256 for each shard
     schema.json statistics.json the features and tasks, and what was fitted
-    train-00000-000.arrow …     Arrow IPC, uncompressed: one int32 column per embedded feature, one list<int32> column per
-                                feature of many ids, one float32 column per dense input, `label.<task>` and
-                                `weight.<task>` as float32, `group` as int64
+    train-00000-000.arrow …     Arrow IPC, uncompressed: one int32 column per embedded feature (two, the halves of a hash,
+                                where ids have rows of their own), one list<int32> column per feature of many ids, one
+                                float32 column per dense input, `label.<task>` and `weight.<task>` as float32, `group`
+                                as int64
 
 A folder is written under a temporary name and renamed when it is whole: a half-written one is never taken for data.
 """
@@ -85,9 +86,7 @@ class Rows:
 def write_shard(path: Path, part: str, rows: Rows, transform: Transform) -> Shard:
     """Write one shard and describe it."""
     tasks = transform.schema.task_names
-    columns: dict[str, Any] = {
-        f"id.{name}": values for name, values in zip(transform.sparse_names, rows.inputs.ids, strict=True)
-    }
+    columns: dict[str, Any] = dict(zip(transform.id_names, rows.inputs.ids, strict=True))
     columns |= {
         f"list.{feature.name}": pa.ListArray.from_arrays(jagged.offsets, jagged.values)
         for feature, jagged in zip(transform.lists, rows.inputs.lists, strict=True)
@@ -166,7 +165,7 @@ class MappedShard:
             return [table[name].chunk(0).to_numpy() for name in names]
 
         self._transform = transform
-        self._ids = views([f"id.{name}" for name in transform.sparse_names])
+        self._ids = views(transform.id_names)
         self._lists = [table[f"list.{feature.name}"].chunk(0) for feature in transform.lists]
         self._dense = views([f"dense.{name}" for name in transform.dense_names])
         self._labels = views([f"label.{name}" for name in tasks])
@@ -197,7 +196,8 @@ class MappedShard:
     def highest_ids(self) -> Iterator[tuple[str, int, int]]:
         """Each embedded feature with its table's rows and its highest id here (−1: it has none)."""
         t = self._transform
-        for name, rows, ids in zip(t.sparse_names, t.cardinalities, self._ids, strict=True):
+        fixed = len(t.sparse_names) - len(t.own_rows)  # what follows are hashes, which the model gives rows
+        for name, rows, ids in zip(t.sparse_names[:fixed], t.cardinalities[:fixed], self._ids[:fixed], strict=True):
             yield name, rows, int(ids.max(initial=-1))
         for feature, array in zip(t.lists, self._lists, strict=True):
             yield feature.name, feature.cardinality, int(array.values.to_numpy().max(initial=-1))

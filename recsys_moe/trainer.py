@@ -129,6 +129,12 @@ class Trainer:
             raise UserError("train.device is 'cuda', but PyTorch finds no GPU on the training worker; use train.device=cpu")
         if config.device == "cuda" and world_size() > 1:
             raise UserError(f"train.device is 'cuda' with {world_size()} workers; a GPU is used by train.workers=1 only")
+        if data.transform.own_rows and world_size() > 1:
+            name = data.transform.own_rows[0]
+            raise UserError(
+                f"feature {name!r} has collisions: none, but there are {world_size()} workers, which would not give ids the "
+                "same rows; use train.workers=1 or collisions: shared"
+            )
         torch.manual_seed(config.seed)
         self.data, self.config, self.on_event, self.checkpoints = data, config, on_event, checkpoints
         self.device = torch.device(config.device)
@@ -437,6 +443,7 @@ def build_ranker(data: PreparedData, model_config: Any, precision: str, device: 
         heads.start(),
         sharded=world_size() > 1,
         device=device,
+        own_rows=t.own_rows,
     )
 
 

@@ -90,8 +90,9 @@ class Jagged:
 
 @dataclass
 class Inputs:
-    """Model inputs of N rows: `ids` int32 `[F, N]` (one row per embedded feature), `dense` float32 `[D, N]`, and `lists`,
-    one for each feature of many ids a row."""
+    """Model inputs of N rows: `ids` int32 `[F + H, N]` (one row per embedded feature of one id, two for each of the H that
+    have rows of their own: the halves of its 64-bit hash, the lower first), `dense` float32 `[D, N]`, and `lists`, one for
+    each feature of many ids a row."""
 
     ids: npt.NDArray[np.int32]
     dense: npt.NDArray[np.float32]
@@ -140,8 +141,8 @@ class Buckets:
 class Transform:
     """Apply a schema's feature transforms with fitted statistics.
 
-    `sparse_names` and `cardinalities` describe the rows of `Inputs.ids`, `dense_names` those of `Inputs.dense`, `lists` those
-    of `Inputs.lists`.
+    `sparse_names` and `cardinalities` describe the tables of one id a row, whose last ones are those of `own_rows`; `id_names`
+    the rows of `Inputs.ids`, `dense_names` those of `Inputs.dense`, `lists` those of `Inputs.lists`.
     """
 
     def __init__(self, schema: Schema, statistics: Statistics) -> None:
@@ -156,7 +157,8 @@ class Transform:
             buckets = None if isinstance(feature, Categorical) else feature.buckets
             return Buckets(buckets) if buckets else Vocabulary(vocabularies[feature.name])
 
-        self._single = [(f, encoder(f)) for f in schema.features if isinstance(f, Categorical | Hashed)]
+        own = [f for f in schema.features if isinstance(f, Hashed) and f.collisions == "none"]
+        self._single = [(f, encoder(f)) for f in schema.features if isinstance(f, Categorical | Hashed) and f not in own]
         self._crosses = [(f, Buckets(f.buckets)) for f in schema.features if isinstance(f, Cross)]
         self._lists = [(f, encoder(f)) for f in schema.features if isinstance(f, Multi | Sequence)]
         self._numeric = [(f, numeric[f.name]) for f in schema.features if isinstance(f, Numeric)]
@@ -165,6 +167,11 @@ class Transform:
         one_id = [*self._single, *self._crosses]
         self.sparse_names = [f.name for f, _ in one_id] + [f.name + BUCKET_SUFFIX for f, _ in bucketed]
         self.cardinalities = [e.cardinality for _, e in one_id] + [len(s.boundaries) + 2 for _, s in bucketed]
+        self.own_rows = [f.name for f in own]
+        self.id_names = [f"id.{name}" for name in self.sparse_names]
+        self.id_names += [f"{half}.{name}" for name in self.own_rows for half in ("low", "high")]
+        self.sparse_names += self.own_rows
+        self.cardinalities += [f.buckets + 2 for f in own]
         self.dense_names = [f.name for f, _ in self._numeric]
         self.dense_names += [f.name + MISSING_SUFFIX for f, _ in self._numeric if f.missing_indicator]
         self.dense_names += [f"{f.name}.{i}" for f in self._embeddings for i in range(f.dim)]
@@ -176,7 +183,7 @@ class Transform:
         Raises:
             UserError: a value of the wrong kind; names the column and the value.
         """
-        ids = np.empty((len(self.sparse_names), table.num_rows), np.int32)
+        ids = np.empty((len(self.id_names), table.num_rows), np.int32)
         dense = np.empty((len(self.dense_names), table.num_rows), np.float32)
         self._write_categories(table, ids)
         self._write_numbers(table, ids[len(self._single) + len(self._crosses) :], dense)
@@ -193,10 +200,18 @@ class Transform:
             texts = as_category(table[feature.name], feature.name)
             ids[row] = encoder(texts)
             if feature.name in crossed:
-                hashes[feature.name] = hash_texts(texts), pc.is_null(texts).to_numpy(zero_copy_only=False)
+                hashes[feature.name] = _hash_column(texts)
+        for name in self.own_rows:
+            hashes[name] = _hash_column(as_category(table[name], name))
         for row, (cross, buckets) in enumerate(self._crosses, len(self._single)):
             parts, missing = zip(*(hashes[name] for name in cross.of), strict=True)
             ids[row] = buckets.of_hashes(combine(parts), np.logical_or.reduce(missing))
+        # int64 ids of all would double a batch; two int32 ones of few do not.
+        for row, name in enumerate(self.own_rows):
+            found, null = hashes[name]
+            found = np.where(null, MISSING, np.maximum(found, 1)).astype("<u8")
+            low = len(self.id_names) - 2 * (len(self.own_rows) - row)
+            ids[low : low + 2] = found.view("<i4").reshape(-1, 2).T
 
     def _write_numbers(self, table: pa.Table, ids: npt.NDArray[np.int32], dense: npt.NDArray[np.float32]) -> None:
         next_id, next_flag = 0, len(self._numeric)
@@ -216,6 +231,10 @@ class Transform:
             if np.abs(x).max(initial=0) > np.finfo(np.float32).max:
                 raise UserError(f"column {number.name!r} holds a value too large for float32; replace it by null")
             dense[row] = x
+
+
+def _hash_column(texts: pa.Array) -> tuple[Hashes, npt.NDArray[np.bool_]]:
+    return hash_texts(texts), pc.is_null(texts).to_numpy(zero_copy_only=False)
 
 
 def _has_vocabulary(feature: Any) -> bool:
