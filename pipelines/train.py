@@ -151,7 +151,7 @@ def _fetch_start(job: TrainJob, folder: RunFolder) -> tuple[TrainJob, StartBundl
         job = replace(job, start=name)
         folder.update(job=dump(job))
     start = StartBundle(folder.start)
-    start.check_model(job.model)
+    start.check_model(job.model, job.train.precision)
     return job, start
 
 
