@@ -106,9 +106,10 @@ def resume(
 
 def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on_prepare: Progress) -> dict[str, Any]:
     with folder.locked(), _status_kept(folder), ThreadPoolExecutor(1) as pool:
+        # Before the thread: two that import MLflow at once fail on each other's half-made modules.
+        job, start = _fetch_start(job, folder)
         # Importing MLflow and migrating its database takes seconds: meanwhile Ray starts.
         opening = pool.submit(open_client, folder.record.uri)
-        job, start = _fetch_start(job, folder)
         workers = job.train.workers
         with ray_cluster(job.ray, workers if isinstance(workers, int) else workers[0]):
             check_device(job.train.device)
