@@ -163,7 +163,7 @@ def _write(
     statistics = partial.finish(schema)
     _check_targets(schema, statistics, chunks)
     if start is not None:
-        statistics = extend(start.statistics, statistics)
+        statistics = extend(schema, start.statistics, statistics)
     transform = _TransformAndWrite(dump(schema), dump(statistics), str(folder))
     shards: list[Shard] = []
     for summary in _map_chunks(chunks, transform, lambda done: progress("transform", done, total)):

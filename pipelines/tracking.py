@@ -371,13 +371,13 @@ def pinned(name: str, uri: str) -> str:
     Raises:
         UserError: no such alias.
     """
-    from mlflow.exceptions import MlflowException
-
     if not name.startswith(("models:/", "runs:/")):
         return str(Path(name).absolute())
     model, _, alias = name.removeprefix("models:/").partition("@")
     if not alias:
         return name
+    from mlflow.exceptions import MlflowException
+
     client = open_client(uri)
     try:
         return f"models:/{model}/{client.get_model_version_by_alias(model, alias).version}"

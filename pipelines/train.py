@@ -107,7 +107,8 @@ def resume(
 
 def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on_prepare: Progress) -> dict[str, Any]:
     with folder.locked(), _status_kept(folder), ThreadPoolExecutor(1) as pool:
-        job, start = _fetch_start(job, folder)  # imports MLflow too, which fails where two threads do so at once
+        # Before the thread: two that import MLflow at once fail on each other's half-made modules.
+        job, start = _fetch_start(job, folder)
         # Importing MLflow and migrating its database takes seconds: meanwhile Ray starts.
         opening = pool.submit(open_client, folder.record.uri)
         workers = job.train.workers
@@ -152,7 +153,7 @@ def _fetch_start(job: TrainJob, folder: RunFolder) -> tuple[TrainJob, StartBundl
         job = replace(job, start=name)
         folder.update(job=dump(job))
     start = StartBundle(folder.start)
-    start.check_model(job.model)
+    start.check_model(job.model, job.train.precision)
     return job, start
 
 

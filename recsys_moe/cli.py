@@ -121,13 +121,22 @@ def train(
     stdout.print(f"look at it  mlflow ui --backend-store-uri {job.tracking.resolve(Path(job.runs_dir))}", soft_wrap=True)
 
 
-@data_app.command(epilog="Example: `recsys-moe data prepare data=census_full`")
+@data_app.command(
+    epilog="""Examples:
+
+    recsys-moe data prepare data=census_full
+
+    recsys-moe data prepare data=custom data.name=shop data.schema=shop.yaml data.source=tuesday/ start=models:/shop@champion"""
+)
 def prepare(
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option(help="Prepare again even if it is there.")] = False,
     json: Json = False,
 ) -> None:
-    """Fit statistics on the training part and write memory-mappable shards; reused by every later run."""
+    """Fit statistics on the training part and write memory-mappable shards; reused by every later run.
+
+    With `start=` they are a trained model's, whose vocabularies grow by what is new.
+    """
     from recsys_moe.console import PhaseProgress, print_json, progress, stdout
     from recsys_moe.sources import PARTS, DataConfig
     from recsys_moe.typed import dump

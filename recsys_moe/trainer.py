@@ -152,9 +152,9 @@ class Trainer:
         self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
         self.progress = Progress()
         self.best_weights: Tensors = {}
-        self._starts_anew = start is None
+        self._start = start
         if start is not None:
-            start.check_model(model_config)
+            start.check_model(model_config, config.precision)
             start.take_over(self.model)
         self._saved_at = time.monotonic()
         if checkpoints is not None:
@@ -171,8 +171,8 @@ class Trainer:
         if self.config.precision == "bf16" and self.config.device == "cpu" and not has_bf16():
             message = "this CPU has no bf16 instructions: train.precision=bf16 will be slower here than fp32"
             self.on_event({"kind": "warning", "message": message})
-        if p.best is None and not self._starts_anew:
-            self._measure_start()
+        if p.best is None and self._start is not None:
+            self._measure(self._start)
         while p.epoch < self.config.epochs:
             loss = self._train_epoch()
             validation = evaluate(self.model, self.data, "validation")
@@ -218,12 +218,13 @@ class Trainer:
             self.on_event({"kind": "warning", "message": message})
         return p.best
 
-    def _measure_start(self) -> None:
+    def _measure(self, start: StartBundle) -> None:
         """What the model that training starts from does on the validation part is what every epoch has to beat."""
-        validation = evaluate(self.model, self.data, "validation")
+        with start.new_ids_unknown(self.model):
+            validation = evaluate(self.model, self.data, "validation")
+            self.best_weights = self._keep_best()
         mean = mean_quality(validation)
         self.progress.best = TrainResult(0, self.rows, 0.0, 0.0, 0, -math.inf if math.isnan(mean) else mean, validation)
-        self.best_weights = self._keep_best()
         measured = {task: asdict(m) for task, m in validation.items()}
         self.on_event({"kind": "before", "step": 0, "before.mean_quality": mean, "before": measured})
 

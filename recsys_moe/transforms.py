@@ -9,7 +9,7 @@ Fitting is a sum over chunks: `PartialStatistics.of(table)` anywhere, `merge` in
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -237,7 +237,7 @@ def _hash_column(texts: pa.Array) -> tuple[Hashes, npt.NDArray[np.bool_]]:
     return hash_texts(texts), pc.is_null(texts).to_numpy(zero_copy_only=False)
 
 
-def _has_vocabulary(feature: Any) -> bool:
+def _has_vocabulary(feature: Any) -> TypeGuard[Categorical | Multi | Sequence]:
     return isinstance(feature, Categorical) or (isinstance(feature, Multi | Sequence) and not feature.buckets)
 
 
@@ -361,21 +361,26 @@ class PartialStatistics:
         return Statistics(tuple(categorical), tuple(numeric), tuple(targets))
 
 
-def extend(start: Statistics, fitted: Statistics) -> Statistics:
-    """`start` with the values that `fitted` has besides, behind its own: ids stay what they were, new values get new ones.
+def extend(schema: Schema, start: Statistics, fitted: Statistics) -> Statistics:
+    """`start` with the values that `fitted` has besides, behind its own: ids stay what they were, new values get new ones, as
+    far as a feature's `max_size` has room for.
 
     Everything else stays `start`'s: a model that was trained on numbers standardised and bucketed in one way, on labels of
     one scale, would read shifted ones wrongly.
 
+    >>> from recsys_moe.schema import BinaryTask
     >>> first, second = (Statistics((CategoricalStatistics("city", values),), ()) for values in (("b", "a"), ("c", "a", "d")))
-    >>> extend(first, second).categorical[0].vocabulary
-    ('b', 'a', 'c', 'd')
+    >>> schema = Schema((Categorical("city", "categorical", max_size=3),), (BinaryTask("click", "y"),))
+    >>> extend(schema, first, second).categorical[0].vocabulary
+    ('b', 'a', 'c')
     """
     vocabularies = []
-    for old, new in zip(start.categorical, fitted.categorical, strict=True):
+    features = [f for f in schema.features if _has_vocabulary(f)]
+    for feature, old, new in zip(features, start.categorical, fitted.categorical, strict=True):
         known = set(old.vocabulary)
-        added = tuple(value for value in new.vocabulary if value not in known)
-        vocabularies.append(CategoricalStatistics(old.name, old.vocabulary + added))
+        added = [value for value in new.vocabulary if value not in known]
+        room = max(0, feature.max_size - len(old.vocabulary))
+        vocabularies.append(CategoricalStatistics(old.name, (*old.vocabulary, *added[:room])))
     return Statistics(tuple(vocabularies), start.numeric, start.targets)
 
 

@@ -5,6 +5,8 @@ A vocabulary only grows at its end (`recsys_moe.transforms.extend`), so the mode
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from recsys_moe.bundle import ADAGRAD_FILE, read_description
 from recsys_moe.errors import UserError
 from recsys_moe.ranker import Ranker
 from recsys_moe.schema import Schema
+from recsys_moe.transforms import UNKNOWN
 from recsys_moe.typed import dump
 
 
@@ -38,9 +41,11 @@ class StartBundle:
             dump(self.schema), dump(schema), "schema", "prepare the rows with the schema that the model was trained with"
         )
 
-    def check_model(self, config: Any) -> None:
-        """Raises UserError: `config`, a family's configuration, is not the bundle's; names the first difference."""
+    def check_model(self, config: Any, precision: str) -> None:
+        """Raises UserError: `config`, a family's configuration, or its precision is not the bundle's; names the difference."""
         _check_equal(dump(self.config.model), dump(config), "model", "give the model the same settings, or train anew")
+        was = self.config.precision
+        _check_equal(was, precision, "train.precision", f"set train.precision={was}, or train anew")
 
     def take_over(self, model: Ranker) -> None:
         """Give a fresh `model` of the same configuration the bundle's weights and, if it has them, its Adagrad sums.
@@ -53,6 +58,20 @@ class StartBundle:
         _copy(self.folder / "model.safetensors", dict(model.state_dict()))
         if (self.folder / ADAGRAD_FILE).exists():
             _copy(self.folder / ADAGRAD_FILE, model.adagrad())
+
+    @contextmanager
+    def new_ids_unknown(self, model: Ranker) -> Iterator[None]:
+        """Let new ids read the unknown one's embedding within the block: the bundle's own model knows no better."""
+        tables = {name: table for name, table in model.state_dict().items() if is_table(name)}
+        with safetensors.safe_open(self.folder / "model.safetensors", "pt") as file:
+            grown = [(table, file.get_slice(name).get_shape()[0]) for name, table in tables.items()]
+        drawn = [table[rows:].clone() for table, rows in grown]
+        with torch.no_grad():
+            for table, rows in grown:
+                table[rows:] = table[UNKNOWN]
+            yield
+            for (table, rows), own in zip(grown, drawn, strict=True):
+                table[rows:] = own
 
 
 def _copy(path: Path, targets: dict[str, Tensor]) -> None:

@@ -101,7 +101,7 @@ def write_prepared() -> Callable[..., Any]:
         fitted.merge(PartialStatistics.of_labels(*task_labels(train, schema), schema))
         statistics = fitted.finish(schema)
         if start is not None:
-            statistics = extend(start, statistics)
+            statistics = extend(schema, start, statistics)
         transform = Transform(schema, statistics)
         shards = []
         for part, tables in parts.items():

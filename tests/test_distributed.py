@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
@@ -21,6 +22,7 @@ from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import synced_expert_mlp, synced_sparse_expert_mlp
 from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
 from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.predictor import Predictor
 from recsys_moe.routing import sparse_plan
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
@@ -136,6 +138,13 @@ def worker(rank: int, port: int, folder: Path) -> None:
     if rank == 0:
         safetensors.torch.save_file(weights, folder / "started.safetensors")
         safetensors.torch.save_file(adagrad, folder / "started.adagrad.safetensors")
+    start, events = StartBundle(folder / "bundle"), list[dict[str, Any]]()
+    grown = Trainer(PreparedData(folder / "grown"), MMOE, CONFIG, events.append, start=start)
+    grown._measure(start)
+    told["before"] = events[0]["before"]
+    weights = grown.whole_weights()
+    if rank == 0:
+        safetensors.torch.save_file(weights, folder / "grown.safetensors")
     resumed = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, checkpoints=Checkpoints(folder / "one"))
     told |= {"resumed": losses(resumed), "tables": sorted(resumed.model.adagrad())}
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
@@ -175,7 +184,17 @@ def one(prepared: PreparedData) -> dict[str, tuple[list[float], dict[str, Tensor
 
 
 @pytest.fixture(scope="module")
-def two(prepared: PreparedData, one: Any) -> Path:
+def grown(prepared: PreparedData, one: Any, write_prepared: Any, clicks_schema: Any, clicks: Any) -> pa.Table:
+    """Another day's validation rows, a third of them of a new colour; they lie prepared in the folder `grown`."""
+    rows = clicks(400, 5)
+    rows = rows.set_column(0, "colour", pa.array([None if n % 3 else "violet" for n in range(400)]))
+    start = prepared.transform.statistics
+    write_prepared(prepared.folder.parent / "grown", clicks_schema, {"train": [rows], "validation": [rows]}, start)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def two(prepared: PreparedData, one: Any, grown: pa.Table) -> Path:
     """The folder in which two workers have left what they found."""
     folder = prepared.folder.parent
     with socket.socket() as probe:
@@ -235,6 +254,19 @@ def test_two_workers_start_from_what_one_has_left(two: Path, one: Any) -> None:
         found = safetensors.torch.load_file(two / f"{file}.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_two_workers_let_tables_grow_and_measure_the_start_as_it_scores(two: Path, one: Any, grown: pa.Table) -> None:
+    expected = {task: asdict(m) for task, m in Predictor(two / "bundle").evaluate([grown]).items()}
+    for found in told(two, "before"):
+        assert {task: found[task]["auc"] for task in found} == pytest.approx({t: m["auc"] for t, m in expected.items()})
+        assert {task: found[task]["logloss"] for task in found} == pytest.approx({t: m["logloss"] for t, m in expected.items()})
+    weights = safetensors.torch.load_file(two / "grown.safetensors")
+    name = "embeddings.embedding_bags.colour.weight"
+    old = one["softmax"][1][name]
+    assert torch.equal(weights[name][: len(old)], old)
+    assert len(weights[name]) == len(old) + 1
+    assert weights[name][-1].any()
 
 
 def test_every_table_lies_with_one_worker(two: Path, one: Any) -> None:

@@ -3,6 +3,7 @@ a bundle → scores, the same from a file, a table and a request."""
 
 import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from recsys_moe import batches
@@ -26,6 +28,7 @@ from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig, read_rows
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 from recsys_moe.typed import parse
+from recsys_moe.warm_start import StartBundle
 
 SCHEMA: Schema = parse(
     Schema,
@@ -125,6 +128,37 @@ def test_every_kind_of_task_learns_from_its_kind_of_feature(trainer: Trainer, da
     typical = np.abs(raw["seconds"] / 60 - (raw["seconds"] / 60).median()).mean()
     assert metrics["minutes"].mae < 0.6 * typical  # in the label's own units
     assert metrics["share"].rows == (raw["w"] > 0).sum()
+
+
+def test_lists_grow_and_old_ids_score_as_before(
+    trainer: Trainer, data: PreparedData, bundle: Path, tmp_path: Path, write_prepared: Any
+) -> None:
+    start = StartBundle(bundle)
+    day = draw(600, 5)
+    tags = pa.array([tags and [*tags, "new"] for tags in day["tags"].to_pylist()])
+    watched = pa.array([[77 if item == 5 else item for item in row] for row in day["watched"].to_pylist()])
+    for name, column in (("tags", tags), ("watched", watched)):
+        day = day.set_column(day.column_names.index(name), name, column)
+    grown = write_prepared(tmp_path / "day", SCHEMA, {"train": [day], "validation": [day]}, start.statistics)
+    found = {s.name: s.vocabulary for s in grown.transform.statistics.categorical}
+    for old in start.statistics.categorical:
+        added = {"tags": ("new",), "watched": ("77",)}.get(old.name, ())
+        assert found[old.name] == old.vocabulary + added
+    told: list[dict[str, Any]] = []
+    more = Trainer(grown, MODEL, TrainConfig(epochs=1), told.append, start=start)
+    before, now = trainer.model.state_dict(), more.model.state_dict()
+    for name, table in before.items():
+        assert torch.equal(now[name][: len(table)] if table.dim() else now[name], table), name
+    new = [name for name, table in before.items() if now[name].shape != table.shape]
+    assert sorted(name.split(".")[-2] for name in new) == ["tags", "watched"]
+    assert all(now[name][len(before[name]) :].any(1).all() for name in new)
+    # Old ids to the bit, and new ones as the champion scores them: unknown.
+    save_bundle(tmp_path / "grown", now, start.config, grown.transform, {})
+    old_rows = draw(300, 6)
+    np.testing.assert_array_equal(Predictor(tmp_path / "grown").score(old_rows), Predictor(bundle).score(old_rows))
+    more._measure(start)
+    measured = {task: asdict(m) for task, m in Predictor(bundle).evaluate([day]).items()}
+    assert told[0]["before"] == measured
 
 
 def test_without_its_feature_a_task_learns_nothing(trainer: Trainer, data: PreparedData, bundle: Path) -> None:

@@ -1,6 +1,6 @@
 """Going on with a trained model: old ids keep their rows and scores, new ones get rows, and what does not fit is refused."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.predictor import Predictor
 from recsys_moe.sources import DataConfig
-from recsys_moe.trainer import TrainConfig, Trainer
+from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 from recsys_moe.warm_start import StartBundle
 
 MMOE = MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8,), tower_dims=(4,), dropout=0.3)
@@ -68,12 +68,25 @@ def test_without_a_step_old_rows_score_as_before_bit_for_bit(
     assert trainer.model.adagrad()["embeddings.embedding_bags.colour.weight"][2:-1].all()
 
 
+def test_before_is_what_the_champion_itself_makes_of_the_new_rows(champion: StartBundle, tuesday: Any, clicks: Any) -> None:
+    told: list[dict[str, Any]] = []
+    trainer = Trainer(tuesday, MMOE, replace(CONFIG, epochs=1), told.append, start=champion)
+    table = trainer.model.state_dict()["embeddings.embedding_bags.colour.weight"]
+    drawn = table.clone()
+    trainer._measure(champion)
+    torch.testing.assert_close(table, drawn, rtol=0, atol=0)  # new ids train from fresh rows all the same
+    rows = with_violet(clicks(400, 12))  # a quarter of them unknown to the champion
+    expected = Predictor(champion.folder).evaluate([rows])
+    assert told[0]["before"] == {task: asdict(measured) for task, measured in expected.items()}
+    # If no epoch is better, what is kept is the champion, on new ids too.
+    trainer.model.load_state_dict(trainer.best_weights)
+    assert evaluate(trainer.model, tuesday, "validation") == expected
+
+
 def test_training_goes_on_from_what_was_learnt(champion: StartBundle, tuesday: Any) -> None:
     told: list[dict[str, Any]] = []
     first = Trainer(tuesday, MMOE, replace(CONFIG, lr=1e-3), told.append, start=champion)
     result = first.fit()
-    fresh = Trainer(tuesday, MMOE, replace(CONFIG, lr=1e-3))
-    fresh.fit()
     assert told[0]["kind"] == "before"
     losses = [event["train.loss"] for event in told if event["kind"] == "epoch"]
     assert losses[0] < 0.9 * fresh_loss(tuesday)
@@ -133,6 +146,9 @@ def test_an_interrupted_training_that_went_on_goes_on_to_the_same_bits(
 def test_another_schema_or_model_is_refused_by_its_first_difference(champion: StartBundle, tuesday: Any) -> None:
     with pytest.raises(UserError, match=r"model\.num_experts is 4, but the model to start from has 3"):
         Trainer(tuesday, replace(MMOE, num_experts=4), CONFIG, start=champion)
+    sentence = r"train\.precision is 'bf16', but the model to start from has 'fp32'; set train\.precision=fp32"
+    with pytest.raises(UserError, match=sentence):
+        Trainer(tuesday, MMOE, replace(CONFIG, precision="bf16"), start=champion)
     schema = champion.schema
     fewer = replace(schema, tasks=schema.tasks[:1])
     with pytest.raises(UserError, match=r"schema\.tasks is \['click'\], but the model to start from has \['click', 'buy'\]"):
