@@ -259,8 +259,11 @@ class Heads:
     def metrics(self, pieces: list[tuple[Any, Any, Any, Any]]) -> dict[str, TaskMetrics]:
         """Metrics by task, over the rows that observe it, from pieces of scores `[S, N]`, labels and weights `[T, N]`, and
         groups `[N]` or None."""
-        scores, labels, weights = (np.concatenate([piece[i] for piece in pieces], axis=1) for i in range(3))
-        groups = None if pieces[0][3] is None else np.concatenate([piece[3] for piece in pieces])
+        if len(pieces) > 1:
+            scores, labels, weights = (np.concatenate([piece[i] for piece in pieces], axis=1) for i in range(3))
+            groups = None if pieces[0][3] is None else np.concatenate([piece[3] for piece in pieces])
+        else:
+            ((scores, labels, weights, groups),) = pieces
         out = {}
         for row, (task, head) in enumerate(zip(self.tasks, self.heads, strict=True)):
             seen = weights[row] > 0

@@ -6,6 +6,7 @@ from its last checkpoint.
 
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -458,7 +459,10 @@ def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetr
     """Metrics of each task on a part of prepared data, over the rows in which the task is observed."""
     model.eval()
     heads = Heads(data.schema, data.transform.statistics)
-    collected = []
+    n, tasks, low = data.manifest.rows(part), len(data.schema.tasks), 0
+    # In nameless files: AUC needs all scores at once, and memory must not grow with the rows.
+    scores, labels, weights = (_in_a_file((width, n), np.float32) for width in (len(heads.score_names), tasks, tasks))
+    groups = None if data.schema.group is None else _in_a_file((n,), np.int64)
     with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
         for rows in ordered_rows(data, part):
             batch = Batch.of(rows)
@@ -466,9 +470,20 @@ def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetr
                 batch = batch.take(torch.arange(len(rows))[piece(len(rows), rank(), world_size())])
             batch = batch.to(model.device)
             outputs = gather_pieces(model(batch.ids_bf, batch.dense_bd, batch.lists)[0], len(rows))
-            scores = heads.scores(outputs.cpu())
-            collected.append((scores, rows.labels, rows.weights, rows.groups))
-    return heads.metrics(collected)
+            high = low + len(rows)
+            scores[:, low:high] = heads.scores(outputs.cpu())
+            labels[:, low:high], weights[:, low:high] = rows.labels, rows.weights
+            if groups is not None:
+                groups[low:high] = rows.groups
+            low = high
+    return heads.metrics([(scores, labels, weights, groups)])
+
+
+def _in_a_file(shape: tuple[int, ...], dtype: Any) -> Any:
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    with tempfile.TemporaryFile() as file:  # it lives as long as it is mapped
+        return np.memmap(file, dtype, "w+", shape=shape)
 
 
 def undefined_quality_warnings(metrics: dict[str, TaskMetrics], part: str) -> list[str]:
