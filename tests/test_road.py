@@ -25,6 +25,7 @@ import pytest
 from recsys_moe.batches import ShuffledBatches
 from recsys_moe.predictor import Predictor
 from recsys_moe.shards import PreparedData
+from recsys_moe.sources import read_part
 from recsys_moe.trainer import fingerprint
 
 TASKS = ("effective_view", "long_view", "like")
@@ -173,6 +174,11 @@ def test_a_registered_model_goes_on_with_new_rows(trained: dict[str, Any], work:
     kept = client.get_run(more["run_id"]).data
     assert kept.params["start"] == "models:/tiny/1"
     assert {"before.mean_quality", "before.like.auc", "validation.like.auc"} <= set(kept.metrics)
+    # The baseline is what the model that it started from makes of these rows, two thirds of whose items it has never met.
+    grown, start = Predictor(Path(more["bundle"])), Predictor(Path(trained["bundle"]))
+    rows = read_part(grown.bundle.config.data, grown.bundle.schema, "validation")
+    for task, measured in start.evaluate(rows).items():
+        assert kept.metrics[f"before.{task}.logloss"] == pytest.approx(measured.logloss), task
     evaluated, err = run("evaluate", "models:/tuesday@candidate", cwd=work)
     assert (evaluated["same_data"], "warning" in err) == (True, False)
 
