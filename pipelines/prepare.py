@@ -203,7 +203,7 @@ def _map_chunks(
 
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(run)
     found: dict[int, dict[str, Any]] = {}
-    done = 0
+    done = due = 0
     for row in dataset.iter_rows():
         summary = json.loads(row["json"])
         if "error" in summary:
@@ -211,7 +211,9 @@ def _map_chunks(
         found[row["index"]] = summary
         done += len(chunks[row["index"]].parts)
         progress(done)
-    yield from (found[i] for i in range(len(chunks)))
+        while due in found:  # handed on as early as can be: all of them together would grow with the rows
+            yield found.pop(due)
+            due += 1
 
 
 @dataclass

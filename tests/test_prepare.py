@@ -19,8 +19,9 @@ from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.pipelines import prepare as prepare_module
 from recsys_moe.pipelines.cluster import local_ray
 from recsys_moe.pipelines.prepare import prepare
+from recsys_moe.schema import Schema
 from recsys_moe.shards import FORMAT, Manifest, PreparedData, Shard, write_json
-from recsys_moe.sources import PARTS, DataConfig, Split
+from recsys_moe.sources import PARTS, DataConfig, Split, plan_chunks
 from recsys_moe.trainer import TrainConfig, Trainer
 from recsys_moe.transforms import PartialStatistics, Transform
 from recsys_moe.typed import dump, parse
@@ -64,6 +65,19 @@ def data_set(folder: Path, frame: pd.DataFrame, schema: dict[str, Any] = SCHEMA)
     frame.to_parquet(folder / "rows.parquet", row_group_size=100)
     (folder / "schema.yaml").write_text(yaml.safe_dump(schema))
     return DataConfig(name="small", source=str(folder), schema=str(folder / "schema.yaml"))
+
+
+def test_summaries_are_handed_on_in_order_as_they_arrive(tmp_path: Path) -> None:
+    config = data_set(tmp_path / "source", rows())
+    schema: Any = parse(Schema, SCHEMA, "schema")
+    chunks = plan_chunks(config, schema, chunk_rows=20)
+    told: list[int] = []
+    found = []
+    for summary in prepare_module._map_chunks(chunks, lambda chunk: {"start": chunk.start}, told.append):
+        found.append((summary["start"], len(told)))
+    assert [start for start, _ in found] == list(range(0, 600, 20))
+    assert found[0][1] < len(chunks)  # the first was here before the last had arrived
+    assert told[-1] == 600
 
 
 def test_shards_hold_the_transformed_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
