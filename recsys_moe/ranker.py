@@ -1,6 +1,6 @@
 """A whole model: torchrec embeddings in front, a family's network behind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ranker(nn.Module):
-    """ids int32 `[B, F]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, `widths` of each task's tower.
+    """ids int32 `[B, F]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, by `tasks` the width of each task's tower.
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
@@ -34,7 +34,7 @@ class Ranker(nn.Module):
         sparse_names: list[str],
         cardinalities: list[int],
         num_dense: int,
-        widths: Sequence[int],
+        tasks: Mapping[str, int],
         precision: str = "fp32",
         lists: Sequence[ListInput] = (),
         start: Sequence[Sequence[float]] | None = None,
@@ -55,7 +55,7 @@ class Ranker(nn.Module):
             }
         )
         in_dim = (len(sparse_names) + len(lists)) * width + num_dense
-        self.network = MODELS[type(config)](config, in_dim, widths, PRECISIONS[precision])
+        self.network = MODELS[type(config)](config, in_dim, tasks, PRECISIONS[precision])
         if start is not None:
             # A bias moves by a learning rate a step at most: from its usual 0 (a half) it would not come down to a rate of
             # 0.3 % within a short training, nor ever where few rows observe the task. Scores would stay too high, most of
@@ -67,8 +67,8 @@ class Ranker(nn.Module):
 
     def forward(
         self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()
-    ) -> tuple[Tensor, RoutingPlan | None]:
-        """Outputs and, where the family has gates, their plan."""
+    ) -> tuple[Tensor, dict[str, RoutingPlan]]:
+        """Outputs, and the plans of the family's gates by name; `network.plan_names` says what is in them."""
         inputs = []
         if self.embeddings is not None:
             inputs.append(self.embeddings(one_id_each(self.sparse_names, ids_bf)).values())
@@ -83,8 +83,8 @@ class Ranker(nn.Module):
         if dense_bd.shape[1]:
             inputs.append(dense_bd)
         outputs: Tensor
-        outputs, plan = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
-        return outputs, plan
+        outputs, plans = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
+        return outputs, plans
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Everything but the embedding tables."""

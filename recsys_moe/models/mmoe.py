@@ -5,7 +5,7 @@
 Shapes: B rows, D inputs, E experts, H expert units, T tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import torch
@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
-from recsys_moe.kernels import gate_mix
-from recsys_moe.routing import RoutingPlan, SoftPlan, SoftRouter, TopKRouter
+from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter, TopKRouter
 from recsys_moe.typed import typed
 
 Width = Annotated[int, Field(ge=1)]
@@ -47,30 +46,31 @@ class MMoEConfig:
 
 
 class MMoE(nn.Module):
-    """x `[B, D]` → outputs `[B, Σ widths]` and the gates' plan. `widths` has the outputs of each task's tower, `dtype` is the
-    experts' precision; gates and towers are fp32.
+    """x `[B, D]` → outputs `[B, Σ widths]` and the gates' plan, "experts". `tasks` has the width of each task's tower by its
+    name, `dtype` is the experts' precision; gates and towers are fp32.
 
-    >>> model = MMoE(MMoEConfig(), in_dim=12, widths=[1, 1, 3], dtype=torch.float32).eval()
-    >>> outputs, plan = model(torch.zeros(5, 12))
-    >>> outputs.shape, plan.weights.shape
+    >>> model = MMoE(MMoEConfig(), in_dim=12, tasks={"click": 1, "like": 1, "ending": 3}, dtype=torch.float32).eval()
+    >>> outputs, plans = model(torch.zeros(5, 12))
+    >>> outputs.shape, plans["experts"].weights.shape
     (torch.Size([5, 5]), torch.Size([5, 3, 8]))
     """
 
-    def __init__(self, config: MMoEConfig, in_dim: int, widths: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, config: MMoEConfig, in_dim: int, tasks: Mapping[str, int], dtype: torch.dtype) -> None:
         super().__init__()
-        experts, dropout, self.num_tasks = config.num_experts, config.dropout, len(widths)
+        experts, dropout, self.num_tasks = config.num_experts, config.dropout, len(tasks)
+        self.plan_names = {"experts": PlanNames(tuple(tasks), tuple(f"expert {e}" for e in range(experts)))}
         self.router = (
             SoftRouter(in_dim, self.num_tasks, experts)
             if config.gate == "softmax"
             else TopKRouter(in_dim, experts, config.top_k, num_tasks=self.num_tasks, renormalize=True, bias=True)
         )
         self.experts = MLPExperts(experts, in_dim, config.expert_dims, config.norm, dropout, dtype=dtype)
-        self.towers = Towers(self.experts.out_dim, config.tower_dims, config.norm, widths)
+        self.towers = Towers(self.experts.out_dim, config.tower_dims, config.norm, tuple(tasks.values()))
 
-    def forward(self, x_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
+    def forward(self, x_bd: Tensor) -> tuple[Tensor, dict[str, RoutingPlan]]:
         plan = self.router(x_bd)
         if isinstance(plan, SoftPlan):
-            mixed_bth = gate_mix(plan.logits, self.experts(x_bd))
+            mixed_bth = plan.mix(self.experts(x_bd))
         else:
             mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], self.num_tasks, self.experts.out_dim)
-        return self.towers(mixed_bth), plan
+        return self.towers(mixed_bth), {"experts": plan}
