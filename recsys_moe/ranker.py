@@ -19,7 +19,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ranker(nn.Module):
-    """ids int32 `[B, F]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, by `tasks` the width of each task's tower.
+    """ids int32 `[B, F]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`: `tasks` has each tower's width.
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in

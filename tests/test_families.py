@@ -15,8 +15,10 @@ from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts, Towers
 from recsys_moe.kernels import reference
 from recsys_moe.models import MODELS
+from recsys_moe.models.adatt import AdaTTConfig
 from recsys_moe.models.home import FeatureGates, HoMEConfig
 from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
 
 IN_DIM = 7
@@ -98,6 +100,44 @@ def naive_mmoe(model: Any, config: MMoEConfig, x: Tensor) -> Tensor:
     return towers(model.towers, mixed)
 
 
+def naive_omoe(model: Any, config: MMoEConfig, x: Tensor) -> Tensor:
+    mixed = Rows(model.router.linear).weighted(x, [mlp(model.experts, e, x) for e in range(config.num_experts)])
+    return towers(model.towers, [mixed] * len(TASKS))
+
+
+def naive_ple(model: Any, config: PLEConfig, x: Tensor) -> Tensor:
+    streams = [x] * (1 + len(TASKS))
+    for number, level in enumerate(model.levels):
+        experts = iter(range(len(level.experts.weights[0])))
+        counts = [config.shared_experts] + [config.task_experts] * len(TASKS)
+        outputs = [
+            [mlp(level.experts, next(experts), stream) for _ in range(count)]
+            for stream, count in zip(streams, counts, strict=True)
+        ]
+        gates, mixed = Rows(level.router.linear), []
+        if number < config.levels - 1:
+            mixed = [gates.weighted(streams[0], [output for own in outputs for output in own])]
+        mixed += [gates.weighted(z, outputs[0] + own) for z, own in zip(streams[1:], outputs[1:], strict=True)]
+        gates.end()
+        streams = mixed
+    return towers(model.towers, streams)
+
+
+def naive_adatt(model: Any, config: AdaTTConfig, x: Tensor) -> Tensor:
+    n, streams = config.task_experts, [x] * len(TASKS)
+    for level in model.levels:
+        outputs = [[mlp(level.experts, n * t + e, z) for e in range(n)] for t, z in enumerate(streams)]
+        gates, mixed = Rows(level.router.linear), []
+        for t, z in enumerate(streams):
+            fused = gates.weighted(z, [output for own in outputs for output in own])
+            for e in range(n):
+                fused = fused + (1 / n + level.residual_tn[t, e]) * outputs[t][e]
+            mixed.append(fused)
+        gates.end()
+        streams = mixed
+    return towers(model.towers, streams)
+
+
 def feature_gate(gates: FeatureGates, group: int, x: Tensor, heads: int) -> Tensor:
     outputs = []
     for head in range(group * heads, (group + 1) * heads):
@@ -166,6 +206,10 @@ HOME = HoMEConfig(
 )
 
 
+PLE = PLEConfig(expert_dims=(6,), tower_dims=(4,), dropout=0.0)
+ADATT = AdaTTConfig(expert_dims=(6,), tower_dims=(4,), dropout=0.0)
+
+
 @dataclass(frozen=True)
 class Case:
     config: Any
@@ -175,6 +219,9 @@ class Case:
 FAMILIES = {
     "shared_bottom": Case(SharedBottomConfig(bottom_dims=(9, 5), tower_dims=(4,), dropout=0.0), naive_shared_bottom),
     "mmoe": Case(MMOE, naive_mmoe),
+    "omoe": Case(replace(MMOE, name="omoe"), naive_omoe),
+    "ple": Case(PLE, naive_ple),
+    "adatt": Case(ADATT, naive_adatt),
     "home": Case(HOME, naive_home),
 }
 VARIANTS = FAMILIES | {
@@ -186,6 +233,10 @@ VARIANTS = FAMILIES | {
     "home of single experts": Case(replace(HOME, experts_per_group=1), naive_home),
     "home of one category": Case(replace(HOME, categories=None, feature_gates=3), naive_home),
     "home of two layers": Case(replace(HOME, expert_dims=(6, 4), norm="none"), naive_home),
+    "cgc": Case(replace(PLE, name="cgc", levels=1), naive_ple),
+    "ple of three levels": Case(replace(PLE, levels=3, shared_experts=3, expert_dims=(6, 4), norm="none"), naive_ple),
+    "ple of many shared experts": Case(replace(PLE, shared_experts=4, task_experts=1), naive_ple),
+    "adatt of single experts": Case(replace(ADATT, levels=3, task_experts=1, norm="none"), naive_adatt),
     "mmoe without norm": Case(replace(MMOE, norm="none", tower_dims=()), naive_mmoe),
 }
 

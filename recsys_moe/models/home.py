@@ -53,7 +53,7 @@ class HoMEConfig:
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
     categories: dict[str, str] | None = None
     experts_per_group: Annotated[int, Field(ge=1)] = 2
-    expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (32,)
+    expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64,)
     tower_dims: tuple[Width, ...] = (32,)
     norm: Norm = "batch"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2

@@ -2,6 +2,8 @@
 
     ŷ_t = h_t(f^t(x)),   f^t(x) = Σ_e g^t(x)_e · f_e(x),   g^t(x) = softmax(W_gt·x + b_gt)
 
+OMoE, the same paper's one-gate baseline, has one g, and so one f, for all tasks.
+
 Shapes: B rows, D inputs, E experts, H expert units, T tasks.
 """
 
@@ -28,7 +30,7 @@ class MMoEConfig:
     2017), and only those are computed.
     """
 
-    name: Literal["mmoe"] = "mmoe"
+    name: Literal["mmoe", "omoe"] = "mmoe"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
     num_experts: Annotated[int, Field(ge=1)] = 8
     expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 32)
@@ -57,12 +59,14 @@ class MMoE(nn.Module):
 
     def __init__(self, config: MMoEConfig, in_dim: int, tasks: Mapping[str, int], dtype: torch.dtype) -> None:
         super().__init__()
-        experts, dropout, self.num_tasks = config.num_experts, config.dropout, len(tasks)
-        self.plan_names = {"experts": PlanNames(tuple(tasks), tuple(f"expert {e}" for e in range(experts)))}
+        experts, dropout = config.num_experts, config.dropout
+        gates = tuple(tasks) if config.name == "mmoe" else ("all tasks",)
+        self.num_gates = len(gates)
+        self.plan_names = {"experts": PlanNames(gates, tuple(f"expert {e}" for e in range(experts)))}
         self.router = (
-            SoftRouter(in_dim, self.num_tasks, experts)
+            SoftRouter(in_dim, self.num_gates, experts)
             if config.gate == "softmax"
-            else TopKRouter(in_dim, experts, config.top_k, num_tasks=self.num_tasks, renormalize=True, bias=True)
+            else TopKRouter(in_dim, experts, config.top_k, num_tasks=self.num_gates, renormalize=True, bias=True)
         )
         self.experts = MLPExperts(experts, in_dim, config.expert_dims, config.norm, dropout, dtype=dtype)
         self.towers = Towers(self.experts.out_dim, config.tower_dims, config.norm, tuple(tasks.values()))
@@ -70,7 +74,7 @@ class MMoE(nn.Module):
     def forward(self, x_bd: Tensor) -> tuple[Tensor, dict[str, RoutingPlan]]:
         plan = self.router(x_bd)
         if isinstance(plan, SoftPlan):
-            mixed_bth = plan.mix(self.experts(x_bd))
+            mixed_bgh = plan.mix(self.experts(x_bd))
         else:
-            mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], self.num_tasks, self.experts.out_dim)
-        return self.towers(mixed_bth), {"experts": plan}
+            mixed_bgh = self.experts.combine(x_bd, plan).view(x_bd.shape[0], self.num_gates, self.experts.out_dim)
+        return self.towers(mixed_bgh.squeeze(1) if self.num_gates == 1 else mixed_bgh), {"experts": plan}
