@@ -12,7 +12,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.fetch import load_fetch_config
 from recsys_moe.models import MODELS, MMoEConfig, ModelConfig, SharedBottomConfig
 from recsys_moe.pipelines.tracking import TrackingConfig
-from recsys_moe.pipelines.train import TrainJob
+from recsys_moe.pipelines.train import TrainJob, train
 from recsys_moe.schema import load_schema
 from recsys_moe.serving.app import ServeConfig
 from recsys_moe.sources import DataConfig
@@ -197,6 +197,13 @@ def test_unknown_schema_name(tmp_path: Path) -> None:
 
 def schema_of_one() -> dict[str, Any]:
     return {"features": [{"name": "x", "kind": "numeric"}], "tasks": [{"name": "y", "label": "y == 1"}]}
+
+
+def test_a_model_that_does_not_fit_the_tasks_is_told_before_anything_is_prepared(tmp_path: Path) -> None:
+    wrong = job("data=feed_synth", "model=home", "model.categories={likes: interaction}", f"runs_dir={tmp_path}/runs")
+    with pytest.raises(UserError, match=r"model.categories names the task 'likes', .*; did you mean 'like'\?"):
+        train(wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_are_the_files() -> None:

@@ -3,6 +3,7 @@ one row, bf16, one graph, every kind of task, any number of workers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -373,6 +374,84 @@ def test_a_family_is_one_graph(name: str) -> None:
         for n in (2, 33):
             x = torch.randn(n, IN_DIM)
             torch.testing.assert_close(exported(x)[0], model(x)[0])
+
+
+# -- torch-rechub's modules, with copied weights
+
+
+def copy_mlps(stack: MLPExperts, modules: list[Any]) -> None:
+    with torch.no_grad():
+        for e, module in enumerate(modules):
+            for i, linear in enumerate(m for m in module.mlp if isinstance(m, nn.Linear)):
+                stack.weights[i][e] = linear.weight
+                stack.biases[i][e] = linear.bias  # type: ignore[index]
+            for i, norm in enumerate(m for m in module.mlp if isinstance(m, nn.BatchNorm1d)):
+                for name in ("weight", "bias", "running_mean", "running_var"):
+                    getattr(stack.norms[i], name)[e] = getattr(norm, name)  # type: ignore[index]
+
+
+def copy_towers(mine: Towers, theirs: Any) -> None:
+    assert mine.hidden is not None
+    copy_mlps(mine.hidden, [SimpleNamespace(mlp=tower.mlp[:-1]) for tower in theirs])
+    copy_mlps(mine.last[0], [SimpleNamespace(mlp=tower.mlp[-1:]) for tower in theirs])  # type: ignore[arg-type]
+
+
+def copy_gates(linear: nn.Linear, gates: list[tuple[Any, list[int]]]) -> None:
+    """Gates whose experts stand in another order: ours is theirs at `order`."""
+    with torch.no_grad():
+        linear.weight.copy_(torch.cat([gate.mlp[0].weight[order] for gate, order in gates]))
+        linear.bias.copy_(torch.cat([gate.mlp[0].bias[order] for gate, order in gates]))
+    for gate, _ in gates:
+        gate.mlp[1] = nn.Identity()  # torch-rechub normalises its gates' logits; the papers do not
+
+
+def same_as_rechub(model: Any, theirs: Any) -> None:
+    for training in (True, False):
+        model.train(training)
+        theirs.train(training)
+        x = torch.randn(15, IN_DIM, requires_grad=True)
+        got, expected = torch.sigmoid(model(x)[0]), theirs({"x": x})
+        torch.testing.assert_close(got, expected, **CLOSE)
+        direction = torch.randn_like(got)
+        found, wanted = (torch.autograd.grad(y, x, direction)[0] for y in (got, expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_mmoe_is_torch_rechubs() -> None:
+    from torch_rechub.basic.features import DenseFeature
+    from torch_rechub.models.multi_task import MMOE as Theirs
+
+    theirs: Any = Theirs(
+        [DenseFeature("x", IN_DIM)], ["classification"] * 3, 4, {"dims": [6, 5]}, [{"dims": [4]} for _ in range(3)]
+    )
+    config = MMoEConfig(num_experts=4, expert_dims=(6, 5), tower_dims=(4,), dropout=0.0)
+    model: Any = MODELS[MMoEConfig](config, IN_DIM, dict.fromkeys("abc", 1), torch.float32)
+    copy_mlps(model.experts, list(theirs.experts))
+    copy_gates(model.router.linear, [(gate, list(range(4))) for gate in theirs.gates])
+    copy_towers(model.towers, theirs.towers)
+    same_as_rechub(model, theirs)
+
+
+def test_ple_is_torch_rechubs() -> None:
+    from torch_rechub.basic.features import DenseFeature
+    from torch_rechub.models.multi_task import PLE as Theirs
+
+    own, shared, tasks = 2, 3, 3
+    theirs: Any = Theirs(
+        [DenseFeature("x", IN_DIM)], ["classification"] * tasks, 2, own, shared, {"dims": [6]}, [{"dims": [4]}] * tasks
+    )
+    config = PLEConfig(levels=2, shared_experts=shared, task_experts=own, expert_dims=(6,), tower_dims=(4,), dropout=0.0)
+    model: Any = MODELS[PLEConfig](config, IN_DIM, dict.fromkeys("abc", 1), torch.float32)
+    for mine, level in zip(model.levels, theirs.cgc_layers, strict=True):
+        copy_mlps(mine.experts, [*level.experts_shared, *level.experts_specific])
+        # Theirs has a task's own experts first, ours the shared ones.
+        gates = [(gate, [own, own + 1, own + 2, 0, 1]) for gate in level.gates_specific]
+        if level.cur_level < level.n_level:
+            everything = own * tasks
+            gates = [(level.gate_shared, [*range(everything, everything + shared), *range(everything)]), *gates]
+        copy_gates(mine.router.linear, gates)
+    copy_towers(model.towers, theirs.towers)
+    same_as_rechub(model, theirs)
 
 
 # -- HoME's own

@@ -1,6 +1,6 @@
 """AdaTT-sp, adaptive task-to-task fusion with task-specific experts (Li et al., KDD 2023).
 
-    level j, task t:   z_t^j = Sum(G_t^j(z_t^{j-1}), {E_1^j(z_1^{j-1}), …, E_T^j(z_T^{j-1})}) + Σ_i v_{t,i}^j·E_{t,i}^j(z_t^{j-1})
+    level j, task t:   z_t^j = Sum(G_t^j(z_t^{j-1}), {E_1^j(z_1^{j-1}), …, E_T^j(z_T^{j-1})}) + Sum(v_t^j, E_t^j(z_t^{j-1}))
     ŷ_t = Tower_t(z_t^J),   z_t^0 = x,   Sum(w, {e_i}) = Σ_i w_i·e_i,   G(z) = softmax(W·z + b)
 
 Every task's gate sees all tasks' experts; the residual, learned weights v of a task's own experts, is the same for every row. v
