@@ -2,9 +2,9 @@
 
     make scaling        writes docs/scaling.md and its five plots; some three minutes
 
-Random categories (10,000 values a feature) and labels, prepared as always, one epoch of the plain trainer each: batches of 4,096,
-MMoE with experts of 64 and 32 units and towers of 32. One axis at a time leaves the middle of the others: 200,000 rows, 40 features,
-4 tasks, 8 experts, embeddings of 8.
+Random categories (10,000 values a feature) and labels, prepared as always, then the plain trainer: batches of 4,096, MMoE
+with experts of 64 and 32 units and towers of 32. One axis at a time leaves the middle of the others: 200,000 rows, 40
+features, 4 tasks, 8 experts, embeddings of 8.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -101,9 +100,8 @@ def prepared(folder: Path, rows: int, features: int, tasks: int) -> PreparedData
             fitted = PartialStatistics.of(table, schema)
             fitted.merge(PartialStatistics.of_labels(labels, weights, schema))
             transform = Transform(schema, fitted.finish(schema))
-        shards.append(
-            write_shard(folder / f"train-{number:05d}.arrow", "train", Rows(transform(table), labels, weights, None), transform)
-        )
+        rows_here = Rows(transform(table), labels, weights, None)
+        shards.append(write_shard(folder / f"train-{number:05d}.arrow", "train", rows_here, transform))
     assert transform is not None
     write_json(folder / "schema.json", dump(schema))
     write_json(folder / "statistics.json", dump(transform.statistics))
@@ -132,67 +130,65 @@ def draw(axis: str, costs: dict[int, float], path: Path) -> None:
 
 def report(found: dict[str, dict[int, float]]) -> str:
     cores = len(os.sched_getaffinity(0))
-    lines = [
-        "# What a sample costs, and what a billion rows a day would take",
-        "",
-        "Made by `make scaling` (benchmarks/bench_scaling.py); do not edit. "
-        f"On {cores} cores of {processor()}, the plain trainer, fp32, batches of {BATCH:,}, second epoch, reading and optimizer included. "
-        f"What is not on an axis is in the middle: {MIDDLE['rows']:,} rows, {MIDDLE['features']} categorical features of {VALUES:,} "
-        f"values, {MIDDLE['tasks']} tasks, {MIDDLE['experts']} experts (64 and 32 units), embeddings of {MIDDLE['embedding']}.",
-        "",
-    ]
+    text = f"""# What a sample costs, and what a billion rows a day would take
+
+Made by `make scaling` (benchmarks/bench_scaling.py); do not edit. {cores} cores of {processor()}, the plain trainer, fp32,
+batches of {BATCH:,}, second epoch, reading and optimizer included. What is not on an axis is in the middle:
+{MIDDLE["rows"]:,} rows, {MIDDLE["features"]} categorical features of {VALUES:,} values, {MIDDLE["tasks"]} tasks,
+{MIDDLE["experts"]} experts (64 and 32 units), embeddings of {MIDDLE["embedding"]}.
+"""
     for axis, costs in found.items():
         low, high = min(costs), max(costs)
-        lines += [
-            f"## {TITLES[axis].capitalize()}",
-            "",
-            f"![µs a sample against {TITLES[axis]}](scaling/{axis}.png)",
-            "",
-            f"From {low:,} to {high:,}, {high / low:,.0f} times as many, a sample goes from {costs[low]:.1f} to {costs[high]:.1f} µs, "
-            f"{costs[high] / costs[low]:.1f} times as much.",
-            "",
-        ]
-    return "\n".join([*lines, *a_billion(found["features"][MIDDLE["features"]], cores)])
+        text += f"""
+## {TITLES[axis].capitalize()}
+
+![µs a sample against {TITLES[axis]}](scaling/{axis}.png)
+
+From {low:,} to {high:,}, {high / low:,.0f} times as many, a sample goes from {costs[low]:.1f} to {costs[high]:.1f} µs,
+{costs[high] / costs[low]:.1f} times as much.
+"""
+    return text + a_billion(found["features"][MIDDLE["features"]], cores)
 
 
-def a_billion(cost_us: float, cores: int) -> list[str]:
+def a_billion(cost_us: float, cores: int) -> str:
     """Workers, memory and network of a billion rows a day, by arithmetic from the measured cost of the middle."""
-    hours = 4
-    machines = int(np.ceil(1e9 * cost_us / 1e6 / 3600 / hours))
-    ids, width, features = 10**9, 16, MIDDLE["features"]
-    tables_gb = ids * (4 * width + 4) / 1e9
-    row_bytes = features * (4 + 2 * 4 * width)
+    hours, width, features = 4, 16, MIDDLE["features"]
+    machine_hours = 1e9 * cost_us / 3.6e9
+    machines = int(np.ceil(machine_hours / hours))
+    workers = 2 * machines
     rate = 1e9 / (hours * 3600)
+    tables_gb = 1e9 * (4 * width + 4) / 1e9
+    row_bytes = features * (4 + 2 * 4 * width)
     dense_mb = 4 * (features * width * 64 + 64 * 32) * MIDDLE["experts"] / 1e6
-    steps = 1e9 / (machines * BATCH)
-    return [
-        "## A billion rows a day",
-        "",
-        f"At {cost_us:.1f} µs a sample on {cores} cores (the middle of the axes) a billion rows are {1e9 * cost_us / 3.6e9:.1f} hours of this machine. "
-        f"To be done in {hours} hours, so that the model of the morning knows yesterday, takes {machines} "
-        f"{'such machine' if machines == 1 else 'such machines'} if nothing is lost between them, and twice as many to be on the safe side: "
-        "two workers on one machine were measured to take the same steps as one, more machines were not measured. "
-        "Preparation was measured at 200,000 rows a second on two cores for 40 columns (docs/decisions.md): "
-        f"{1e9 / 2e5 / 60:.0f} minutes on one such machine, and files are independent.",
-        "",
-        f"Memory: embeddings are what grows. A billion ids at {width} dimensions are {tables_gb:.0f} GB with the optimizer's one number a row; shared out "
-        f"among workers that is {tables_gb / max(2, 2 * machines):.0f} GB for each of {max(2, 2 * machines)}, or hashed to 50 million rows "
-        "3.4 GB in one. The rows themselves are mapped from disk and take none; what a worker needs besides stays below 1 GB.",
-        "",
-        f"Network: with tables shared out, a row's ids go to the workers that hold them and vectors and gradients come back: {row_bytes / 1e3:.1f} kB a row for "
-        f"{features} features of {width} dimensions, so {row_bytes * rate / 1e6:.0f} MB/s over all workers at {rate:,.0f} rows a second. The dense part "
-        f"({dense_mb:.1f} MB of gradients) is summed once a step of {BATCH:,} rows a worker, {steps:,.0f} steps: {2 * dense_mb * steps / (hours * 3600):.0f} MB/s "
-        "for each. Both fit a 10 Gbit/s network; the latency of a step's three exchanges is what larger batches have to hide.",
-        "",
-    ]
+    steps = 1e9 / (workers * BATCH)
+    return f"""
+## A billion rows a day
+
+Workers. At {cost_us:.1f} µs a sample on {cores} cores (the middle of the axes) a billion rows are {machine_hours:.1f} hours
+of this machine. To be done in {hours} hours, so that the model of the morning knows yesterday, takes {machines} such machine(s)
+if nothing is lost between them; plan twice as many, {workers} workers. Two workers on one machine were measured to take
+the steps of one; more
+machines were not measured. Preparation does 200,000 rows a second of 40 columns on two cores (docs/decisions.md):
+{1e9 / 2e5 / 60:.0f} minutes for one machine, and files are independent of each other.
+
+Memory. Tables are what grows: a billion ids of {width} dimensions are {tables_gb:.0f} GB with the optimizer's one number a row,
+{tables_gb / workers:.0f} GB for each of {workers} workers that share them out; 50 million rows, hashed or with
+`collisions: none`, are 3.4 GB in one. Log rows are mapped from disk and take none, and what a worker needs besides stays
+below 1 GB.
+
+Network. With tables shared out, a row's ids go to the workers that hold them, vectors come back and gradients follow:
+{row_bytes / 1e3:.1f} kB a row for {features} features of {width} dimensions, {row_bytes * rate / 1e6:.0f} MB/s over all
+workers at {rate:,.0f}
+rows a second. The dense gradients ({dense_mb:.1f} MB) are summed once a step of {BATCH:,} rows a worker, {steps:,.0f}
+steps: {2 * dense_mb * steps / (hours * 3600):.0f} MB/s for each worker. Both fit a 10 Gbit/s network; what larger batches
+have to hide is the
+latency of a step's three exchanges.
+"""
 
 
 def processor() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"an {names[0]}" if names else platform.machine()
 
 

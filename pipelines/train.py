@@ -16,8 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from recsys_moe.config import conf_dir
 from recsys_moe.errors import UserError
-from recsys_moe.models import ModelConfig
+from recsys_moe.heads import Heads
+from recsys_moe.models import MODELS, ModelConfig
 from recsys_moe.pipelines.cluster import RayConfig, check_device, ray_cluster
 from recsys_moe.pipelines.prepare import Progress, prepare
 from recsys_moe.pipelines.runs import Event, RunBusy, RunFolder, all_runs, find_run
@@ -35,6 +39,7 @@ from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
 from recsys_moe.storage import locate
 from recsys_moe.trainer import TrainConfig
+from recsys_moe.transforms import Statistics
 from recsys_moe.typed import dump, parse, typed
 from recsys_moe.warm_start import StartBundle
 
@@ -63,6 +68,7 @@ def train(
         UserError: a mistake in what was given; training failed, or MLflow is lost, in which cases the message says what is
             kept where.
     """
+    check_model(job)
     runs_dir = Path(job.runs_dir).absolute()
     uri = job.tracking.resolve(runs_dir)
     # Whoever goes on with the run may stand elsewhere.
@@ -80,6 +86,16 @@ def train(
             with suppress(OSError):  # other runs are in it
                 folder.path.parent.rmdir()
         raise
+
+
+def check_model(job: TrainJob) -> None:
+    """Build the network once, as small as can be: what does not fit the schema's tasks is told before hours of preparation.
+
+    Raises:
+        UserError: a mistake in the schema, or a model that is not for its tasks.
+    """
+    schema = job.data.load_schema(conf_dir() / "schema")
+    MODELS[type(job.model)](job.model, 1, Heads(schema, Statistics((), ())).widths, torch.float32)
 
 
 def resume(

@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_moe.errors import UserError
-from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, gate_mix, route_topk, sort_by_expert, sparse_expert_mlp
+from recsys_moe.experts import MLPExperts
+from recsys_moe.kernels import Layer, expert_mlp, gate_mix, route_topk, sort_by_expert, sparse_expert_mlp
+from recsys_moe.models.home import HoME, HoMEConfig
 from recsys_moe.process import keep_freed_memory
 
 CASES = ("layer", "loop", "home", "scaling")
@@ -197,111 +199,59 @@ class DenseLoop(nn.Module):
         return gate_mix(logits, x).flatten(1)
 
 
-class DenseHoME(nn.Module):
-    """The peer's HoME on its weights: each level is a handful of calls for all its groups at once."""
-
-    in_precision = ("tower",)
-
-    def __init__(self, peer: Any, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.tasks, self.categories, self.dtype = len(peer.task), len(peer.meta), dtype
-        n, groups = len(peer.meta_shared.experts), 1 + self.categories
-        self.meta = Groups([peer.meta_shared, *peer.meta], dtype)
-        self.level2 = Groups([peer.shared, *peer.group, *peer.task], dtype)
-
-        def experts(group: int) -> list[int]:
-            return list(range(n * group, n * (group + 1)))
-
-        # Level 1: a gate over all experts for the shared group, over shared + own for each category.
-        meta_gates = [peer.meta_shared_gate, *peer.meta_gate]
-        self.meta_gate = _stacked([torch.cat([gate.weight for gate in meta_gates])])
-        self.meta_gate_bias = _stacked([torch.cat([gate.bias for gate in meta_gates])])
-        seen = [list(range(n * groups)), *(experts(0) + experts(1 + c) for c in range(self.categories))]
-        self.meta.place_gates(seen, [experts(g) for g in range(groups)])
-        # Level 2: a gate over shared + category's + own for each task, on its category's and the shared representation.
-        width = peer.task_gate[0].weight.shape[1] // 2
-        self.own_gate, self.shared_gate = (
-            _stacked([gate.weight[:, half] for gate in peer.task_gate]) for half in (slice(width), slice(width, None))
-        )
-        self.task_gate_bias = _stacked([gate.bias for gate in peer.task_gate])
-        own = [experts(groups + t) for t in range(self.tasks)]
-        self.level2.place_gates([experts(0) + experts(1 + c) + own[t] for t, c in enumerate(peer.category)], own)
-        self.source = (*range(groups), *(1 + c for c in peer.category))
-        self.tower, self.tower_out = (_stacked([t[index].weight for t in peer.tower]) for index in (0, 2))
-        self.tower_bias, self.tower_out_bias = (_stacked([t[index].bias for t in peer.tower]) for index in (0, 2))
-
-    def forward(self, v: Tensor) -> Tensor:
-        logits = expert_mlp(v, Layer(self.meta_gate, self.meta_gate_bias)).flatten(1)
-        z = self.meta(v, (0,) * (1 + self.categories), logits)
-        # W·[z_category; z_shared] without the pair: its halves are at hand.
-        own = expert_mlp(z, Layer(self.own_gate, self.task_gate_bias), source=self.source[1 + self.categories :])
-        logits = (own + expert_mlp(z, Layer(self.shared_gate), source=(0,) * self.tasks)).flatten(1)
-        mixed = self.level2(z, self.source, logits)
-        tower = Layer(self.tower.to(self.dtype), self.tower_bias, None, "silu")
-        hidden = expert_mlp(mixed, tower).float()
-        return expert_mlp(hidden, Layer(self.tower_out, self.tower_out_bias)).flatten(1)
+def home_of(peer: Any, dtype: torch.dtype) -> HoME:
+    """The family's HoME with the sizes and weights of the peer's."""
+    inputs, units = peer.meta_shared_gate.in_features, peer.tower[0][0].in_features
+    tasks = {f"task {t}": 1 for t in range(len(peer.task))}
+    categories = {task: f"category {c}" for task, c in zip(tasks, peer.category, strict=True)}
+    n, hidden = len(peer.meta_shared.experts), peer.tower[0][0].out_features
+    config = HoMEConfig(
+        categories=categories, experts_per_group=n, expert_dims=(units,), tower_dims=(hidden,), norm="none", dropout=0.0
+    )
+    model = HoME(config, inputs, tasks, dtype)
+    assert model.meta_self is not None
+    assert model.task_self is not None
+    assert isinstance(model.towers.hidden, MLPExperts)
+    model.towers.hidden.activation = "silu"
+    meta, task = [peer.meta_shared, *peer.meta], [peer.shared, *peer.group, *peer.task]
+    # Self gates that nothing reads (the task layer's shared and category groups') are the peer's alone.
+    copy_rows(model.meta_gates.linear, [peer.meta_shared_gate, *peer.meta_gate])
+    copy_rows(model.task_gates.linear, peer.task_gate)
+    copy_rows(model.meta_self.router.linear, [group.self_gate for group in meta])
+    copy_rows(model.task_self.router.linear, [group.self_gate for group in peer.task])
+    for ours, groups in ((model.meta_experts, meta), (model.task_experts, task)):
+        assert ours.feature_gate is not None
+        copy_experts(ours.feature_gate.down, [[down] for group in groups for down in group.gate.down])
+        copy_experts(ours.feature_gate.up, [[up] for group in groups for up in group.gate.up])
+        copy_experts(ours.feature_gate.weigh, [[group.gate.mix] for group in groups])
+        copy_experts(ours.experts, [[e.linear, e.norm] for group in groups for e in group.experts])
+    copy_experts(model.towers.hidden, [[tower[0]] for tower in peer.tower])
+    copy_experts(model.towers.last[0], [[tower[2]] for tower in peer.tower])
+    return model
 
 
-class Groups(nn.Module):
-    """Groups of HoME experts of one level: feature gates, Linear → BatchNorm → SiLU, and gates and self gates over them."""
+@torch.no_grad()
+def copy_rows(gate: nn.Linear, singles: Sequence[nn.Linear]) -> None:
+    """The weights of gates one after the other."""
+    gate.weight.copy_(torch.cat([single.weight for single in singles]))
+    gate.bias.copy_(torch.cat([single.bias for single in singles]))
 
-    in_precision = ("down", "up", "weight")
-    place: Tensor
-    mask: Tensor
-    own_place: Tensor
-    mean: Tensor
-    var: Tensor
 
-    def __init__(self, groups: list[Any], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.groups, self.experts, self.heads = dtype, len(groups), len(groups[0].experts), len(groups[0].gate.down)
-        self.down = _stacked([d.weight for g in groups for d in g.gate.down])
-        self.up = _stacked([u.weight for g in groups for u in g.gate.up])
-        self.head, self.head_bias = _stacked([g.gate.mix.weight for g in groups]), _stacked([g.gate.mix.bias for g in groups])
-        self.weight = _stacked([e.linear.weight for g in groups for e in g.experts])
-        self.bias = _stacked([e.linear.bias for g in groups for e in g.experts])
-        self.scale = _stacked([e.norm.weight for g in groups for e in g.experts])
-        self.shift = _stacked([e.norm.bias for g in groups for e in g.experts])
-        self.self_weight = _stacked([g.self_gate.weight for g in groups])
-        self.self_bias = _stacked([g.self_gate.bias for g in groups])
-        self.register_buffer("mean", torch.zeros_like(self.scale.data))
-        self.register_buffer("var", torch.ones_like(self.scale.data))
-
-    def place_gates(self, seen: list[list[int]], own: list[list[int]]) -> None:
-        """Which experts each gate sees, in the order of its logits, and which its self gate weighs."""
-        total = self.groups * self.experts
-        mask = torch.zeros(len(seen), total, dtype=torch.bool)
-        for t, experts in enumerate(seen):
-            mask[t, experts] = True
-        self.register_buffer("mask", mask)
-        self.register_buffer("place", torch.tensor([t * total + e for t, experts in enumerate(seen) for e in experts]))
-        self.register_buffer("own_place", torch.tensor([t * total + e for t, experts in enumerate(own) for e in experts]))
-
-    def forward(self, x: Tensor, source: tuple[int, ...], logits: Tensor) -> Tensor:
-        """x `[B, D]` or `[B, S, D]`, the gates' logits `[B, n]` → each gate's mixture `[B, T, H]`, its self gate's added."""
-        by_head = tuple(s for s in source for _ in range(self.heads))
-        low = expert_mlp(x, Layer(self.down.to(self.dtype)), source=by_head)
-        heads = expert_mlp(low, Layer(self.up.to(self.dtype), activation="double_sigmoid"))
-        mix = expert_mlp(x, Layer(self.head, self.head_bias), source=source)
-        pairs = heads.view(-1, self.heads, heads.shape[2])  # a group's heads are its own: B·G rows of one gate each
-        gate = gate_mix(mix.view(-1, 1, self.heads), pairs).view(len(x), self.groups, -1)
-        norm = BatchNorm(self.scale, self.shift, self.mean, self.var, self.training)
-        layer = Layer(self.weight.to(self.dtype), self.bias, norm, "silu")
-        y = expert_mlp(x, layer, gate_bgd=gate, source=source)
-        gates = len(self.own_place) // self.experts  # self gates belong to the last groups: at level 2, the tasks'
-        own = Layer(self.self_weight[-gates:], self.self_bias[-gates:])
-        weights = expert_mlp(x, own, source=source[-gates:]).softmax(-1).flatten(1)
-        residual = _spread(weights, self.own_place, self.mask)
-        return gate_mix(_spread(logits, self.place, self.mask), y, mask_te=self.mask, residual_bte=residual)
+@torch.no_grad()
+def copy_experts(stack: Any, experts: Sequence[Sequence[nn.Module]]) -> None:
+    """The weights and norms of experts, each a sequence of modules, into their stack."""
+    for e, modules in enumerate(experts):
+        for index, linear in enumerate(m for m in modules if isinstance(m, nn.Linear)):
+            stack.weights[index][e] = linear.weight
+            if linear.bias is not None:
+                stack.biases[index][e] = linear.bias
+        for index, norm in enumerate(m for m in modules if isinstance(m, nn.BatchNorm1d)):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                getattr(stack.norms[index], name)[e] = getattr(norm, name)
 
 
 def _stacked(parts: list[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.stack([p.detach() for p in parts]))
-
-
-def _spread(values: Tensor, place: Tensor, mask: Tensor) -> Tensor:
-    """Values of some (gate, expert) pairs, `[B, n]` → `[B, T, E]`, zeros elsewhere."""
-    return values.new_zeros(len(values), mask.numel()).index_copy(1, place, values).view(-1, *mask.shape)
 
 
 def bench_loop(folder: Path) -> Iterator[Row]:
@@ -310,10 +260,26 @@ def bench_loop(folder: Path) -> Iterator[Row]:
     yield from _bench_dense(peer, "loop", peer.Loop(), DenseLoop, torch.randn(4096, 256))
 
 
+def _home(peer: Any, dtype: torch.dtype) -> nn.Module:
+    return Outputs(home_of(peer, dtype))
+
+
+class Outputs(nn.Module):
+    """A family's network without its plans."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.network(x)[0]
+        return outputs
+
+
 def bench_home(folder: Path) -> Iterator[Row]:
     """HoME beside the peer's `home`."""
     peer = load_peer(folder, "experts_peers")
-    yield from _bench_dense(peer, "home", peer.HoME(), DenseHoME, torch.randn(2048, 512))
+    yield from _bench_dense(peer, "home", peer.HoME(), _home, torch.randn(2048, 512))
 
 
 def _bench_dense(peer: ModuleType, name: str, theirs: nn.Module, ours: Callable[..., nn.Module], x: Tensor) -> Iterator[Row]:
@@ -344,9 +310,11 @@ def _bench_dense(peer: ModuleType, name: str, theirs: nn.Module, ours: Callable[
         # A served model holds its experts' weights in their precision; a trained one casts fp32 weights in every step.
         served = copy.deepcopy(model).eval()
         for module in served.modules():
-            for cast in getattr(module, "in_precision", ()):
-                parameter = getattr(module, cast)
+            for parameter in [getattr(module, name) for name in getattr(module, "in_precision", ())]:
                 parameter.data = parameter.data.to(dtype)
+            if isinstance(module, MLPExperts):
+                for parameter in module.weights:
+                    parameter.data = parameter.data.to(module.dtype)
         for what, make, repeats in (("forward + backward", train, 9), ("forward of 200 rows", serve, 25)):
             theirs.train(make is train)
             calls = {

@@ -85,7 +85,7 @@ class Bundle:
             t.sparse_names,
             t.cardinalities,
             len(t.dense_names),
-            self.heads.outputs,
+            self.heads.widths,
             self.config.precision,
             t.lists,
             own_rows=t.own_rows,

@@ -190,8 +190,7 @@ def _draw(
     logs = sorted((feed / "logs").glob("*.parquet"))[-1]
     columns = list(predictor.bundle.schema.feature_columns)
     rows = pa.Table.from_batches([next(pq.ParquetFile(logs).iter_batches(4096, columns=columns))])
-    gates = predictor.gates(rows)
-    assert gates is not None
+    gates = predictor.gates(rows)["experts"]
     tasks = predictor.bundle.schema.task_names
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     height = 0.8 / len(MODELS)

@@ -3,26 +3,28 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from recsys_moe.distributed import synced, synced_expert_mlp, synced_sparse_expert_mlp
-from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
+from recsys_moe.kernels import Activation, BatchNorm, Layer, expert_mlp, sparse_expert_mlp
 from recsys_moe.routing import SparsePlan
 
 Norm = Literal["batch", "none"]
 
 
 class MLPExperts(nn.Module):
-    """E multi-layer perceptrons of one shape: per layer h ← ReLU(norm(W_e·h + b_e)).
+    """E multi-layer perceptrons of one shape: per layer h ← act(norm(W_e·h + b_e)), act is ReLU unless said.
 
     `norm="batch"` normalises each unit of each expert over the batch (Ioffe & Szegedy 2015): batch statistics in
     training, running ones at inference. `linear_out` adds a last plain linear layer of that width.
 
-    The input is `[B, D]` (shared by all) or `[B, E, D]` (one for each, as towers need); the output `[B, E, H]`, fp32.
-    `dtype` is the precision of the matrix products; parameters stay fp32.
+    The input is `[B, D]` (shared by all) or `[B, E, D]` (one for each, as towers need); or the experts lie in G groups of
+    E/G, one after the other, of which group g reads input `source[g]` of `[B, S, D]`, times its gate in `gate_bgd`
+    `[B, G, D]`, if there is one. The output is `[B, E, H]` in `dtype`, the precision of the matrix products; parameters stay
+    fp32.
 
     >>> MLPExperts(2, 8, (16, 4)).eval()(torch.zeros(5, 8)).shape
     torch.Size([5, 2, 4])
@@ -36,28 +38,36 @@ class MLPExperts(nn.Module):
         norm: Norm = "none",
         dropout: float = 0.0,
         linear_out: int = 0,
+        activation: Activation = "relu",
+        bias: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         widths = [in_dim, *dims, *([linear_out] if linear_out else [])]
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o, i)) for i, o in _pairs(widths))
-        self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in widths[1:])
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in widths[1:]) if bias else None
         self.norms = nn.ModuleList(StackedBatchNorm(num_experts, o) for o in dims) if norm == "batch" else None
         self.hidden_layers = len(dims)
-        self.dropout = dropout
+        self.dropout, self.activation = dropout, activation
         self.dtype = dtype
         self.out_dim = widths[-1]
-        for weight, bias in zip(self.weights, self.biases, strict=True):
+        for index, weight in enumerate(self.weights):
             # nn.Linear's own initialisation, drawn for each expert apart.
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
-            nn.init.uniform_(bias, -bound, bound)
+            if self.biases is not None:
+                nn.init.uniform_(self.biases[index], -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x `[B, D]` or `[B, E, D]` → `[B, E, H]`."""
+    def forward(self, x: Tensor, source: tuple[int, ...] | None = None, gate_bgd: Tensor | None = None) -> Tensor:
+        """x `[B, D]` or `[B, S, D]` → `[B, E, H]`."""
+        first: dict[str, Any] = {"source": source, "gate_bgd": gate_bgd}
         for layer in self._layers():
-            x = synced_expert_mlp(x, layer) if synced((layer,)) else expert_mlp(x, layer, invariant=self._invariant())
-        return x.float()
+            if synced((layer,)):
+                x = synced_expert_mlp(x, layer, **first)
+            else:
+                x = expert_mlp(x, layer, **first, invariant=self._invariant())
+            first = {}  # what follows is each expert's own
+        return x
 
     def combine(self, x_bd: Tensor, plan: SparsePlan) -> Tensor:
         """The weighted sum of the experts that a sparse plan names: x `[B, D]` → `[R, H]`, fp32. Nothing else is computed."""
@@ -83,7 +93,8 @@ class MLPExperts(nn.Module):
         return tuple(self._layer(index) for index in range(len(self.weights)))
 
     def _layer(self, index: int) -> Layer:
-        weight, bias = self.weights[index].to(self.dtype), self.biases[index]
+        weight = self.weights[index].to(self.dtype)
+        bias = None if self.biases is None else self.biases[index]
         if index >= self.hidden_layers:
             return Layer(weight, bias)
         norm = None
@@ -91,7 +102,7 @@ class MLPExperts(nn.Module):
             module = self.norms[index]
             assert isinstance(module, StackedBatchNorm)
             norm = module.state(self.training)
-        return Layer(weight, bias, norm, "relu", self.dropout if self.training else 0.0)
+        return Layer(weight, bias, norm, self.activation, self.dropout if self.training else 0.0)
 
 
 class Towers(nn.Module):
@@ -130,6 +141,7 @@ class Towers(nn.Module):
         with torch.no_grad():
             for last, tasks in zip(self.last, self._stacks, strict=True):
                 assert isinstance(last, MLPExperts)
+                assert last.biases is not None
                 last.biases[-1].copy_(torch.tensor([outputs[t] for t in tasks]))
 
 

@@ -218,8 +218,8 @@ class Heads:
     >>> classes = MulticlassTask(name="ending", label="e", kind="multiclass", classes=("finished", "left"))
     >>> schema = Schema((Categorical("c", "categorical"),), (BinaryTask("click", "y"), classes))
     >>> heads = Heads(schema, Statistics((), ()))
-    >>> heads.outputs, heads.score_names
-    ([1, 2], ('click', 'ending.finished', 'ending.left'))
+    >>> heads.widths, heads.score_names
+    ({'click': 1, 'ending': 2}, ('click', 'ending.finished', 'ending.left'))
     """
 
     def __init__(self, schema: Schema, statistics: Statistics) -> None:
@@ -227,7 +227,7 @@ class Heads:
         self.tasks = schema.task_names
         self._targets = [targets.get(task, TargetStatistics(task)) for task in self.tasks]
         self.heads = [head_of(*pair) for pair in zip(schema.tasks, self._targets, strict=True)]
-        self.outputs = [head.outputs for head in self.heads]
+        self.widths = {task: head.outputs for task, head in zip(self.tasks, self.heads, strict=True)}
         names = [head.score_names(task) for head, task in zip(self.heads, self.tasks, strict=True)]
         self.score_names = tuple(itertools.chain(*names))
         self._score_slices = _slices([len(n) for n in names])

@@ -42,17 +42,17 @@ class Predictor:
         """
         return self._forward(table)[0]
 
-    def gates(self, table: pa.Table) -> npt.NDArray[np.float32] | None:
-        """Gate weights, fp32 `[N, T, E]`, or None where the model has no gates."""
+    def gates(self, table: pa.Table) -> dict[str, npt.NDArray[np.float32]]:
+        """Gate weights, fp32 `[N, T, E]`, of each of the model's plans; `bundle.model.network.plan_names` says of what."""
         return self._forward(table)[1]
 
-    def _forward(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+    def _forward(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], dict[str, npt.NDArray[np.float32]]]:
         inputs = self.bundle.transform(table)
         with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
             ids_bf, dense_bd = torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous()
-            outputs, plan = self.bundle.model(ids_bf, dense_bd, jagged_tensors(inputs))
-            shape = (table.num_rows, len(self.bundle.schema.tasks), -1)
-            gates = None if plan is None else plan.dense_weights.view(shape).numpy()
+            outputs, plans = self.bundle.model(ids_bf, dense_bd, jagged_tensors(inputs))
+            rows = table.num_rows
+            gates = {name: p.dense_weights.view(rows, -1, p.num_experts).numpy() for name, p in plans.items()}
             return self.bundle.heads.scores(outputs), gates
 
     def evaluate(self, tables: Iterable[pa.Table]) -> dict[str, TaskMetrics]:

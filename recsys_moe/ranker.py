@@ -1,6 +1,6 @@
 """A whole model: torchrec embeddings in front, a family's network behind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ranker(nn.Module):
-    """ids int32 `[B, F + H]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`, `widths` of each task's tower.
+    """ids int32 `[B, F + H]`, dense inputs `[B, D]` and lists of ids → outputs `[B, Σ widths]`: `tasks` has each tower's width.
 
     Embeddings are updated inside the backward pass (see `FusedEmbeddings`): `dense_parameters` are what is left for an
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
@@ -44,7 +44,7 @@ class Ranker(nn.Module):
         sparse_names: list[str],
         cardinalities: list[int],
         num_dense: int,
-        widths: Sequence[int],
+        tasks: Mapping[str, int],
         precision: str = "fp32",
         lists: Sequence[ListInput] = (),
         start: Sequence[Sequence[float]] | None = None,
@@ -69,7 +69,7 @@ class Ranker(nn.Module):
             }
         )
         in_dim = (len(sparse_names) + len(lists)) * width + num_dense
-        self.network = MODELS[type(config)](config, in_dim, widths, PRECISIONS[precision])
+        self.network = MODELS[type(config)](config, in_dim, tasks, PRECISIONS[precision])
         if start is not None:
             # A bias moves by a learning rate a step at most: from its usual 0 (a half) it would not come down to a rate of
             # 0.3 % within a short training, nor ever where few rows observe the task. Scores would stay too high, most of
@@ -81,8 +81,8 @@ class Ranker(nn.Module):
 
     def forward(
         self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()
-    ) -> tuple[Tensor, RoutingPlan | None]:
-        """Outputs and, where the family has gates, their plan."""
+    ) -> tuple[Tensor, dict[str, RoutingPlan]]:
+        """Outputs, and the plans of the family's gates by name; `network.plan_names` says what is in them."""
         inputs = []
         if self.embeddings is not None:
             ids_bf = self._give_rows(ids_bf) if self.own_names else ids_bf
@@ -98,8 +98,8 @@ class Ranker(nn.Module):
         if dense_bd.shape[1]:
             inputs.append(dense_bd)
         outputs: Tensor
-        outputs, plan = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
-        return outputs, plan
+        outputs, plans = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
+        return outputs, plans
 
     def _give_rows(self, ids_bf: Tensor) -> Tensor:
         """The ids with rows in place of hashes. In training new ids get some, and rows that change hands start anew."""

@@ -7,6 +7,7 @@ A router with `batch_invariant` gives a row, at inference (evaluation mode, no g
 with it; serving takes no other (`require_invariant`).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.kernels import Layer, Scoring, expert_mlp, route_topk, sort_by_expert
+from recsys_moe.kernels import Layer, Scoring, expert_mlp, gate_mix, route_topk, sort_by_expert
 
 
 @dataclass(frozen=True, eq=False)
 class SoftPlan:
     """Each of T tasks uses all the experts that its mask allows, by the softmax of its logits; there is nothing to sort.
 
-    `logits` is fp32 `[B, T, E]`, `mask_te` bool `[T, E]` (None: every task sees every expert).
+    `logits` is fp32 `[B, T, E]`, `mask_te` bool `[T, E]` (None: every task sees every expert). `residual`, fp32 `[B, T, E]`,
+    are weights beside the softmax's (HoME's self gates).
 
     >>> SoftPlan(torch.zeros(1, 1, 3), torch.tensor([[True, False, True]])).weights
     tensor([[[0.5000, 0.0000, 0.5000]]])
@@ -30,10 +32,15 @@ class SoftPlan:
 
     logits: Tensor
     mask_te: Tensor | None = None
+    residual: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
         return self.logits.shape[-1]
+
+    def mix(self, experts_beh: Tensor) -> Tensor:
+        """Each task's weighted sum of the experts' outputs, fp32 or bf16 `[B, E, H]` → fp32 `[B, T, H]`."""
+        return gate_mix(self.logits, experts_beh, mask_te=self.mask_te, residual_bte=self.residual)
 
     @property
     def masked_logits(self) -> Tensor:
@@ -42,7 +49,7 @@ class SoftPlan:
 
     @property
     def weights(self) -> Tensor:
-        """`[B, T, E]` fp32, non-negative, sum to 1 over the experts."""
+        """The softmax: `[B, T, E]` fp32, non-negative, sum to 1 over the experts."""
         return torch.softmax(self.masked_logits, dim=-1)
 
     @property
@@ -120,6 +127,15 @@ class SparsePlan:
 
 
 RoutingPlan = SoftPlan | SparsePlan
+
+
+@dataclass(frozen=True)
+class PlanNames:
+    """What a plan's T gates and E experts are called."""
+
+    gates: tuple[str, ...]
+    experts: tuple[str, ...]
+
 
 # `torch.export` returns plans only if it may take them apart.
 for _plan in (SoftPlan, SparsePlan):
@@ -210,7 +226,10 @@ class SoftRouter(nn.Module):
     """One softmax gate per task over the experts it may use: g_t(x) = softmax over mask_t of (W_t·x + b_t), in fp32.
 
     Without a mask that is MMoE (Ma et al., KDD 2018); with one CGC (Tang et al., RecSys 2020: shared experts and the task's
-    own) or HoME (2408.05430: the experts of the task's group).
+    own) or HoME (2408.05430: the experts of the task's group). There are weights for what the mask allows, and no others.
+
+    The input is `[B, D]`, one for all gates, or `[B, S, ·]`, of which gate t reads input `source[t]`; with several sources it
+    reads their inputs one after the other, which are D wide together.
 
     Args:
         mask_te: bool `[T, E]`; each task needs at least one expert.
@@ -233,12 +252,50 @@ class SoftRouter(nn.Module):
                 )
             if len(without := (~mask_te.any(1)).nonzero().flatten()):
                 raise ValueError(f"mask_te leaves task {int(without[0])} no expert: allow each task at least one")
-        self.linear = Gate(in_dim, num_experts, num_tasks, bias=True)
+            if bool(mask_te.all()):
+                mask_te = None
+        counts = [num_experts] * num_tasks if mask_te is None else mask_te.sum(1).tolist()
+        self.linear = Gate(in_dim, sum(counts), bias=True)
+        # Neighbours that see equally many experts are one product.
+        self._runs = [(len(list(run)), count) for count, run in itertools.groupby(counts)]
         self.mask_te: Tensor | None
         self.register_buffer("mask_te", mask_te, persistent=False)
+        self.place: Tensor | None
+        self.register_buffer("place", None if mask_te is None else mask_te.flatten().nonzero().flatten(), persistent=False)
 
-    def forward(self, x_bd: Tensor) -> SoftPlan:
-        return SoftPlan(self.linear(x_bd).view(-1, self.num_tasks, self.num_experts), self.mask_te)
+    def forward(self, x: Tensor, *sources: tuple[int, ...], residual_bte: Tensor | None = None) -> SoftPlan:
+        return SoftPlan(self.spread(self.pair_logits(x, *sources)), self.mask_te, residual_bte)
+
+    def pair_logits(self, x: Tensor, *sources: tuple[int, ...]) -> Tensor:
+        """The logits of what the mask allows, gate by gate: fp32 `[B, n]`."""
+        if x.dim() == 2:
+            return self.linear(x).flatten(1)
+        x_bsd, inference = x.float(), not (self.training or torch.is_grad_enabled())
+        # W·(a ⊕ b) = W_a·a + W_b·b: nothing is joined.
+        parts = self.linear.weight.chunk(len(sources), 1)
+        biases = [self.linear.bias, *[None] * (len(sources) - 1)]
+        logits, gate, pair = [], 0, 0
+        for gates, count in self._runs:
+            pairs = slice(pair, pair + gates * count)
+            products = [
+                expert_mlp(
+                    x_bsd,
+                    Layer(weight[pairs].view(gates, count, -1), None if bias is None else bias[pairs].view(gates, count)),
+                    source=source[gate : gate + gates],
+                    invariant=inference,
+                )
+                for weight, bias, source in zip(parts, biases, sources, strict=True)
+            ]
+            logits.append(sum(products[1:], products[0]).flatten(1))
+            gate, pair = gate + gates, pairs.stop
+        return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
+
+    def spread(self, values_bn: Tensor) -> Tensor:
+        """What each allowed pair has, `[B, n]`, where it lies in `[B, T, E]`; 0 elsewhere."""
+        if self.place is not None:
+            size = self.num_tasks * self.num_experts
+            values_bn = values_bn.new_zeros(values_bn.shape[0], size).index_copy(1, self.place, values_bn)
+        return values_bn.view(-1, self.num_tasks, self.num_experts)
 
 
 # -- the k best

@@ -439,7 +439,7 @@ def build_ranker(data: PreparedData, model_config: Any, precision: str, device: 
         t.sparse_names,
         t.cardinalities,
         len(t.dense_names),
-        heads.outputs,
+        heads.widths,
         precision,
         t.lists,
         heads.start(),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from recsys_moe.bench import CASES, DenseHoME, DenseLoop, SparseLayer, alternate, bench, load_peer
+from recsys_moe.bench import CASES, DenseLoop, Outputs, SparseLayer, alternate, bench, home_of, load_peer
 from recsys_moe.errors import UserError
 
 PEERS = Path(os.environ.get("RECSYS_MOE_PEERS", Path(__file__).resolve().parents[2] / "shared" / "bench"))
@@ -17,7 +17,7 @@ needs_peers = pytest.mark.skipif(not PEERS.exists(), reason="RECSYS_MOE_PEERS na
 
 
 @needs_peers
-@pytest.mark.parametrize(("name", "ours"), [("Loop", DenseLoop), ("HoME", DenseHoME)])
+@pytest.mark.parametrize(("name", "ours"), [("Loop", DenseLoop), ("HoME", lambda peer, dtype: Outputs(home_of(peer, dtype)))])
 def test_dense_cases_equal_the_peers(name: str, ours: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     peer = load_peer(PEERS, "experts_peers")

@@ -1,7 +1,7 @@
 """Every file in conf/ composes and fills the dataclass it is for; mistakes name the key and the nearest valid one."""
 
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
@@ -10,9 +10,9 @@ from recsys_moe.config import compose, conf_dir, options
 from recsys_moe.correlated import CorrelatedConfig, load_correlated_config
 from recsys_moe.errors import UserError
 from recsys_moe.fetch import load_fetch_config
-from recsys_moe.models import MMoEConfig, ModelConfig, SharedBottomConfig
+from recsys_moe.models import MODELS, MMoEConfig, ModelConfig, SharedBottomConfig
 from recsys_moe.pipelines.tracking import TrackingConfig
-from recsys_moe.pipelines.train import TrainJob
+from recsys_moe.pipelines.train import TrainJob, train
 from recsys_moe.schema import load_schema
 from recsys_moe.serving.app import ServeConfig
 from recsys_moe.sources import DataConfig
@@ -102,7 +102,7 @@ def test_the_census_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["data=census_ful"], "data 'census_ful' is unknown; did you mean 'census_full'?"),
         (["model=mmeo"], "model 'mmeo' is unknown; did you mean 'mmoe'?"),
-        (["model=qqq"], "model 'qqq' is unknown; valid: mmoe, shared_bottom"),
+        (["model=qqq"], "model 'qqq' is unknown; valid: "),
         (["experiment=peer"], "experiment 'peer' is unknown; did you mean 'peer_bench'?"),
         (["trian.seed=1"], "unknown key 'trian.seed'; did you mean 'train'?"),
         (["--seed"], "'--seed' is not an override; write key=value"),
@@ -199,5 +199,12 @@ def schema_of_one() -> dict[str, Any]:
     return {"features": [{"name": "x", "kind": "numeric"}], "tasks": [{"name": "y", "label": "y == 1"}]}
 
 
+def test_a_model_that_does_not_fit_the_tasks_is_told_before_anything_is_prepared(tmp_path: Path) -> None:
+    wrong = job("data=feed_synth", "model=home", "model.categories={likes: interaction}", f"runs_dir={tmp_path}/runs")
+    with pytest.raises(UserError, match=r"model.categories names the task 'likes', .*; did you mean 'like'\?"):
+        train(wrong)
+    assert not list(tmp_path.iterdir())
+
+
 def test_options_are_the_files() -> None:
-    assert options("model") == ["mmoe", "shared_bottom"]
+    assert options("model") == sorted(name for config in MODELS for name in get_args(get_type_hints(config)["name"]))

@@ -219,13 +219,13 @@ def test_tasks_side_by_side_are_each_as_alone(names: str) -> None:
     tasks = [next(t for t in TASKS if t["name"] == name) | {"name": f"{name}{i}"} for i, name in enumerate(names)]
     heads = Heads(schema_of(*tasks), Statistics((), ()))
     torch.manual_seed(0)
-    outputs, labels = torch.randn(9, sum(heads.outputs)), torch.randint(2, (9, len(tasks))).float()
+    outputs, labels = torch.randn(9, sum(heads.widths.values())), torch.randint(2, (9, len(tasks))).float()
     losses, scores = heads.losses(outputs, labels), torch.from_numpy(heads.scores(outputs)).t()
     assert losses.shape == labels.shape
     names_found, at = [], 0
     for t, task in enumerate(tasks):
         alone = Heads(schema_of(task), Statistics((), ()))
-        (width,) = alone.outputs
+        (width,) = alone.widths.values()
         own = outputs[:, at : at + width]
         at += width
         torch.testing.assert_close(alone.losses(own, labels[:, t : t + 1]), losses[:, t : t + 1])

@@ -3,7 +3,7 @@ a bundle → scores, the same from a file, a table and a request."""
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.embeddings import padded
 from recsys_moe.metrics import quality
+from recsys_moe.models.adatt import AdaTTConfig
+from recsys_moe.models.home import HoMEConfig
 from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.models.ple import PLEConfig
+from recsys_moe.models.shared_bottom import SharedBottomConfig
 from recsys_moe.predictor import Predictor, score_file
 from recsys_moe.schema import Schema
 from recsys_moe.serving.app import ServeConfig, build_api, rows_to_table
@@ -159,6 +163,46 @@ def test_lists_grow_and_old_ids_score_as_before(
     more._measure(start)
     measured = {task: asdict(m) for task, m in Predictor(bundle).evaluate([day]).items()}
     assert told[0]["before"] == measured
+
+
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "shared_bottom bf16": (SharedBottomConfig(bottom_dims=(32, 16), tower_dims=(8,), dropout=0.0), "bf16"),
+    "omoe": (replace(MODEL, name="omoe"), "fp32"),
+    "mmoe top-k bf16": (replace(MODEL, gate="topk"), "bf16"),
+    "ple": (PLEConfig(expert_dims=(16,), tower_dims=(8,), dropout=0.1), "fp32"),
+    "adatt bf16": (AdaTTConfig(expert_dims=(16,), tower_dims=(8,), dropout=0.1), "bf16"),
+    "home": (HoMEConfig(expert_dims=(16,), tower_dims=(8,), dropout=0.1), "fp32"),
+    "home bf16": (
+        HoMEConfig(
+            categories={"click": "a", "minutes": "time", "ending": "time", "stars": "b", "share": "a"},
+            expert_dims=(16,),
+            tower_dims=(8,),
+            dropout=0.0,
+        ),
+        "bf16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_learns_every_kind_of_task(name: str, data: PreparedData, tmp_path: Path) -> None:
+    model, precision = FAMILIES[name]
+    trainer = Trainer(data, model, TrainConfig(epochs=2, batch_size=128, lr=5e-3, precision=precision))
+    validation: Any = trainer.fit().validation
+    assert validation["click"].auc > 0.9
+    assert validation["ending"].accuracy > 0.6
+    assert validation["minutes"].r2 > 0.5
+    assert validation["stars"].auc > 0.8
+    source = DataConfig(name="kinds", source="nowhere", schema="-")
+    described = BundleConfig(FORMAT, model, precision, source, "0" * 64)
+    save_bundle(tmp_path / "bundle", trainer.model.state_dict(), described, data.transform, {})
+    predictor, table = Predictor(tmp_path / "bundle"), draw(700, 3)
+    online, offline = evaluate(trainer.model, data, "test"), predictor.evaluate([table])
+    for task, metrics in online.items():
+        assert quality(offline[task]) == pytest.approx(quality(metrics), abs=1e-6)
+    names: Any = predictor.bundle.model.network.plan_names
+    for key, weights in predictor.gates(table).items():
+        assert weights.shape == (700, len(names[key].gates), len(names[key].experts))
 
 
 def test_without_its_feature_a_task_learns_nothing(trainer: Trainer, data: PreparedData, bundle: Path) -> None:

@@ -18,7 +18,7 @@ from recsys_moe.ranker import Ranker
 from recsys_moe.transforms import ListInput
 
 IN_DIM, TASKS = 6, 3
-WIDTHS = [1] * TASKS
+WIDTHS = {f"task {t}": 1 for t in range(TASKS)}
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 2e-6}
 
 
@@ -183,11 +183,11 @@ def test_a_family_equals_its_naive_twin(family: str, norm: str) -> None:
 def test_the_plan_of_mmoe_is_its_gates() -> None:
     model, naive = build("mmoe", "none")
     x = torch.randn(5, IN_DIM)
-    _, plan = model(x)
+    plan = model(x)[1]["experts"]
     expected = torch.stack([torch.softmax(gate(x), 1) for gate in naive.gates], 1)
     torch.testing.assert_close(plan.weights, expected)
     torch.testing.assert_close(plan.weights.sum(2), torch.ones(5, TASKS))
-    assert build("shared_bottom", "none")[0](x)[1] is None
+    assert build("shared_bottom", "none")[0](x)[1] == {}
 
 
 @pytest.mark.parametrize("family", ["mmoe", "shared_bottom"])
@@ -225,9 +225,9 @@ def test_sparse_gates_equal_softmax_gates_over_their_best_experts(top_k: int) ->
         least = weights.topk(top_k).values[:, -1:]
         kept = torch.where(weights >= least, weights, 0)
         expected.append(tower((kept / kept.sum(1, keepdim=True)).unsqueeze(1).bmm(outputs).squeeze(1)))
-    got, plan = sparse(x)
+    got, plans = sparse(x)
     torch.testing.assert_close(got, torch.cat(expected, 1), **CLOSE)
-    assert plan.expert_ids.shape == (30 * TASKS, top_k)
+    assert plans["experts"].expert_ids.shape == (30 * TASKS, top_k)
     direction = torch.randn_like(got)
     got.backward(direction)
     torch.cat(expected, 1).backward(direction)
@@ -258,12 +258,12 @@ def test_bf16_experts_are_close_to_fp32_ones(family: str) -> None:
     bf16.load_state_dict(fp32.state_dict())
     assert {p.dtype for p in bf16.parameters()} == {torch.float32}
     x = torch.randn(64, IN_DIM)
-    (low, low_plan), (high, high_plan) = bf16(x), fp32(x)
+    (low, low_plans), (high, high_plans) = bf16(x), fp32(x)
     assert low.dtype == torch.float32
     assert not torch.equal(low, high)
     assert (low - high).norm() < 0.02 * high.norm()
-    if high_plan is not None:  # the gates stay fp32
-        assert torch.equal(low_plan.weights, high_plan.weights)
+    for name, plan in high_plans.items():  # the gates stay fp32
+        assert torch.equal(low_plans[name].weights, plan.weights)
     low.sum().backward()
     high.sum().backward()
     # A unit near its kink may switch, so single entries differ; the direction of the whole gradient must not.
@@ -287,8 +287,8 @@ def test_dropout_drops_and_rescales_in_training_only() -> None:
 class Capture(nn.Module):
     """In place of the network: its input is the output."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x, None
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        return x, {}
 
 
 CARDINALITIES = [5, 3, 40]

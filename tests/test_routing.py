@@ -371,15 +371,33 @@ def test_soft(masked: bool) -> None:
     router = SoftRouter(D, 2, 4, mask)
     x = torch.randn(5, D)
     expected = []
-    for r, row in enumerate(naive_logits(router.linear, x)):
-        allowed = mask[r % 2].tolist() if mask is not None else [True] * 4
-        total = sum(math.exp(v) for v, a in zip(row, allowed, strict=True) if a)
-        expected.append([math.exp(v) / total if a else 0.0 for v, a in zip(row, allowed, strict=True)])
+    for row in naive_logits(router.linear, x):
+        logits = iter(row)  # of what is allowed, and of nothing else
+        for allowed in [[True] * 4] * 2 if mask is None else mask.tolist():
+            own = [math.exp(next(logits)) if a else 0.0 for a in allowed]
+            expected.append([v / sum(own) for v in own])
     plan = router(x)
     torch.testing.assert_close(plan.weights.detach(), torch.tensor(expected).view(5, 2, 4))
     assert set(router.state_dict()) == {"linear.weight", "linear.bias"}
     plan.weights[..., 0].sum().backward()
     assert torch.isfinite(router.linear.weight.grad).all()
+
+
+@pytest.mark.parametrize("sources", [((2, 0, 1),), ((2, 0, 1), (1, 1, 1))], ids=["one", "two"])
+def test_soft_gates_of_inputs_of_their_own(sources: tuple[tuple[int, ...], ...]) -> None:
+    mask = torch.tensor([[True, True, False, False], [True, False, True, False], [True, True, True, True]])
+    router = SoftRouter(D * len(sources), 3, 4, mask)
+    x = torch.randn(5, 3, D)
+    first = 0
+    plan = router(x, *sources)
+    for t, allowed in enumerate(mask):
+        own = torch.cat([x[:, source[t]] for source in sources], 1)
+        pairs = slice(first, first + int(allowed.sum()))
+        logits = own @ router.linear.weight[pairs].t() + router.linear.bias[pairs]
+        torch.testing.assert_close(plan.weights[:, t, allowed], torch.softmax(logits, 1))
+        assert (plan.weights[:, t, ~allowed] == 0).all()
+        first = pairs.stop
+    assert first == len(router.linear.weight)
 
 
 # -- published implementations, with copied weights

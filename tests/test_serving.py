@@ -46,7 +46,7 @@ def save(folder: Path, seed: int = 0) -> Path:
     config = MMoEConfig(embedding_dim=4, num_experts=2, expert_dims=(8,), tower_dims=(4,))
     described = BundleConfig(FORMAT, config, "fp32", DataConfig(name="clicks", source="nowhere", schema="-"), "0" * 64)
     torch.manual_seed(seed)
-    model = Ranker(config, transform.sparse_names, transform.cardinalities, len(transform.dense_names), [1, 1])
+    model = Ranker(config, transform.sparse_names, transform.cardinalities, len(transform.dense_names), {"click": 1, "buy": 1})
     save_bundle(folder, model.state_dict(), described, transform, {})
     return folder
 

@@ -2,10 +2,12 @@
 
     ŷ_t = h_t(f^t(x)),   f^t(x) = Σ_e g^t(x)_e · f_e(x),   g^t(x) = softmax(W_gt·x + b_gt)
 
+OMoE, the same paper's one-gate baseline, has one g, and so one f, for all tasks.
+
 Shapes: B rows, D inputs, E experts, H expert units, T tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import torch
@@ -13,8 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
-from recsys_moe.kernels import gate_mix
-from recsys_moe.routing import RoutingPlan, SoftPlan, SoftRouter, TopKRouter
+from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter, TopKRouter
 from recsys_moe.typed import typed
 
 Width = Annotated[int, Field(ge=1)]
@@ -29,7 +30,7 @@ class MMoEConfig:
     2017), and only those are computed.
     """
 
-    name: Literal["mmoe"] = "mmoe"
+    name: Literal["mmoe", "omoe"] = "mmoe"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
     num_experts: Annotated[int, Field(ge=1)] = 8
     expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 32)
@@ -47,30 +48,33 @@ class MMoEConfig:
 
 
 class MMoE(nn.Module):
-    """x `[B, D]` → outputs `[B, Σ widths]` and the gates' plan. `widths` has the outputs of each task's tower, `dtype` is the
-    experts' precision; gates and towers are fp32.
+    """x `[B, D]` → outputs `[B, Σ widths]` and the gates' plan, "experts". `tasks` has the width of each task's tower by its
+    name, `dtype` is the experts' precision; gates and towers are fp32.
 
-    >>> model = MMoE(MMoEConfig(), in_dim=12, widths=[1, 1, 3], dtype=torch.float32).eval()
-    >>> outputs, plan = model(torch.zeros(5, 12))
-    >>> outputs.shape, plan.weights.shape
+    >>> model = MMoE(MMoEConfig(), in_dim=12, tasks={"click": 1, "like": 1, "ending": 3}, dtype=torch.float32).eval()
+    >>> outputs, plans = model(torch.zeros(5, 12))
+    >>> outputs.shape, plans["experts"].weights.shape
     (torch.Size([5, 5]), torch.Size([5, 3, 8]))
     """
 
-    def __init__(self, config: MMoEConfig, in_dim: int, widths: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, config: MMoEConfig, in_dim: int, tasks: Mapping[str, int], dtype: torch.dtype) -> None:
         super().__init__()
-        experts, dropout, self.num_tasks = config.num_experts, config.dropout, len(widths)
+        experts, dropout = config.num_experts, config.dropout
+        gates = tuple(tasks) if config.name == "mmoe" else ("all tasks",)
+        self.num_gates = len(gates)
+        self.plan_names = {"experts": PlanNames(gates, tuple(f"expert {e}" for e in range(experts)))}
         self.router = (
-            SoftRouter(in_dim, self.num_tasks, experts)
+            SoftRouter(in_dim, self.num_gates, experts)
             if config.gate == "softmax"
-            else TopKRouter(in_dim, experts, config.top_k, num_tasks=self.num_tasks, renormalize=True, bias=True)
+            else TopKRouter(in_dim, experts, config.top_k, num_tasks=self.num_gates, renormalize=True, bias=True)
         )
         self.experts = MLPExperts(experts, in_dim, config.expert_dims, config.norm, dropout, dtype=dtype)
-        self.towers = Towers(self.experts.out_dim, config.tower_dims, config.norm, widths)
+        self.towers = Towers(self.experts.out_dim, config.tower_dims, config.norm, tuple(tasks.values()))
 
-    def forward(self, x_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
+    def forward(self, x_bd: Tensor) -> tuple[Tensor, dict[str, RoutingPlan]]:
         plan = self.router(x_bd)
         if isinstance(plan, SoftPlan):
-            mixed_bth = gate_mix(plan.logits, self.experts(x_bd))
+            mixed_bgh = plan.mix(self.experts(x_bd))
         else:
-            mixed_bth = self.experts.combine(x_bd, plan).view(x_bd.shape[0], self.num_tasks, self.experts.out_dim)
-        return self.towers(mixed_bth), plan
+            mixed_bgh = self.experts.combine(x_bd, plan).view(x_bd.shape[0], self.num_gates, self.experts.out_dim)
+        return self.towers(mixed_bgh.squeeze(1) if self.num_gates == 1 else mixed_bgh), {"experts": plan}

@@ -3,7 +3,7 @@
 Shapes: B rows, D inputs, H bottom units, T tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
-from recsys_moe.routing import RoutingPlan
+from recsys_moe.routing import PlanNames, RoutingPlan
 from recsys_moe.typed import typed
 
 Width = Annotated[int, Field(ge=1)]
@@ -33,18 +33,19 @@ class SharedBottomConfig:
 
 
 class SharedBottom(nn.Module):
-    """x `[B, D]` → outputs `[B, Σ widths]`, of which each task's tower has its own; it has no gates, so no plan.
+    """x `[B, D]` → outputs `[B, Σ widths]`, of which each task's tower has its own; it has no gates, so no plans.
 
-    >>> model = SharedBottom(SharedBottomConfig(), in_dim=12, widths=[1, 1, 3], dtype=torch.float32).eval()
+    >>> model = SharedBottom(SharedBottomConfig(), in_dim=12, tasks={"click": 1, "ending": 3}, dtype=torch.float32).eval()
     >>> model(torch.zeros(5, 12))[0].shape
-    torch.Size([5, 5])
+    torch.Size([5, 4])
     """
 
-    def __init__(self, config: SharedBottomConfig, in_dim: int, widths: Sequence[int], dtype: torch.dtype) -> None:
+    def __init__(self, config: SharedBottomConfig, in_dim: int, tasks: Mapping[str, int], dtype: torch.dtype) -> None:
         super().__init__()
+        self.plan_names: dict[str, PlanNames] = {}
         self.bottom = MLPExperts(1, in_dim, config.bottom_dims, config.norm, config.dropout, dtype=dtype)
-        self.towers = Towers(self.bottom.out_dim, config.tower_dims, config.norm, widths)
+        self.towers = Towers(self.bottom.out_dim, config.tower_dims, config.norm, tuple(tasks.values()))
 
-    def forward(self, x_bd: Tensor) -> tuple[Tensor, RoutingPlan | None]:
-        shared_bh = self.bottom(x_bd).squeeze(1)
-        return self.towers(shared_bh), None
+    def forward(self, x_bd: Tensor) -> tuple[Tensor, dict[str, RoutingPlan]]:
+        shared_bh = self.bottom(x_bd).squeeze(1).float()
+        return self.towers(shared_bh), {}
