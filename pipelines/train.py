@@ -21,7 +21,7 @@ import torch
 from recsys_moe.config import conf_dir
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads
-from recsys_moe.models import MODELS, ModelConfig
+from recsys_moe.models import MODELS, ModelConfig, settle
 from recsys_moe.pipelines.cluster import RayConfig, check_device, ray_cluster
 from recsys_moe.pipelines.prepare import Progress, prepare
 from recsys_moe.pipelines.runs import Event, RunBusy, RunFolder, all_runs, find_run
@@ -68,7 +68,7 @@ def train(
         UserError: a mistake in what was given; training failed, or MLflow is lost, in which cases the message says what is
             kept where.
     """
-    check_model(job)
+    job = settle_model(job)
     runs_dir = Path(job.runs_dir).absolute()
     uri = job.tracking.resolve(runs_dir)
     # Whoever goes on with the run may stand elsewhere.
@@ -88,14 +88,18 @@ def train(
         raise
 
 
-def check_model(job: TrainJob) -> None:
-    """Build the network once, as small as can be: what does not fit the schema's tasks is told before hours of preparation.
+def settle_model(job: TrainJob) -> TrainJob:
+    """The job with what its model takes from the schema.
+
+    The network is built once, as small as can be: what does not fit the schema's tasks is told before hours of preparation.
 
     Raises:
         UserError: a mistake in the schema, or a model that is not for its tasks.
     """
     schema = job.data.load_schema(conf_dir() / "schema")
-    MODELS[type(job.model)](job.model, 1, Heads(schema, Statistics((), ())).widths, torch.float32)
+    model = settle(job.model, schema)
+    MODELS[type(model)](model, 1, Heads(schema, Statistics((), ())).widths, torch.float32)
+    return replace(job, model=model)
 
 
 def resume(

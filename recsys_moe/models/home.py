@@ -42,7 +42,7 @@ class HoMEConfig:
     """Experts a group and their widths, hidden widths of the towers, width of each feature's embedding, and HoME's parts.
 
     `categories` names each task's category, as `{like: interaction, comment: interaction, long_view: watch_time}`; without it
-    nothing is known of the tasks' kinship, and all are of one category.
+    the schema's `category` of each task counts (see `recsys_moe.models.settle`), and where there is no schema all are of one.
     `dropout` is of the embeddings and of the experts' units; `norm` is the towers'.
 
     Each part can be switched off: `expert_norm` (experts are then ReLU(MLP(x)), as MMoE's), `hierarchy_mask` (every gate then
