@@ -115,16 +115,17 @@ def binary_metrics(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]
     >>> m.auc, m.rows
     (1.0, 3)
     """
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
     rows = len(labels)
     if not rows:
         return BinaryMetrics(math.nan, math.nan, 0, math.nan, math.nan, math.nan, math.nan, 0)
-    gauc, left_out = grouped_auc(scores, labels, groups) if groups is not None else (math.nan, 0)
+    area = auc(np.asarray(scores), np.asarray(labels))
+    gauc, left_out = grouped_auc(np.asarray(scores), np.asarray(labels), groups) if groups is not None else (math.nan, 0)
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
     rate = float(labels.mean())
     loss = log_loss(scores, labels)
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if 0 < rate < 1 else 0.0
     return BinaryMetrics(
-        auc=grouped_auc(scores, labels, np.zeros(rows, np.int64))[0],
+        auc=area,
         gauc=gauc,
         gauc_left_out=left_out,
         logloss=loss,
@@ -213,11 +214,43 @@ def expected_calibration_error(scores: Floats, labels: Floats) -> float:
     return float(np.abs(gap).sum() / len(labels))
 
 
-def grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -> tuple[float, int]:
-    """AUC of each group from mid-ranks (Mann-Whitney), averaged by rows; and the number of single-class groups.
+def auc(scores: Floats, labels: Floats) -> float:
+    """AUC of 0/1 `labels` from the mid-ranks of the positive ones (Mann-Whitney); NaN if one class is missing.
 
-    One sort for all groups: a loop over users would take minutes where this takes a second.
+    Beside a sorted copy of the scores it needs memory for the positives only.
     """
+    rising = np.sort(scores)
+    found = scores[labels > 0]
+    p, n = len(found), len(scores) - len(found)
+    if not p or not n:
+        return math.nan
+    below, up_to = (np.searchsorted(rising, found, side) for side in ("left", "right"))
+    rank_sum = (float(below.sum()) + float(up_to.sum()) + p) / 2
+    return (rank_sum - p * (p + 1) / 2) / (p * n)
+
+
+_GROUPED_ROWS = 2**18
+
+
+def grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -> tuple[float, int]:
+    """AUC of each group from mid-ranks, averaged by rows; and the number of single-class groups.
+
+    One sort for many groups: a loop over users would take minutes where this takes a second. Some groups at a time, so that
+    what is sorted stays small.
+    """
+    parts = 1 + len(scores) // _GROUPED_ROWS
+    weighted, rows, left_out = 0.0, 0, 0
+    for part in range(parts):
+        own = groups % parts == part if parts > 1 else slice(None)
+        area, size, without = _grouped_auc(scores[own], labels[own], groups[own])
+        weighted, rows, left_out = weighted + area * size, rows + size, left_out + without
+    return weighted / rows if rows else math.nan, left_out
+
+
+def _grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -> tuple[float, int, int]:
+    """The mean AUC, the rows that it is over, and the number of single-class groups."""
+    if not len(scores):
+        return 0.0, 0, 0
     order = np.lexsort((scores, groups))
     s, y, g = scores[order], labels[order], groups[order]
     rows = len(s)
@@ -235,8 +268,8 @@ def grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -
     negative = size - positive
     both = (positive > 0) & (negative > 0)
     if not both.any():
-        return math.nan, len(size)
+        return 0.0, 0, len(size)
     rank_sum = np.bincount(number, rank * y)[both]
     p, n = positive[both], negative[both]
-    auc = (rank_sum - p * (p + 1) / 2) / (p * n)
-    return float(np.average(auc, weights=size[both])), int((~both).sum())
+    areas = (rank_sum - p * (p + 1) / 2) / (p * n)
+    return float(np.average(areas, weights=size[both])), int(size[both].sum()), int((~both).sum())

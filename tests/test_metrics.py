@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torchmetrics.classification import BinaryCalibrationError
 from torchmetrics.functional import classification as functional
 
+from recsys_moe import metrics
 from recsys_moe.metrics import (
     binary_metrics,
     expected_calibration_error,
@@ -276,3 +277,12 @@ def test_the_quality_is_the_first_metric_and_has_a_name() -> None:
     ]
     assert [quality_name(m) for m in found] == ["AUC", "R²", "accuracy", "AUC"]
     assert [quality(m) for m in found] == [found[0].auc, found[1].r2, found[2].accuracy, found[3].auc]
+
+
+def test_groups_taken_some_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(4)
+    scores, labels = random.random(900).round(2), random.integers(0, 2, 900).astype(float)
+    groups = random.integers(0, 300, 900)
+    whole = grouped_auc(scores, labels, groups)
+    monkeypatch.setattr(metrics, "_GROUPED_ROWS", 100)
+    assert grouped_auc(scores, labels, groups) == pytest.approx(whole)
