@@ -307,6 +307,8 @@ def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event
             raise _training_failed(error, folder) from None
     final = folder.events()[-1]
     if final["kind"] == "error":
+        if not any(folder.state.glob("step-*.json")):  # nothing to go on from: the best weights are in the bundle
+            shutil.rmtree(folder.state, ignore_errors=True)
         kept = f"; the bundle of the best epoch before is kept in {str(folder.bundle)!r}" if final["bundle"] else ""
         raise UserError(f"{final['message']}{kept}")
     measured = {key: final[key] for key in ("validation", "test", "train")}
