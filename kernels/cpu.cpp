@@ -308,24 +308,19 @@ struct Piece { int64_t expert; const T* A; int64_t rows, stride; Y* y; int64_t l
 
 // How a layer's sums are taken depends on the layer alone, never on the batch: long ones lane by lane (weights are read once
 // and as they lie), short ones, where adding up the lanes would cost too much, in order of k (weights are packed on the way).
-// Dense experts meet hundreds of rows, which packing suits; a sparse expert often meets few.
+// Dense experts meet hundreds of rows, which packing suits; a sparse expert often meets few. AMX tiles have an order of their own.
 constexpr int64_t kDenseLanes = 1024, kSparseLanes = 512;
 
-// A layer lane by lane: its outputs are dealt to the threads in equal shares of multiply-adds.
-template <typename T, typename Y>
-void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation) {
-  const int64_t units = weight.size(1), depth = weight.size(2);
-  const int64_t outputs = activation == kSwiglu ? units / 2 : units;
-  const T* w = data<T>(weight);
+// A layer's outputs dealt to the threads in equal shares of multiply-adds, cut at multiples of `step`: run(piece, begin, end).
+template <typename T, typename Y, typename F>
+void deal_outputs(const std::vector<Piece<T, Y>>& pieces, int64_t outputs, int64_t each, int64_t step, F&& run_piece) {
   const int64_t total = outputs * static_cast<int64_t>(pieces.size());
   int64_t work = 0;
-  for (const auto& p : pieces) work += (p.rows + 3) * units * depth;
+  for (const auto& p : pieces) work += (p.rows + 3) * each;
   auto run = [&](int64_t from, int64_t to) {
     while (from < to) {
-      const int64_t i = from / outputs, begin = from % outputs, end = std::min(outputs, begin + to - from);
-      const auto& p = pieces[i];
-      lanes_layer(p.A, p.stride, p.rows, w + p.expert * units * depth, units, depth, begin, end, f.scale_of(p.expert * units),
-                  f.shift_of(p.expert * units), activation, p.y, p.ldy);
+      const int64_t begin = from % outputs, end = std::min(outputs, begin + to - from);
+      run_piece(from / outputs, begin, end);
       from += end - begin;
     }
   };
@@ -337,10 +332,10 @@ void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weigh
   double done = 0;
   int64_t share = 1;
   for (size_t i = 0; i < pieces.size(); ++i) {
-    const double cost = (pieces[i].rows + 3.0) * units * depth;
+    const double cost = (pieces[i].rows + 3.0) * each;
     while (share < shares && done + cost >= double(work) * share / shares) {
       const double within = (double(work) * share / shares - done) / cost;
-      cuts.push_back(i * outputs + std::min<int64_t>(outputs, static_cast<int64_t>(within * outputs) / kLaneUnits * kLaneUnits));
+      cuts.push_back(i * outputs + std::min<int64_t>(outputs, static_cast<int64_t>(within * outputs) / step * step));
       ++share;
     }
     done += cost;
@@ -350,6 +345,46 @@ void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weigh
     for (int64_t i = from; i < to; ++i) run(cuts[i], cuts[i + 1]);
   });
 }
+
+// A layer lane by lane.
+template <typename T, typename Y>
+void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation) {
+  const int64_t units = weight.size(1), depth = weight.size(2);
+  deal_outputs(pieces, activation == kSwiglu ? units / 2 : units, units * depth, kLaneUnits, [&](int64_t i, int64_t begin, int64_t end) {
+    const auto& p = pieces[i];
+    const int64_t first = p.expert * units;
+    lanes_layer(p.A, p.stride, p.rows, data<T>(weight) + first * depth, units, depth, begin, end, f.scale_of(first), f.shift_of(first),
+                activation, p.y, p.ldy);
+  });
+}
+
+#if RECSYS_MOE_AMX
+// A layer by AMX tiles. Pieces that follow each other may read the same rows, which are packed once.
+template <typename Y>
+void tiles_layer_all(const std::vector<Piece<bf16, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation) {
+  const int64_t units = weight.size(1), depth = weight.size(2), size = batch_panel_words(depth);
+  struct Panel { const bf16* A; int64_t stride, rows; };
+  std::vector<Panel> batch;
+  std::vector<int64_t> first_panel;  // of a piece
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const auto& p = pieces[i];
+    const bool again = i && pieces[i - 1].A == p.A && pieces[i - 1].rows == p.rows;
+    first_panel.push_back(again ? first_panel.back() : batch.size());
+    for (int64_t r = 0; r < p.rows && !again; r += kPanel) batch.push_back({p.A + r * p.stride, p.stride, p.rows - r});
+  }
+  const Tensor packed = at::empty({static_cast<int64_t>(batch.size()) * size}, at::kFloat);
+  float* to = packed.data_ptr<float>();
+  at::parallel_for(0, batch.size(), grain(size), [&](int64_t from, int64_t end) {
+    for (int64_t i = from; i < end; ++i) pack_batch(batch[i].A, batch[i].stride, batch[i].rows, depth, to + i * size);
+  });
+  deal_outputs(pieces, activation == kSwiglu ? units / 2 : units, units * depth, kSums, [&](int64_t i, int64_t begin, int64_t end) {
+    const auto& p = pieces[i];
+    const int64_t first = p.expert * units;
+    tiles_layer(to + first_panel[i] * size, p.rows, data<bf16>(weight) + first * depth, units, depth, begin, end, f.scale_of(first),
+                f.shift_of(first), activation, p.y, p.ldy);
+  });
+}
+#endif
 
 // A layer in order of k. A task packs one panel of an expert's units and runs the expert's rows past it.
 template <typename T, typename Y>
@@ -409,6 +444,10 @@ void panels_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, 
 template <typename T, typename Y>
 void run_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation, int64_t lanes_from) {
   if (pieces.empty()) return;
+#if RECSYS_MOE_AMX
+  if constexpr (std::is_same_v<T, bf16>)
+    if (amx()) return tiles_layer_all(pieces, weight, f, activation);
+#endif
   if (weight.size(2) >= lanes_from) lanes_layer_all(pieces, weight, f, activation);
   else panels_layer(pieces, weight, f, activation);
 }
@@ -1178,9 +1217,22 @@ std::tuple<Tensor, Tensor> sort_by_expert(const Tensor& ids_, int64_t experts) {
   return {order, offsets};
 }
 
+// What bf16 products run on.
+std::string bf16_products() {
+#if RECSYS_MOE_AMX
+  if (amx()) return "AMX";
+#endif
+#if defined(__AVX512BF16__)
+  return "AVX512-BF16";
+#else
+  return "fp32";
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY(recsys_moe, m) {
+  m.def("bf16_products() -> str", bf16_products);
   m.def("norm_act(Tensor z, int blocks, Tensor? offsets, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? running_mean, "
         "Tensor? running_var, bool training, float eps, int activation) -> (Tensor, Tensor, Tensor)");
   m.def("norm_act_backward(Tensor grad_y, Tensor z, int blocks, Tensor? offsets, Tensor? bias, Tensor? scale, Tensor? shift, "

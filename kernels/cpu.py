@@ -80,6 +80,11 @@ def build() -> Path:
     return library
 
 
+def bf16_products() -> str:
+    """The instructions that bf16 products run on here: AMX, AVX512-BF16, or fp32 ones. The library must be loaded."""
+    return torch.ops.recsys_moe.bf16_products()
+
+
 def _processor() -> str:
     """What decides the instructions that `-march=native` allows."""
     try:
@@ -435,4 +440,4 @@ def _register() -> None:
 
 if __name__ == "__main__":
     # Set-up builds ahead of first use. Without a compiler the reference backend remains: not an error here.
-    print(f"CPU kernels: {why_not('cpu') or 'ready'}")
+    print(f"CPU kernels: {why_not('cpu') or f'ready (bf16 products by {bf16_products()})'}")

@@ -6,6 +6,7 @@
 // as fp32 and stores it as he likes. k is summed in order, so the bits of C[m, n] depend on row m of A and row n of B alone.
 #pragma once
 
+#include "cpu_amx.h"
 #include "cpu_vector.h"
 
 namespace {
@@ -77,6 +78,10 @@ template <typename T, typename F>
 void multiply(const T* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done, int64_t next = kPanel) {
   const char* p = reinterpret_cast<const char*>(a);
   const int64_t bytes = stride * sizeof(T);
+#if RECSYS_MOE_AMX
+  if constexpr (std::is_same_v<T, bf16>)
+    if (amx()) return multiply_tiles(p, bytes, rows, panel, depth, done, next);
+#endif
   int64_t m = 0;
   for (; m + kTileRows <= rows; m += kTileRows) tile<T, kTileRows>(p + m * bytes, bytes, panel, next, depth, m, done);
   auto rest = [&](auto count) {

@@ -132,4 +132,63 @@ void lanes_layer(const T* A, int64_t stride, int64_t rows, const T* weight, int6
   }
 }
 
+#if RECSYS_MOE_AMX
+
+// ---- the same by AMX tiles: the weights, as they lie, are rows of A; the batch is packed as columns of B -------------------
+
+// Words of one panel of 32 rows of the batch: whole steps, zeros behind.
+inline int64_t batch_panel_words(int64_t depth) { return whole_vecs(words<bf16>(depth)) * kPanel; }
+
+inline void pack_batch(const bf16* A, int64_t stride, int64_t rows, int64_t depth, float* panel) {
+  const bf16* row[kPanel] = {};
+  for (int64_t i = 0; i < std::min(kPanel, rows); ++i) row[i] = A + i * stride;
+  pack_rows(row, depth, 0, panel);
+  std::fill(panel + panel_words<bf16>(depth), panel + batch_panel_words(depth), 0.0f);
+}
+
+// lanes_layer for a packed batch. Panel after panel passes a block of 32 units; where there are several, a part of the units' rows at
+// a time that fits the first-level cache (an fp32 sum that waits in memory keeps its bits).
+template <typename Y>
+void tiles_layer(const float* batch, int64_t rows, const bf16* weight, int64_t units, int64_t depth, int64_t begin, int64_t end,
+                 const float* a, const float* c, int64_t activation, Y* y, int64_t ldy) {
+  const bool pairs = activation == kSwiglu;
+  const int64_t half = units / 2, bytes = depth * sizeof(bf16), across = panels(rows), ldt = across * kPanel;
+  const int64_t part = across > 1 ? 1024 : bytes, size = batch_panel_words(depth);
+  std::vector<float> sums(kSums * ldt), z(rows * 2 * kSums), ac(2 * 2 * kSums);
+  Tiles tiles;
+  for (int64_t n = begin; n < end; n += kSums) {
+    const int64_t count = std::min<int64_t>(kSums, end - n), ldz = pairs ? 2 * count : count;
+    tiles.shape(count);
+    float *an = ac.data(), *cn = an + 2 * kSums;
+    for (int64_t first = n, to = 0; to < ldz; first += half, to += count) {
+      const char* w = reinterpret_cast<const char*>(weight + first * depth);
+      for (int64_t k = 0; k < bytes; k += part) {
+        for (int64_t q = 0; q < across; ++q) {
+          const float* panel = batch + q * size + k / 4 * kPanel;
+          const int64_t here = std::min(part, bytes - k);
+          const TileProduct p{w + k, bytes, here, panel, kPanel, panel + here / 64 * kTile * kPanel, q ? 0 : bytes - k};
+          tiles_block(p, count, std::min(kPanel, rows - q * kPanel), sums.data() + q * kPanel, ldt, k > 0);
+        }
+      }
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        for (int64_t u = 0; u < count; u += kLanes) {
+          Vec block[kLanes];
+          for (int64_t i = 0; i < kLanes; ++i) block[i] = load(sums.data() + (u + i) * ldt + r);
+          transpose(block);
+          for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - r); ++i)
+            store_first(block[i], z.data() + (r + i) * ldz + to + u, std::min<int64_t>(kLanes, count - u));
+        }
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        an[to + i] = a ? a[first + i] : 1.0f;
+        cn[to + i] = c ? c[first + i] : 0.0f;
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      activate_row(z.data() + r * ldz, y + r * ldy + n, ldz, 1, a ? an : nullptr, c ? cn : nullptr, activation);
+  }
+}
+
+#endif
+
 }  // namespace
