@@ -9,11 +9,12 @@ bundle/         the trained model
 
 import fcntl
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
 @typed
 class RunRecord:
-    """`run.json`. `run_id` and `version` are MLflow's; `synced`: it has been told everything."""
+    """`run.json`. `run_id`, `version` and further `tags` are MLflow's; `synced`: it has been told everything."""
 
     format: int
     name: str
@@ -41,6 +42,7 @@ class RunRecord:
     run_id: str | None = None
     version: str | None = None
     synced: bool = False
+    tags: dict[str, str] = field(default_factory=dict)
 
 
 class RunBusy(UserError):
@@ -67,15 +69,18 @@ class RunFolder:
             raise UserError(f"{str(file)!r} has format {self.record.format}, not {FORMAT}; train anew")
 
     @classmethod
-    def create(cls, runs_dir: Path, name: str, job: dict[str, Any], uri: str) -> "RunFolder":
+    def create(
+        cls, runs_dir: Path, name: str, job: dict[str, Any], uri: str, tags: dict[str, str] | None = None
+    ) -> "RunFolder":
         """A folder of its own for a run that begins now.
 
         Raises:
             OSError: it can't be written.
         """
-        path = runs_dir / "train" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{uuid.uuid4().hex[:6]}"
+        readable = re.sub(r"[^\w.+=-]+", "-", name)
+        path = runs_dir / "train" / f"{time.strftime('%Y%m%d-%H%M%S')}-{readable}-{uuid.uuid4().hex[:6]}"
         path.mkdir(parents=True)
-        write_json(path / "run.json", dump(RunRecord(FORMAT, name, job, uri, time.time())))
+        write_json(path / "run.json", dump(RunRecord(FORMAT, name, job, uri, time.time(), tags=tags or {})))
         return cls(path)
 
     def update(self, **changes: Any) -> None:

@@ -8,11 +8,12 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
@@ -39,13 +40,13 @@ class TrackingConfig:
     """Where runs go. `uri`: an MLflow server, a SQLite file, or None for SQLite and artifacts below the runs folder.
 
     A trained bundle becomes a version of the registered model `register` (None: the data set's name), and `alias` moves
-    to it.
+    to it. Without an alias (null) it is a logged model that nothing registers.
     """
 
     uri: str | None = None
     experiment: str = "recsys_moe"
     register: str | None = None
-    alias: str = "candidate"
+    alias: str | None = "candidate"
 
     def resolve(self, runs_dir: Path) -> str:
         """The tracking URI; a local one at an absolute path, since the guard and later commands may stand elsewhere.
@@ -154,10 +155,23 @@ class Run:
             self.lost = True
             raise
 
+    def leave(
+        self, files: Sequence[Path], tables: Mapping[str, tuple[list[str], list[list[str]]]], metrics: dict[str, float | None]
+    ) -> None:
+        """Files and tables (header and rows, by file name) as artifacts, and metrics at step 0 under names made fit."""
+        with _answering(self.uri):
+            for file in files:
+                self.client.log_artifact(self.run_id, str(file))
+            for name, (header, rows) in tables.items():
+                columns = {title or "verdict": [row[i] for row in rows] for i, title in enumerate(header)}
+                self.client.log_table(self.run_id, columns, name)
+            fit = {re.sub(r"[^\w./ -]", "-", name): value for name, value in metrics.items()}
+            self.client.log_batch(self.run_id, metrics=_metrics(fit, 0, time.time()))
+
     def log_bundle(self, folder: Path, config: TrackingConfig, name: str, summary: dict[str, Any]) -> str:
         """Store the bundle as a LoggedModel with its test metrics, register it, move the alias.
 
-        Returns `models:/NAME/VERSION`.
+        Returns `models:/NAME/VERSION`, of a model that nothing registers `models:/MODEL_ID`.
         """
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
         from mlflow.exceptions import MlflowException
@@ -174,6 +188,8 @@ class Run:
             self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
             self.client.log_outputs(self.run_id, models=[LoggedModelOutput(model.model_id, step)])
             self.client.log_batch(self.run_id, metrics=_metrics(metrics, step, time.time(), model.model_id, self.run_id))
+            if config.alias is None:
+                return f"models:/{model.model_id}"
             try:
                 self.client.create_registered_model(registered)
             except MlflowException as error:
@@ -204,20 +220,21 @@ def open_run(
     dataset: dict[str, str],
     run_id: str | None = None,
     started: float | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
-    """Create a run with parameters, data set, revision and environment, or open `run_id` again; end it as `Run.ends_as` says,
-    FAILED or KILLED.
+    """Create a run with parameters, data set, revision, environment and `tags`, or open `run_id` again; end it as `Run.ends_as`
+    says, FAILED or KILLED.
 
     Raises:
         TrackingLost: MLflow can't be used, at the start or when the run is to be closed.
     """
-    tags = _source_tags()
+    all_tags = _source_tags() | dict(tags or {})
     new = run_id is None
     with _answering(client.tracking_uri):
         if run_id is None:
             experiment_id = _experiment_id(client, config.experiment)
             start = None if started is None else int(started * 1000)
-            run_id = str(client.create_run(experiment_id, start, tags, run_name=name).info.run_id)
+            run_id = str(client.create_run(experiment_id, start, all_tags, run_name=name).info.run_id)
         else:
             experiment_id = client.get_run(run_id).info.experiment_id
             client.update_run(run_id, status="RUNNING")
@@ -354,6 +371,9 @@ def resolve_model(name: str, runs_dir: Path, uri: str) -> Path:
                 found = client.get_model_version_by_alias(model, alias)
             elif version:
                 found = client.get_model_version(model, version)
+            elif model.startswith("m-"):  # a logged model's id
+                source = client.get_logged_model(model).artifact_location
+                return Path(download_artifacts(artifact_uri=source, tracking_uri=uri, registry_uri=uri))
             else:
                 raise UserError(f"model {name!r} names no version; write models:/{model}@candidate or models:/{model}/1")
             source = client.get_model_version_download_uri(model, found.version)

@@ -61,8 +61,10 @@ def train(
     job: TrainJob,
     on_event: Callable[[Event], None] = lambda event: None,
     on_prepare: Progress = lambda phase, done, total: None,
+    name: str | None = None,
+    tags: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Run a job; returns its summary (the JSON of `recsys-moe train --json`).
+    """Run a job; returns its summary (the JSON of `recsys-moe train --json`). `name` and `tags` are for its run in MLflow.
 
     Raises:
         UserError: a mistake in what was given; training failed, or MLflow is lost, in which cases the message says what is
@@ -74,7 +76,8 @@ def train(
     # Whoever goes on with the run may stand elsewhere.
     settled = replace(job, runs_dir=str(runs_dir), data=replace(job.data, source=str(locate(job.data.source))))
     try:
-        folder = RunFolder.create(runs_dir, f"{job.data.name}-{job.model.name}-seed{job.train.seed}", dump(settled), uri)
+        name = name or f"{job.data.name}-{job.model.name}-seed{job.train.seed}"
+        folder = RunFolder.create(runs_dir, name, dump(settled), uri, tags)
     except OSError as error:
         raise UserError(f"runs_dir {job.runs_dir!r} can't be written ({error.strerror}); choose another folder") from None
     try:
@@ -196,7 +199,8 @@ def _tracked(client: Any, job: TrainJob, folder: RunFolder) -> Iterator[Run]:
     """The run in MLflow: opened now, or once more."""
     record = folder.record
     assert record.dataset is not None
-    with open_run(client, job.tracking, record.name, dump(job), record.dataset, record.run_id, record.created) as run:
+    told = (record.dataset, record.run_id, record.created, record.tags)
+    with open_run(client, job.tracking, record.name, dump(job), *told) as run:
         folder.update(run_id=run.run_id)
         yield run
 

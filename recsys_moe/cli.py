@@ -121,6 +121,58 @@ def train(
     stdout.print(f"look at it  mlflow ui --backend-store-uri {job.tracking.resolve(Path(job.runs_dir))}", soft_wrap=True)
 
 
+@app.command(
+    epilog="""Examples:
+
+    recsys-moe compare data=census_full models=shared_bottom,mmoe,ple,home seeds=5
+
+    recsys-moe compare data=census_full models=mmoe,home,home+self_gates=false,trees,logistic budget=params baseline=mmoe"""
+)
+def compare(overrides: Overrides = None, json: Json = False) -> None:
+    """Train a grid of models and seeds, and say which is better, by how much and how surely.
+
+    Besides configuration overrides it takes `models=A,B,…` (names of `model=`, `trees`, `logistic`; settings of its own behind
+    a `+`), `seeds=N`, `baseline=A`, `budget=params|flops` (networks made equally large), `draws=N` (of the bootstrap) and
+    `parallel=N`. The same command again goes on where it was stopped.
+    """
+    from dataclasses import fields
+
+    from recsys_moe.comparison import cost_table, table
+    from recsys_moe.console import PhaseProgress, print_json, print_table, progress, stderr, stdout
+    from recsys_moe.pipelines.compare import CompareConfig, CompareJob, model_of
+    from recsys_moe.pipelines.compare import compare as run
+    from recsys_moe.typed import dump, parse
+
+    own: dict[str, Any] = {}
+    rest = []
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if separator and key in {field.name for field in fields(CompareConfig)}:
+            own[key] = value.split(",") if key == "models" else int(value) if value.isdigit() else value
+        else:
+            rest.append(override)
+    if any(override.startswith(("model=", "model.")) for override in rest):
+        raise UserError("compare takes models=A,B,… in place of model=; write a model's own settings as A+key=value")
+    grid = parse(CompareConfig, own, "compare")
+    config = _compose(rest)
+    parts = {key: config[key] for key in ("data", "train", "tracking", "ray", "runs_dir")}
+    if config["start"] is not None:
+        raise UserError("start is for `train`: models are compared from scratch; leave it out")
+
+    job = parse(
+        CompareJob, parts | {"compare": dump(grid), "models": {n: dump(model_of(n)) for n in grid.models}}, "configuration"
+    )
+    with progress() as display:
+        comparison, summary = run(job, lambda message: stderr.print(message, soft_wrap=True), PhaseProgress(display))
+    if json:
+        print_json(summary)
+        return
+    print_table(f"Test part of {comparison.data}: {comparison.rows:,} rows", *table(comparison))
+    print_table("Cost", *cost_table(comparison))
+    stdout.print(f"page  {summary['folder']}/result.html", soft_wrap=True)
+    stdout.print(f"run   {summary['run_id']}", soft_wrap=True)
+
+
 @data_app.command(
     epilog="""Examples:
 

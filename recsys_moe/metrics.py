@@ -249,8 +249,23 @@ def grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -
 
 def _grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -> tuple[float, int, int]:
     """The mean AUC, the rows that it is over, and the number of single-class groups."""
+    areas, sizes, _ = group_aucs(scores, labels, groups)
+    both = np.isfinite(areas)
+    if not both.any():
+        return 0.0, 0, len(sizes)
+    return float(np.average(areas[both], weights=sizes[both])), int(sizes[both].sum()), int((~both).sum())
+
+
+def group_aucs(
+    scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """AUC (NaN: one class only) and rows of each group, and for each row the place of its group among them.
+
+    >>> group_aucs(np.array([0.1, 0.9, 0.5]), np.array([0.0, 1.0, 1.0]), np.array([7, 7, 3]))
+    (array([nan,  1.]), array([1, 2]), array([1, 1, 0]))
+    """
     if not len(scores):
-        return 0.0, 0, 0
+        return np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64)
     order = np.lexsort((scores, groups))
     s, y, g = scores[order], labels[order], groups[order]
     rows = len(s)
@@ -264,12 +279,11 @@ def _grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) 
     middle = ((run_starts + run_ends + 1) / 2)[np.cumsum(new_run) - 1]
     rank = middle - starts[number]
     size = np.bincount(number)
-    positive = np.bincount(number, y)
-    negative = size - positive
-    both = (positive > 0) & (negative > 0)
-    if not both.any():
-        return 0.0, 0, len(size)
-    rank_sum = np.bincount(number, rank * y)[both]
-    p, n = positive[both], negative[both]
-    areas = (rank_sum - p * (p + 1) / 2) / (p * n)
-    return float(np.average(areas, weights=size[both])), int(size[both].sum()), int((~both).sum())
+    p = np.bincount(number, y)
+    n = size - p
+    both = (p > 0) & (n > 0)
+    areas = np.full(len(size), math.nan)
+    areas[both] = (np.bincount(number, rank * y)[both] - p[both] * (p[both] + 1) / 2) / (p[both] * n[both])
+    place = np.empty(rows, np.int64)
+    place[order] = number
+    return areas, size, place

@@ -455,12 +455,21 @@ def has_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetrics]:
-    """Metrics of each task on a part of prepared data, over the rows in which the task is observed."""
+@dataclass
+class ScoredPart:
+    """What a model makes of a part: scores fp32 `[S, N]`, labels and weights `[T, N]`, groups `[N]` where there are any."""
+
+    scores: Any
+    labels: Any
+    weights: Any
+    groups: Any
+
+
+def score_part(model: Ranker, data: PreparedData, part: str) -> ScoredPart:
+    """Scores of a part's rows in their order, in nameless files: AUC needs all at once, and memory must not grow with them."""
     model.eval()
     heads = Heads(data.schema, data.transform.statistics)
     n, tasks, low = data.manifest.rows(part), len(data.schema.tasks), 0
-    # In nameless files: AUC needs all scores at once, and memory must not grow with the rows.
     scores, labels, weights = (_in_a_file((width, n), np.float32) for width in (len(heads.score_names), tasks, tasks))
     groups = None if data.schema.group is None else _in_a_file((n,), np.int64)
     with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
@@ -476,7 +485,13 @@ def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetr
             if groups is not None:
                 groups[low:high] = rows.groups
             low = high
-    return heads.metrics([(scores, labels, weights, groups)])
+    return ScoredPart(scores, labels, weights, groups)
+
+
+def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetrics]:
+    """Metrics of each task on a part of prepared data, over the rows in which the task is observed."""
+    s = score_part(model, data, part)
+    return Heads(data.schema, data.transform.statistics).metrics([(s.scores, s.labels, s.weights, s.groups)])
 
 
 def _in_a_file(shape: tuple[int, ...], dtype: Any) -> Any:

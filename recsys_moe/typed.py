@@ -53,6 +53,8 @@ def plain(value: Any) -> Any:
     """The same value with None for numbers that JSON does not know."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

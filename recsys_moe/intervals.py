@@ -1,0 +1,186 @@
+"""How sure a figure is: intervals over seeds, and paired differences by a bootstrap over test rows and seeds.
+
+Two models are compared on the same resampled rows: what makes a row hard for both cancels. Where rows have groups (users),
+whole groups are drawn, since a user's rows are not independent. Seeds are drawn too: a difference that another seed would turn
+round is none.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from recsys_moe.metrics import Floats, group_aucs
+
+Weights = npt.NDArray[np.floating]
+Statistic = Callable[[Weights], float]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its interval. NaN bounds: there is nothing to tell them from."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether 0 lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def seed_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """The mean of independent runs with Student's interval: x̄ ± t·s/√n.
+
+    >>> seed_interval([0.5, 0.7]).value
+    0.6
+    >>> seed_interval([0.5])
+    Interval(value=0.5, low=nan, high=nan)
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+# ---- statistics of weighted rows: what a resampled part would give ----------------------------------------------------
+
+
+def auc_of(scores: Floats, labels: Floats) -> Statistic:
+    """AUC of 0/1 `labels` with a weight a row: the weighted share of pairs in the right order, ties half.
+
+    >>> statistic = auc_of(np.array([0.1, 0.4, 0.4, 0.9]), np.array([0.0, 0.0, 1.0, 1.0]))
+    >>> statistic(np.ones(4)), statistic(np.array([1.0, 0.0, 1.0, 1.0]))
+    (0.875, 1.0)
+    """
+    order = np.argsort(scores, kind="stable")
+    rising, positive = np.asarray(scores)[order], np.asarray(labels)[order] > 0
+    runs = np.flatnonzero(np.r_[True, rising[1:] != rising[:-1]][: len(rising)])
+
+    def statistic(weights: Weights) -> float:
+        w = weights[order].astype(np.float64)
+        up = np.where(positive, w, 0.0)
+        down = w - up
+        if len(runs) < len(w):
+            up, down = np.add.reduceat(up, runs), np.add.reduceat(down, runs)
+        pairs = up.sum() * down.sum()
+        return float(up @ (np.cumsum(down) - down / 2) / pairs) if pairs else math.nan
+
+    return statistic
+
+
+def mean_of(values: Floats) -> Statistic:
+    """The weighted mean, of losses or hits.
+
+    >>> mean_of(np.array([1.0, 3.0]))(np.array([3.0, 1.0]))
+    1.5
+    """
+
+    def statistic(weights: Weights) -> float:
+        total = weights.sum()
+        return float(weights @ values / total) if total else math.nan
+
+    return statistic
+
+
+def r2_of(predictions: Floats, labels: Floats) -> Statistic:
+    """1 − Σ w(y − ŷ)² / Σ w(y − ȳ)², ȳ the weighted mean.
+
+    >>> r2_of(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 3.0]))(np.ones(3))
+    0.5
+    """
+    y, error = np.asarray(labels, np.float64), (np.asarray(labels, np.float64) - predictions) ** 2
+
+    def statistic(weights: Weights) -> float:
+        total = weights.sum()
+        spread = weights @ (y - weights @ y / total) ** 2 if total else 0.0
+        return float(1 - weights @ error / spread) if spread else math.nan
+
+    return statistic
+
+
+def gauc_of(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -> Statistic:
+    """GAUC where rows of a group have one weight: the groups' AUCs, by their weighted rows; single-class groups left out.
+
+    >>> statistic = gauc_of(np.array([0.1, 0.9, 0.5, 0.4]), np.array([0.0, 1.0, 0.0, 1.0]), np.array([7, 7, 3, 3]))
+    >>> statistic(np.ones(4)), statistic(np.array([3.0, 3.0, 1.0, 1.0]))
+    (0.5, 0.75)
+    """
+    areas, _, place = group_aucs(scores, labels, groups)
+    area = areas[place]
+    counted = np.isfinite(area)
+    mean = mean_of(area[counted])
+    return lambda weights: mean(weights[counted])
+
+
+def concordance_of(scores: Floats, levels: npt.NDArray[np.int64]) -> Statistic:
+    """The weighted share of pairs of unlike level in which the higher one has the higher score, ties half.
+
+    >>> concordance_of(np.array([0.1, 0.5, 0.4]), np.array([0, 1, 2]))(np.ones(3)) == 2 / 3
+    True
+    """
+    parts = []
+    for level in np.unique(levels)[1:]:
+        rows = np.flatnonzero(levels <= level)
+        parts.append((rows, levels[rows] == level, auc_of(scores[rows], (levels[rows] == level).astype(np.float64))))
+
+    def statistic(weights: Weights) -> float:
+        right = pairs = 0.0
+        for rows, high, auc in parts:
+            w = weights[rows]
+            count = float(w[high].sum() * w[~high].sum())
+            if count:
+                right, pairs = right + auc(w) * count, pairs + count
+        return right / pairs if pairs else math.nan
+
+    return statistic
+
+
+# ---- the bootstrap ----------------------------------------------------------------------------------------------------
+
+
+def bootstrap(
+    statistics: Mapping[str, Sequence[Mapping[str, Statistic]]],
+    units: npt.NDArray[np.int64] | None,
+    rows: int,
+    draws: int,
+    seed: int = 0,
+    on_draw: Callable[[int], None] = lambda done: None,
+) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
+    """Each model's figures on drawn rows, the mean over drawn seeds: `[draws]` by model and figure. All models are measured on
+    the same rows in a draw.
+
+    Args:
+        statistics: for each model, for each of its seeds, statistics by name, all over the same `rows` rows.
+        units: for each row the number (0, 1, …) of the group that is drawn as one; None: rows are drawn one by one.
+    """
+    random = np.random.default_rng(seed)
+    number = rows if units is None else int(units.max(initial=-1)) + 1
+    out = {model: {name: np.full(draws, math.nan) for name in of_seeds[0]} for model, of_seeds in statistics.items()}
+    for draw in range(draws):
+        counts = np.bincount(random.integers(number, size=number), minlength=number).astype(np.float64)
+        weights = counts if units is None else counts[units]
+        for model, of_seeds in statistics.items():
+            chosen = np.bincount(random.integers(len(of_seeds), size=len(of_seeds)), minlength=len(of_seeds))
+            for name, values in out[model].items():
+                drawn = [of_seeds[s][name](weights) * times for s, times in enumerate(chosen) if times]
+                values[draw] = sum(drawn) / len(of_seeds)
+        on_draw(draw + 1)
+    return out
+
+
+def difference(
+    model: npt.NDArray[np.float64], baseline: npt.NDArray[np.float64], measured: float, level: float = 0.95
+) -> Interval:
+    """The measured difference with the bootstrap's percentile interval."""
+    gaps = model - baseline
+    gaps = gaps[np.isfinite(gaps)]
+    if not len(gaps):
+        return Interval(measured, math.nan, math.nan)
+    low, high = np.quantile(gaps, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(measured, float(low), float(high))

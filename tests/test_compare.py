@@ -1,0 +1,112 @@
+"""`recsys-moe compare` through Ray and MLflow: cut off, gone on with, read back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from recsys_moe.config import compose
+from recsys_moe.errors import UserError
+from recsys_moe.models.home import HoMEConfig
+from recsys_moe.pipelines.cluster import local_ray
+from recsys_moe.pipelines.compare import CompareConfig, CompareJob, compare, model_of
+from recsys_moe.pipelines.tracking import TrackingConfig, open_client, resolve_model
+from recsys_moe.predictor import Predictor
+from recsys_moe.typed import dump, parse
+from tests.conftest import CLICKS_SCHEMA
+
+
+def test_labels_name_models_and_their_settings() -> None:
+    found = model_of("home+self_gates=false+expert_dims=[16]")
+    assert isinstance(found, HoMEConfig)
+    assert not found.self_gates
+    assert found.expert_dims == (16,)
+    assert model_of("trees+leaves=7").leaves == 7
+    for label, told in [
+        ("mmeo", "did you mean 'mmoe'"),
+        ("home+gates=1", "unknown key 'gates'"),
+        ("trees+leafs=7", "'leaves'"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            model_of(label)
+
+
+def job(folder: Path, clicks: Any, models: str, **settings: Any) -> CompareJob:
+    logs = folder / "logs"
+    if not logs.exists():
+        logs.mkdir()
+        pq.write_table(clicks(1500, 1), logs / "a.parquet")
+        (folder / "clicks.yaml").write_text(yaml.safe_dump(CLICKS_SCHEMA))
+    config = compose(
+        ["data=custom", "data.name=clicks", f"data.source={logs}", f"data.schema={folder / 'clicks.yaml'}", "train.epochs=1",
+         f"runs_dir={folder / 'runs'}", "train.batch_size=128"]
+    )  # fmt: skip
+    grid = CompareConfig(tuple(models.split(",")), **settings)
+    parts = {key: config[key] for key in ("data", "train", "tracking", "ray", "runs_dir")}
+    return parse(CompareJob, parts | {"compare": dump(grid), "models": {n: dump(model_of(n)) for n in grid.models}}, "job")
+
+
+def test_mistakes_are_told_before_anything_is_done(tmp_path: Path, clicks: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="baseline 'ple' is none of the models"):
+        compare(job(tmp_path, clicks, "mmoe,home", baseline="ple"))
+    with pytest.raises(UserError, match="budget=params is a network's, which 'trees' is not"):
+        compare(job(tmp_path, clicks, "trees,mmoe", budget="params"))
+    with pytest.raises(UserError, match="'draws' is -1"):
+        parse(CompareConfig, {"draws": -1}, "compare")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_grid_that_was_cut_off_goes_on(tmp_path: Path, clicks: Callable[..., Any]) -> None:
+    asked = job(tmp_path, clicks, "mmoe,mmoe+gate=topk,logistic", seeds=1, draws=20, budget="flops")
+    told: list[str] = []
+
+    def interrupt(message: str) -> None:
+        told.append(message)
+        raise KeyboardInterrupt
+
+    with local_ray():
+        with pytest.raises(KeyboardInterrupt):
+            compare(asked, interrupt)
+        (folder,) = (tmp_path / "runs/compare").iterdir()
+        (done,) = folder.glob("cells/*/cell.json")
+        first = done.stat().st_mtime_ns
+        comparison, summary = compare(asked, told.append)
+    assert told[0].startswith("mmoe seed 0: mean test quality 0.")
+    assert told[1] == "1 of 3 are done already"
+    assert done.stat().st_mtime_ns == first
+    assert len(list(folder.glob("cells/*/cell.json"))) == 3
+    assert Path(summary["folder"]) == folder
+    assert {p.name for p in folder.iterdir()} >= {"result.json", "result.html", "pareto.png", "differences.png"}
+    assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(summary))
+    sparse, dense = comparison.costs["mmoe+gate=topk"], comparison.costs["mmoe"]
+    assert sparse is not None
+    assert dense is not None
+    assert sparse.flops == pytest.approx(dense.flops, rel=0.03)
+
+    # MLflow: one parent, three children that ended well; models are logged, none is registered.
+    uri = TrackingConfig().resolve(tmp_path / "runs")
+    client = open_client(uri)
+    runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("recsys_moe").experiment_id])}
+    children = ["logistic seed 0", "mmoe seed 0", "mmoe+gate=topk seed 0"]
+    assert sorted(runs) == [f"compare {folder.name}", *children]
+    assert {runs[name].data.tags["mlflow.parentRunId"] for name in children} == {summary["run_id"]}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    parent = runs[f"compare {folder.name}"]
+    assert parent.data.metrics["click.auc.mmoe"] == pytest.approx(comparison.of("mmoe", "click", "auc").score.value)  # type: ignore[union-attr]
+    assert {a.path for a in client.list_artifacts(summary["run_id"])} >= {"result.html", "comparison.json", "pareto.png"}
+    assert client.search_registered_models() == []
+
+    # The cell's scores are those of its bundle on the raw test rows, and its metrics the run's.
+    cell = json.loads((folder / "cells/mmoe-seed0/cell.json").read_text())
+    scores = np.load(folder / "cells/mmoe-seed0/scores.npy")
+    predictor = Predictor(resolve_model(f"runs:/{runs['mmoe seed 0'].info.run_id}", tmp_path / "runs", uri))
+    from recsys_moe.sources import read_part
+
+    raw = list(read_part(asked.data, predictor.bundle.schema, "test"))
+    assert np.array_equal(np.concatenate([predictor.score(t) for t in raw], 1), scores)
+    assert cell["test"]["click"]["auc"] == pytest.approx(parent.data.metrics["click.auc.mmoe"])
