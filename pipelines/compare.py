@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ from recsys_moe.pipelines.prepare import Progress, prepare
 from recsys_moe.pipelines.runs import all_runs
 from recsys_moe.pipelines.tracking import Run, TrackingConfig, describe_data, flatten, open_client, open_run
 from recsys_moe.pipelines.train import TrainJob, resume, settle_model, train
+from recsys_moe.pipelines.tune import TuneConfig, TuneJob, default_space, parse_space, tune, with_settings
 from recsys_moe.process import use_all_cores
 from recsys_moe.shards import PreparedData, write_json
 from recsys_moe.sources import DataConfig
@@ -57,7 +59,7 @@ class CompareConfig:
     `models` are names of `model=`, `trees` or `logistic`, each perhaps with settings of its own: `home+self_gates=false`.
     Each is trained with `seeds` seeds, `parallel` at a time. `budget` makes the networks' experts so wide that all have as many
     dense `params` or as many `flops` a sample as `baseline` (None: the first of the models), to which they are compared by
-    `draws` bootstrap draws.
+    `draws` bootstrap draws. With `trials`, each is tuned first (`recsys-moe tune`), all with that many trials.
     """
 
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("shared_bottom", "mmoe", "ple", "home")
@@ -66,6 +68,7 @@ class CompareConfig:
     baseline: str | None = None
     draws: Annotated[int, Field(ge=0)] = 1000
     parallel: Annotated[int, Field(ge=1)] = 1
+    trials: Annotated[int, Field(ge=0)] = 0
 
 
 @typed
@@ -154,10 +157,11 @@ def compare(
             return cost_of(config, data.transform, heads.widths)
 
         job = replace(job, models=job.models | to_budget(networks, job.compare.budget, job.baseline, cost))
+        job, trains = _tuned(job, on_message, on_progress)
         costs = {label: cost(config) if label in networks else None for label, config in job.models.items()}
-        folder = runs_dir / "compare" / f"{job.data.name}-{_digest(job, data)}"
+        folder = runs_dir / "compare" / f"{job.data.name}-{_digest(job, trains, data)}"
         with _parent_run(job, folder, data) as run:
-            cells = _cells(job, data, folder, run)
+            cells = _cells(job, trains, data, folder, run)
             _run_cells(cells, job.compare.parallel, on_message, on_progress)
             test = Part(data, "test")
             comparison = compare_results(
@@ -188,18 +192,37 @@ def _networks(job: CompareJob) -> dict[str, Any]:
     networks = {label: config for label, config in job.models.items() if config.name not in BASELINES}
     if job.compare.budget != "none" and job.baseline not in networks:
         raise UserError(f"budget={job.compare.budget} is a network's, which {job.baseline!r} is not; name one as baseline=")
-    return {label: settle_model(_train_job(job, config)).model for label, config in networks.items()}
+    return {label: settle_model(_train_job(job, config, job.train)).model for label, config in networks.items()}
 
 
-def _train_job(job: CompareJob, model: Any, seed: int = 0) -> TrainJob:
+def _train_job(job: CompareJob, model: Any, train: TrainConfig) -> TrainJob:
     # Registered models are for serving: a grid's are logged only. The tasks are in the cluster already.
-    tracking = replace(job.tracking, alias=None)
-    return TrainJob(job.data, model, replace(job.train, seed=seed), tracking, RayConfig(), job.runs_dir)
+    return TrainJob(job.data, model, train, replace(job.tracking, alias=None), RayConfig(), job.runs_dir)
 
 
-def _digest(job: CompareJob, data: PreparedData) -> str:
+def _tuned(
+    job: CompareJob, on_message: Callable[[str], None], on_progress: Progress
+) -> tuple[CompareJob, dict[str, TrainConfig]]:
+    """The job and each model's training settings, tuned if that is asked for."""
+    models, trains = dict(job.models), dict.fromkeys(job.models, job.train)
+    for label, config in job.models.items() if job.compare.trials else ():
+        space = parse_space(default_space(config.name))
+        search = TuneConfig(job.compare.trials, parallel=job.compare.parallel)
+        told = TuneJob(config, job.data, job.train, space, search, job.tracking, RayConfig(), job.runs_dir)
+        found = tune(told, partial(_under, on_progress, label))
+        models[label], trains[label] = with_settings(config, job.train, found["best"])
+        on_message(f"tune {label}: mean validation quality {found['quality']:.4f} with {json.dumps(found['best'])}")
+    return replace(job, models=models), trains
+
+
+def _under(on_progress: Progress, label: str, phase: str, done: int, total: int) -> None:
+    on_progress(f"tune {label}: {phase}", done, total)
+
+
+def _digest(job: CompareJob, trains: dict[str, TrainConfig], data: PreparedData) -> str:
     """Of what decides the cells: how many seeds there are, and how they are compared, may change later."""
-    told = {"data": data.manifest.digest, "train": dump(replace(job.train, seed=0)), "models": dump(job)["models"]}
+    settings = {label: dump(replace(train, seed=0)) for label, train in trains.items()}
+    told = {"data": data.manifest.digest, "train": settings, "models": dump(job)["models"]}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -224,7 +247,7 @@ def _parent_run(job: CompareJob, folder: Path, data: PreparedData) -> Iterator[R
         yield run
 
 
-def _cells(job: CompareJob, data: PreparedData, folder: Path, run: Run) -> list[Cell]:
+def _cells(job: CompareJob, trains: dict[str, TrainConfig], data: PreparedData, folder: Path, run: Run) -> list[Cell]:
     """Seed by seed, so that all models have something to show early. What no seed changes is fitted once."""
     shared = {"prepared": str(data.folder), "parent": run.run_id, "uri": run.uri, "tracking": dump(job.tracking)}
     cells = []
@@ -232,7 +255,9 @@ def _cells(job: CompareJob, data: PreparedData, folder: Path, run: Run) -> list[
         for label, config in job.models.items():
             if config.name == "logistic" and seed:
                 continue
-            training = None if config.name in BASELINES else dump(_train_job(job, config, seed))
+            training = None
+            if config.name not in BASELINES:
+                training = dump(_train_job(job, config, replace(trains[label], seed=seed)))
             cells.append(Cell(label, seed, str(folder / "cells" / f"{label}-seed{seed}"), dump(config), training, **shared))
     return cells
 

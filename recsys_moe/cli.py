@@ -1,6 +1,7 @@
 """The command line. The one module that may open every room; it imports them when a command runs."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,26 +134,19 @@ def compare(overrides: Overrides = None, json: Json = False) -> None:
 
     Besides configuration overrides it takes `models=A,B,…` (names of `model=`, `trees`, `logistic`; settings of its own behind
     a `+`), `seeds=N`, `baseline=A`, `budget=params|flops` (networks made equally large), `draws=N` (of the bootstrap) and
-    `parallel=N`. The same command again goes on where it was stopped.
+    `parallel=N`. With `trials=N` each model is tuned first. The same command again goes on where it was stopped.
     """
-    from dataclasses import fields
-
     from recsys_moe.comparison import cost_table, table
     from recsys_moe.console import PhaseProgress, print_json, print_table, progress, stderr, stdout
     from recsys_moe.pipelines.compare import CompareConfig, CompareJob, model_of
     from recsys_moe.pipelines.compare import compare as run
     from recsys_moe.typed import dump, parse
 
-    own: dict[str, Any] = {}
-    rest = []
-    for override in overrides or []:
-        key, separator, value = override.partition("=")
-        if separator and key in {field.name for field in fields(CompareConfig)}:
-            own[key] = value.split(",") if key == "models" else int(value) if value.isdigit() else value
-        else:
-            rest.append(override)
+    own, rest = _own_keys(overrides, CompareConfig)
     if any(override.startswith(("model=", "model.")) for override in rest):
         raise UserError("compare takes models=A,B,… in place of model=; write a model's own settings as A+key=value")
+    if "models" in own:
+        own["models"] = re.split(r",(?![^\[]*\])", str(own["models"]))  # not within [64,32]
     grid = parse(CompareConfig, own, "compare")
     config = _compose(rest)
     parts = {key: config[key] for key in ("data", "train", "tracking", "ray", "runs_dir")}
@@ -170,6 +164,54 @@ def compare(overrides: Overrides = None, json: Json = False) -> None:
     print_table(f"Test part of {comparison.data}: {comparison.rows:,} rows", *table(comparison))
     print_table("Cost", *cost_table(comparison))
     stdout.print(f"page  {summary['folder']}/result.html", soft_wrap=True)
+    stdout.print(f"run   {summary['run_id']}", soft_wrap=True)
+
+
+@app.command(
+    epilog="""Examples:
+
+    recsys-moe tune data=census_full model=home trials=30
+
+    recsys-moe tune data=feed_synth model=home+self_gates=false seconds=3600 'search.model.experts_per_group=[1,2,4]'"""
+)
+def tune(overrides: Overrides = None, json: Json = False) -> None:
+    """Search a model's settings on the validation part: Optuna's TPE, and ASHA, which stops early what falls behind.
+
+    Besides configuration overrides it takes `model=A` (as `compare` names models), `trials=N`, `seconds=S`, `parallel=N` and
+    `search.KEY=…`: a list of choices, a range `{low: 1, high: 9, log: true}`, or `null` to leave a key out; `conf/search` has
+    the others. The same command again goes on with the trials that are missing.
+    """
+    import shlex
+    from json import dumps as json_text
+
+    from recsys_moe.config import options
+    from recsys_moe.console import PhaseProgress, print_json, progress, stdout
+    from recsys_moe.pipelines.compare import model_of
+    from recsys_moe.pipelines.tune import TuneConfig, TuneJob, default_space, parse_space
+    from recsys_moe.pipelines.tune import tune as run
+    from recsys_moe.typed import dump, parse
+
+    own, rest = _own_keys(overrides, TuneConfig)
+    label = next((o.removeprefix("model=") for o in rest if o.startswith("model=")), "mmoe")
+    model = model_of(label)
+    searched = {o.partition("=")[0].removeprefix("search."): o.partition("=")[2] for o in rest if o.startswith("search.")}
+    space = parse_space(default_space(model.name) | {key: _yaml(f"search.{key}", value) for key, value in searched.items()})
+    config = _compose([o for o in rest if not o.startswith(("model=", "search."))])
+    parts = {key: config[key] for key in ("data", "train", "tracking", "ray", "runs_dir")}
+    parts |= {"model": dump(model), "space": dump(space), "tune": own}
+    job = parse(TuneJob, parts, "configuration")
+    with progress() as display:
+        summary = run(job, PhaseProgress(display))
+    if json:
+        print_json(summary)
+        return
+    stdout.print(f"{summary['trials']} trials; the best has the mean validation quality {summary['quality']:.4f}")
+    settings = " ".join(shlex.quote(f"{key}={json_text(value)}") for key, value in summary["best"].items())
+    given = " ".join(shlex.quote(o) for o in rest if not o.startswith("search."))
+    if model.name in options("model"):
+        stdout.print(f"train with it  recsys-moe train {given} {settings}", soft_wrap=True)
+    else:
+        stdout.print(settings, soft_wrap=True)
     stdout.print(f"run   {summary['run_id']}", soft_wrap=True)
 
 
@@ -496,6 +538,25 @@ def demo(
     summary = run_demo(folder, rows)
     if json:
         print_json(summary)
+
+
+def _own_keys(overrides: list[str] | None, kind: Any) -> tuple[dict[str, Any], list[str]]:
+    """What of `key=value` is a field of `kind`, with numbers as numbers, and the rest."""
+    from dataclasses import fields
+
+    names = {field.name for field in fields(kind)}
+    pairs = [(override, *override.partition("=")[::2]) for override in overrides or []]
+    own = {key: _yaml(key, value) for override, key, value in pairs if key in names and "=" in override}
+    return own, [override for override, key, _ in pairs if key not in own]
+
+
+def _yaml(key: str, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key} is {text!r}, which is no value; close what is open, or quote it for the shell") from None
 
 
 def _job(config: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from recsys_moe.fetch import load_fetch_config
 from recsys_moe.models import MODELS, MMoEConfig, ModelConfig, SharedBottomConfig
 from recsys_moe.pipelines.tracking import TrackingConfig
 from recsys_moe.pipelines.train import TrainJob, train
+from recsys_moe.pipelines.tune import default_space, parse_space
 from recsys_moe.schema import load_schema
 from recsys_moe.serving.app import ServeConfig
 from recsys_moe.sources import DataConfig
@@ -42,6 +43,8 @@ def test_every_file_composes_and_builds(file: Path) -> None:
             assert isinstance(load_correlated_config(), CorrelatedConfig)
         case ("synth", name):
             assert isinstance(load_synth_config(name), SynthConfig)
+        case ("search", name):
+            assert parse_space(default_space("home" if name == "network" else name))
         case ("fetch", name):
             config = load_fetch_config(name)
             # What it makes is what the data set of the same name reads.
