@@ -2,13 +2,14 @@
 
     runs/compare/NAME-DIGEST/
         comparison.json             what is compared, and MLflow's run
-        cells/MODEL-seedS/          cell.json once it is done, scores.npy: its test rows' scores; progress.json meanwhile
+        cells/MODEL-seedS-foldF/          cell.json once it is done, scores.npy: its test rows' scores; progress.json meanwhile
         result.json result.html     the outcome, beside its pictures
 
 A cell that is done is not done again, and one that was cut off goes on from its checkpoint: the same command resumes.
 """
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from recsys_moe.baselines import BASELINES, Baseline, BaselineConfig, Part
 from recsys_moe.bundle import Bundle
 from recsys_moe.comparison import (
     Comparison,
+    FoldRows,
     Result,
     compare_results,
     cost_table,
@@ -59,7 +61,8 @@ class CompareConfig:
     `models` are names of `model=`, `trees` or `logistic`, each perhaps with settings of its own: `home+self_gates=false`.
     Each is trained with `seeds` seeds, `parallel` at a time. `budget` makes the networks' experts so wide that all have as many
     dense `params` or as many `flops` a sample as `baseline` (None: the first of the models), to which they are compared by
-    `draws` bootstrap draws. With `trials`, each is tuned first (`recsys-moe tune`), all with that many trials.
+    `draws` bootstrap draws. With `trials`, each is tuned first (`recsys-moe tune`), all with that many trials. With `folds`,
+    all is done for each fold of the data (see `data.split`), tuning included, and figures are means over them.
     """
 
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("shared_bottom", "mmoe", "ple", "home")
@@ -69,6 +72,7 @@ class CompareConfig:
     draws: Annotated[int, Field(ge=0)] = 1000
     parallel: Annotated[int, Field(ge=1)] = 1
     trials: Annotated[int, Field(ge=0)] = 0
+    folds: Annotated[int, Field(ge=1)] = 1
 
 
 @typed
@@ -113,6 +117,7 @@ class Cell:
 
     label: str
     seed: int
+    fold: int
     folder: str
     model: dict[str, Any]
     job: dict[str, Any] | None  # a network's
@@ -127,12 +132,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.label} seed {self.seed}"
+        return f"{self.label} seed {self.seed}" + (f" fold {self.fold}" if self.fold else "")
 
     @property
     def tags(self) -> dict[str, str]:
         """The parent by which MLflow's pages nest runs, and what they can be filtered by."""
-        return {"mlflow.parentRunId": self.parent, "model": self.label, "seed": str(self.seed)}
+        return {"mlflow.parentRunId": self.parent, "model": self.label, "seed": str(self.seed), "fold": str(self.fold)}
 
 
 def compare(
@@ -150,35 +155,40 @@ def compare(
     networks = _networks(job)
     workers = job.train.workers
     with ray_cluster(job.ray, workers if isinstance(workers, int) else workers[0]):
-        data = prepare(job.data, runs_dir, on_progress)
-        heads = Heads(data.schema, data.transform.statistics)
+        folds = [replace(job, data=source) for source in _folds(job.data, job.compare.folds)]
+        data = [prepare(fold.data, runs_dir, on_progress) for fold in folds]
+        heads = [Heads(d.schema, d.transform.statistics) for d in data]
 
         def cost(config: Any) -> Cost:
-            return cost_of(config, data.transform, heads.widths)
+            return cost_of(config, data[0].transform, heads[0].widths)
 
-        job = replace(job, models=job.models | to_budget(networks, job.compare.budget, job.baseline, cost))
-        job, trains = _tuned(job, on_message, on_progress)
-        costs = {label: cost(config) if label in networks else None for label, config in job.models.items()}
-        folder = runs_dir / "compare" / f"{job.data.name}-{_digest(job, trains, data)}"
-        with _parent_run(job, folder, data) as run:
-            cells = _cells(job, trains, data, folder, run)
+        fitted = job.models | to_budget(networks, job.compare.budget, job.baseline, cost)
+        costs = {label: cost(config) if label in networks else None for label, config in fitted.items()}
+        settings = [_settings(replace(fold, models=fitted), on_message, on_progress) for fold in folds]
+        folder = runs_dir / "compare" / f"{job.data.name}-{_digest(settings, data)}"
+        with _parent_run(job, folder, data[0]) as run:
+            cells = _cells(job, settings, data, folder, run)
             _run_cells(cells, job.compare.parallel, on_message, on_progress)
-            test = Part(data, "test")
+            parts = [Part(d, "test") for d in data]
             comparison = compare_results(
                 job.data.name,
                 heads,
-                test.labels,
-                test.weights,
-                test.groups,
+                [FoldRows(part.labels, part.weights, part.groups) for part in parts],
                 [_result(cell) for cell in cells],
                 costs,
                 job.baseline,
                 job.compare.draws,
-                on_draw=lambda done, total: on_progress("bootstrap", done, total),
+                on_draw=partial(on_progress, "bootstrap"),
             )
             summary = {"folder": str(folder), "run_id": run.run_id, **plain(comparison.to_json())}
             _leave(comparison, folder, run, summary)
     return comparison, summary
+
+
+def _folds(data: DataConfig, folds: int) -> list[DataConfig]:
+    if folds == 1:
+        return [data]
+    return [replace(data, split=replace(data.split, folds=folds, fold=fold)) for fold in range(folds)]
 
 
 def _networks(job: CompareJob) -> dict[str, Any]:
@@ -200,29 +210,36 @@ def _train_job(job: CompareJob, model: Any, train: TrainConfig) -> TrainJob:
     return TrainJob(job.data, model, train, replace(job.tracking, alias=None), RayConfig(), job.runs_dir)
 
 
-def _tuned(
-    job: CompareJob, on_message: Callable[[str], None], on_progress: Progress
-) -> tuple[CompareJob, dict[str, TrainConfig]]:
-    """The job and each model's training settings, tuned if that is asked for."""
-    models, trains = dict(job.models), dict.fromkeys(job.models, job.train)
+Settings = dict[str, tuple[Any, TrainConfig]]
+"""How each model is configured and trained, by its label."""
+
+
+def _settings(job: CompareJob, on_message: Callable[[str], None], on_progress: Progress) -> Settings:
+    """The models and their training as they are given, or tuned if that is asked for."""
+    settings: Settings = {label: (config, job.train) for label, config in job.models.items()}
     for label, config in job.models.items() if job.compare.trials else ():
-        space = parse_space(default_space(config.name))
         search = TuneConfig(job.compare.trials, parallel=job.compare.parallel)
+        space = parse_space(default_space(config.name))
         told = TuneJob(config, job.data, job.train, space, search, job.tracking, RayConfig(), job.runs_dir)
         found = tune(told, partial(_under, on_progress, label))
-        models[label], trains[label] = with_settings(config, job.train, found["best"])
+        settings[label] = with_settings(config, job.train, found["best"])
         on_message(f"tune {label}: mean validation quality {found['quality']:.4f} with {json.dumps(found['best'])}")
-    return replace(job, models=models), trains
+    return settings
 
 
 def _under(on_progress: Progress, label: str, phase: str, done: int, total: int) -> None:
     on_progress(f"tune {label}: {phase}", done, total)
 
 
-def _digest(job: CompareJob, trains: dict[str, TrainConfig], data: PreparedData) -> str:
+def _digest(settings: list[Settings], data: list[PreparedData]) -> str:
     """Of what decides the cells: how many seeds there are, and how they are compared, may change later."""
-    settings = {label: dump(replace(train, seed=0)) for label, train in trains.items()}
-    told = {"data": data.manifest.digest, "train": settings, "models": dump(job)["models"]}
+    told = [
+        {
+            "data": d.manifest.digest,
+            **{label: [dump(model), dump(replace(train, seed=0))] for label, (model, train) in s.items()},
+        }
+        for s, d in zip(settings, data, strict=True)
+    ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -247,18 +264,20 @@ def _parent_run(job: CompareJob, folder: Path, data: PreparedData) -> Iterator[R
         yield run
 
 
-def _cells(job: CompareJob, trains: dict[str, TrainConfig], data: PreparedData, folder: Path, run: Run) -> list[Cell]:
+def _cells(job: CompareJob, settings: list[Settings], data: list[PreparedData], folder: Path, run: Run) -> list[Cell]:
     """Seed by seed, so that all models have something to show early. What no seed changes is fitted once."""
-    shared = {"prepared": str(data.folder), "parent": run.run_id, "uri": run.uri, "tracking": dump(job.tracking)}
+    told = {"parent": run.run_id, "uri": run.uri, "tracking": dump(job.tracking)}
+    sources = _folds(job.data, len(data))
     cells = []
-    for seed in range(job.compare.seeds):
-        for label, config in job.models.items():
-            if config.name == "logistic" and seed:
-                continue
-            training = None
-            if config.name not in BASELINES:
-                training = dump(_train_job(job, config, replace(trains[label], seed=seed)))
-            cells.append(Cell(label, seed, str(folder / "cells" / f"{label}-seed{seed}"), dump(config), training, **shared))
+    for seed, fold, label in itertools.product(range(job.compare.seeds), range(len(data)), job.models):
+        model, train = settings[fold][label]
+        if model.name == "logistic" and seed:
+            continue
+        training = None
+        if model.name not in BASELINES:
+            training = dump(_train_job(replace(job, data=sources[fold]), model, replace(train, seed=seed)))
+        place = folder / "cells" / f"{label}-seed{seed}-fold{fold}"
+        cells.append(Cell(label, seed, fold, str(place), dump(model), training, str(data[fold].folder), **told))
     return cells
 
 
@@ -320,7 +339,7 @@ def _told(cell: Cell) -> str:
 
 def _result(cell: Cell) -> Result:
     done = json.loads((cell.path / "cell.json").read_text())
-    return Result(cell.label, cell.seed, np.load(cell.path / "scores.npy", mmap_mode="r"), done["samples_per_s"])
+    return Result(cell.label, cell.seed, np.load(cell.path / "scores.npy", mmap_mode="r"), done["samples_per_s"], cell.fold)
 
 
 # ---- in a Ray task ----------------------------------------------------------------------------------------------------

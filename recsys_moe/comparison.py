@@ -43,12 +43,22 @@ LOWER_IS_BETTER = ("logloss",)
 
 @dataclass(frozen=True)
 class Result:
-    """One trained model of the grid: scores `[S, N]` of the test rows and what training took."""
+    """One trained model of the grid: scores `[S, N]` of its fold's test rows and how fast it trained."""
 
     label: str
     seed: int
     scores: Array
     samples_per_s: float | None = None
+    fold: int = 0
+
+
+@dataclass(frozen=True)
+class FoldRows:
+    """What is known of a fold's test rows: labels and weights `[T, N]`, groups `[N]` where there are any."""
+
+    labels: Array
+    weights: Array
+    groups: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class Comparison:
     data: str
     baseline: str
     rows: int
+    folds: int
     draws: int
     by_group: bool
     lines: tuple[Line, ...]
@@ -101,10 +112,8 @@ class Comparison:
 
 def compare_results(
     data: str,
-    heads: Heads,
-    labels: Array,
-    weights: Array,
-    groups: Array | None,
+    heads: Sequence[Heads],
+    tests: Sequence[FoldRows],
     results: Sequence[Result],
     costs: dict[str, Cost | None],
     baseline: str,
@@ -112,12 +121,17 @@ def compare_results(
     seed: int = 0,
     on_draw: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Measure all models on the same test rows: labels and weights `[T, N]`, groups `[N]` (drawn whole) or None."""
+    """Measure all models on the same test rows, fold by fold (`heads` and `tests` have one a fold); a figure is the mean over
+    the folds. Rows are drawn from those of all folds, a group with all its rows."""
+    edges = np.cumsum([0, *(test.labels.shape[1] for test in tests)])
+    places = [slice(low, high) for low, high in itertools.pairwise(edges)]
     statistics: dict[str, list[dict[str, Statistic]]] = {label: [] for label in costs}
-    for result in results:
-        statistics[result.label].append(dict(_statistics(heads, result.scores, labels, weights, groups)))
-    rows = labels.shape[1]
-    units = None if groups is None else np.unique(groups, return_inverse=True)[1]
+    for (label, _), own in itertools.groupby(sorted(results, key=_label_and_seed), key=_label_and_seed):
+        folds = [(places[r.fold], dict(_statistics(heads[r.fold], r.scores, tests[r.fold]))) for r in own]
+        statistics[label].append({name: _over_folds([(place, s[name]) for place, s in folds]) for name in folds[0][1]})
+    rows = int(edges[-1])
+    groups = [test.groups for test in tests if test.groups is not None]
+    units = np.unique(np.concatenate(groups), return_inverse=True)[1] if groups else None
     ones = np.ones(rows)
     measured = {
         label: [_with_means({name: s(ones) for name, s in of_seed.items()}) for of_seed in of_seeds]
@@ -139,16 +153,25 @@ def compare_results(
     for label in costs:
         known = [r.samples_per_s for r in results if r.label == label and r.samples_per_s]
         rates[label] = float(np.median(known)) if known else None
-    return Comparison(data, baseline, rows, draws, groups is not None, tuple(lines), costs, rates)
+    return Comparison(data, baseline, rows, len(tests), draws, bool(groups), tuple(lines), costs, rates)
 
 
-def _statistics(heads: Heads, scores: Array, labels: Array, weights: Array, groups: Array | None) -> Any:
-    """(task/metric, statistic over all rows of the part) of each task."""
+def _label_and_seed(result: Result) -> tuple[str, int]:
+    return result.label, result.seed
+
+
+def _over_folds(parts: list[tuple[slice, Statistic]]) -> Statistic:
+    return lambda weights: sum(statistic(weights[place]) for place, statistic in parts) / len(parts)
+
+
+def _statistics(heads: Heads, scores: Array, test: FoldRows) -> Any:
+    """(task/metric, statistic over all test rows of a fold) of each task."""
     low = 0
-    for task, head, y, w in zip(heads.tasks, heads.heads, labels, weights, strict=True):
+    for task, head, y, w in zip(heads.tasks, heads.heads, test.labels, test.weights, strict=True):
         high = low + len(head.score_names(task))
         seen = np.flatnonzero(w > 0)
-        of_task = _of_head(head, scores[low:high][:, seen], y[seen], None if groups is None else groups[seen])
+        groups = None if test.groups is None else test.groups[seen]
+        of_task = _of_head(head, scores[low:high][:, seen], y[seen], groups)
         for metric, statistic in of_task.items():
             yield f"{task}/{metric}", _on_rows(seen, statistic)
         low = high
@@ -328,8 +351,9 @@ th{{border-bottom:2px solid #888}}td:nth-child(-n+3),th:nth-child(-n+3){{text-al
 def page(comparison: Comparison, figures: Mapping[str, "Figure"]) -> str:
     """One HTML page that needs nothing but itself."""
     unit = "whole groups of rows" if comparison.by_group else "rows"
+    folds = f" in {comparison.folds} folds" if comparison.folds > 1 else ""
     intro = (
-        f"{comparison.rows:,} test rows. Means over seeds with Student's 95 % interval; differences to "
+        f"{comparison.rows:,} test rows{folds}. Means over seeds with Student's 95 % interval; differences to "
         f"<b>{html.escape(comparison.baseline)}</b> on the same rows with the 95 % interval of {comparison.draws:,} bootstrap "
         f"draws of {unit} and of seeds. <i>level</i>: the interval holds 0."
     )

@@ -48,6 +48,10 @@ class Split:
     order), `sorted` by the column `by` (numbers or times, rising; equal ones keep the files' order) or `permuted` by
     `numpy.random.default_rng(seed).permutation`. With `held_out` files, `files` are the training part whole, `train` is not
     used, and the sizes share out the held-out rows.
+
+    With `folds`, `fold` (from 0 on) says which rows are tested, and all that are neither tested nor validated on are trained
+    on. `permuted` cuts all rows into `folds` parts, each of which is tested once; of rows in an order, the last `folds` windows
+    of `test` rows are tested one after the other, each by a model of the rows before it (`train` is not used).
     """
 
     train: Size = 0.8
@@ -56,8 +60,12 @@ class Split:
     order: Literal["given", "permuted", "sorted"] = "permuted"
     by: Name | None = None
     seed: int = 0
+    folds: Annotated[int, Field(ge=2)] | None = None
+    fold: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
+        if self.fold >= (self.folds or 1):
+            raise ValueError(f"'data.split.fold' is {self.fold}, but data.split.folds is {self.folds}; folds count from 0")
         if (self.order == "sorted") != (self.by is not None):
             raise ValueError(
                 f"'data.split.by' is {self.by!r} with data.split.order={self.order}; name a column with order=sorted, and "
@@ -245,8 +253,14 @@ def _share_out(
     split: Split, rows: int, part_numbers: tuple[int, ...], keys: npt.NDArray[Any] | None = None
 ) -> npt.NDArray[np.int8]:
     """The part of each of the rows; `keys` are the values of `split.by`."""
+    if keys is not None:
+        order = np.argsort(keys, kind="stable")
+    else:
+        order = np.random.default_rng(split.seed).permutation(rows) if split.order == "permuted" else np.arange(rows)
+    if split.folds is not None:
+        return _fold(split, order, part_numbers)
     wanted = [getattr(split, PARTS[number]) for number in part_numbers]
-    sizes = [int(size * rows + 0.5) if isinstance(size, float) else size for size in wanted]
+    sizes = [_size(size, rows) for size in wanted]
     shares = all(isinstance(size, float) for size in wanted)
     if shares and abs(sum(wanted) - 1) < 1e-9:
         sizes[-1] = rows - sum(sizes[:-1])
@@ -255,14 +269,40 @@ def _share_out(
             f"data.split asks for {' + '.join(map(str, wanted))} of {rows:,} rows, which leaves a part empty or asks for "
             "more than there is; change data.split"
         )
-    if keys is not None:
-        order = np.argsort(keys, kind="stable")
-    else:
-        order = np.random.default_rng(split.seed).permutation(rows) if split.order == "permuted" else np.arange(rows)
     parts = np.full(rows, -1, np.int8)
     edges = np.cumsum([0, *sizes])
     for number, low, high in zip(part_numbers, edges, edges[1:], strict=False):
         parts[order[low:high]] = number
+    return parts
+
+
+def _size(size: Size, rows: int) -> int:
+    return int(size * rows + 0.5) if isinstance(size, float) else size
+
+
+def _fold(split: Split, order: npt.NDArray[np.int64], part_numbers: tuple[int, ...]) -> npt.NDArray[np.int8]:
+    """The parts of one fold: the tested rows, those validated on before them (in a permutation: behind them), the rest."""
+    if len(part_numbers) < len(PARTS):
+        raise UserError("data.split.folds is for one set of files; leave data.held_out empty or data.split.folds out")
+    assert split.folds is not None
+    rows, validation = len(order), _size(split.validation, len(order))
+    if split.order == "permuted":
+        low, high = rows * split.fold // split.folds, rows * (split.fold + 1) // split.folds
+        others = np.concatenate([order[high:], order[:low]])
+        held, trained = others[:validation], others[validation:]
+    else:
+        window = _size(split.test, rows)
+        high = rows - (split.folds - 1 - split.fold) * window
+        low = high - window
+        held, trained = order[max(0, low - validation) : max(0, low)], order[: max(0, low - validation)]
+    if min(high - max(low, 0), len(held), len(trained)) < 1 or len(held) < validation:
+        raise UserError(
+            f"data.split asks for {split.folds} folds with {split.validation} of {rows:,} rows for validation, which leaves a "
+            f"part of fold {split.fold} empty; change data.split"
+        )
+    parts = np.full(rows, -1, np.int8)
+    for number, which in enumerate((trained, held, order[low:high])):
+        parts[which] = number
     return parts
 
 

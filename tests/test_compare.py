@@ -102,8 +102,8 @@ def test_a_grid_that_was_cut_off_goes_on(tmp_path: Path, clicks: Callable[..., A
     assert client.search_registered_models() == []
 
     # The cell's scores are those of its bundle on the raw test rows, and its metrics the run's.
-    cell = json.loads((folder / "cells/mmoe-seed0/cell.json").read_text())
-    scores = np.load(folder / "cells/mmoe-seed0/scores.npy")
+    cell = json.loads((folder / "cells/mmoe-seed0-fold0/cell.json").read_text())
+    scores = np.load(folder / "cells/mmoe-seed0-fold0/scores.npy")
     predictor = Predictor(resolve_model(f"runs:/{runs['mmoe seed 0'].info.run_id}", tmp_path / "runs", uri))
     from recsys_moe.sources import read_part
 

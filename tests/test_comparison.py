@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from recsys_moe.comparison import (
     Comparison,
+    FoldRows,
     Result,
     compare_results,
     cost_table,
@@ -63,7 +65,7 @@ def compared(heads: Heads) -> Comparison:
     results += [Result("<b>bad</b>", s, scores(0.6, 10 + s), 300.0) for s in range(3)]
     results.append(Result("trees", 0, scores(0.2, 99)))
     groups = np.arange(ROWS) % 60
-    return compare_results("feed", heads, labels, weights, groups, results, COSTS, "good", draws=200)
+    return compare_results("feed", [heads], [FoldRows(labels, weights, groups)], results, COSTS, "good", draws=200)
 
 
 def test_verdicts_follow_the_truth(compared: Comparison) -> None:
@@ -119,3 +121,19 @@ def test_a_draws_rows_are_the_same_for_all_tasks(compared: Comparison) -> None:
     assert mean is not None
     assert mean.gap is not None
     assert mean.gap.high - mean.gap.low < max(widths)
+
+
+def test_figures_are_means_over_folds(heads: Heads) -> None:
+    random = np.random.default_rng(0)
+    tests = [FoldRows(random.integers(2, size=(5, n)).astype(np.float32), np.ones((5, n), np.float32)) for n in (200, 300)]
+    results = [
+        Result(label, 0, random.random((6, test.labels.shape[1])).astype(np.float32), fold=fold)
+        for label in ("a", "b")
+        for fold, test in enumerate(tests)
+    ]
+    found = compare_results("d", [heads] * 2, tests, results, {"a": None, "b": None}, "a", draws=20)
+    line = found.of("b", "click", "auc")
+    aucs = [roc_auc_score(test.labels[0], r.scores[0]) for r, test in zip(results[2:], tests, strict=True)]
+    assert line is not None
+    assert line.score.value == pytest.approx(np.mean(aucs))
+    assert (found.rows, found.folds, found.by_group) == (500, 2, False)

@@ -1,6 +1,7 @@
 """Reading log files and sharing out their rows, against naive numpy and pandas."""
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,41 @@ def test_shares_that_sum_to_one_use_every_row_once(rows: int, shares: tuple[floa
     counts = np.bincount(parts, minlength=3)
     assert counts.sum() == rows
     assert np.abs(counts - rows * np.array(shares)).max() <= 1
+
+
+@given(rows=st.integers(30, 400), folds=st.integers(2, 5))
+def test_folds_of_a_permutation_test_every_row_once(rows: int, folds: int) -> None:
+    split = Split(validation=0.1, folds=folds, seed=3)
+    parts = np.stack([sources._share_out(replace(split, fold=fold), rows, (0, 1, 2)) for fold in range(folds)])
+    assert ((parts == 2).sum(0) == 1).all()
+    assert ((parts >= 0).all(1)).all()  # what is neither tested nor validated on is trained on
+    assert {int((fold == 1).sum()) for fold in parts} == {int(rows * 0.1 + 0.5)}
+    first = np.random.default_rng(3).permutation(rows)[: rows // folds]
+    assert (parts[0, first] == 2).all()
+
+
+@given(rows=st.integers(50, 400), folds=st.integers(2, 4))
+def test_folds_in_time_are_tested_by_what_came_before(rows: int, folds: int) -> None:
+    keys = np.random.default_rng(0).permutation(rows)
+    split = Split(order="sorted", by="t", validation=0.1, test=0.1, folds=folds)
+    last = -1
+    for fold in range(folds):
+        parts = sources._share_out(replace(split, fold=fold), rows, (0, 1, 2), keys)
+        trained, held, tested = (keys[parts == part] for part in range(3))
+        assert trained.max() < held.min() <= held.max() < tested.min()
+        assert len(trained) + len(held) == tested.min()
+        assert tested.min() > last
+        last = tested.max()
+    assert last == rows - 1
+
+
+def test_folds_that_are_none_are_refused(parquet: Path) -> None:
+    with pytest.raises(ValueError, match=r"'data.split.fold' is 3, but data.split.folds is 3"):
+        Split(folds=3, fold=3)
+    with pytest.raises(UserError, match="leaves a part of fold 0 empty"):
+        plan_chunks(data(parquet, split=Split(order="given", folds=9, test=0.1)), SCHEMA)
+    with pytest.raises(UserError, match=r"leave data.held_out empty"):
+        plan_chunks(data(parquet, held_out=("b.parquet",), split=Split(folds=3)), SCHEMA)
 
 
 def test_files_are_numbered_in_the_order_of_the_patterns_then_by_name(parquet: Path) -> None:
