@@ -14,7 +14,7 @@ export PYTHONSAFEPATH := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-long check lint types imports bench bench-kernels scaling kernels-aot gpu-check clean
+.PHONY: help setup demo test test-long check lint types imports bench bench-kernels scaling results kernels-aot gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,9 @@ bench-kernels: $(VENV)/.ready  ## the expert kernels beside their peers, in the 
 
 scaling: $(VENV)/.ready  ## what a sample costs along five axes: docs/scaling.md and its plots
 	$(BIN)/python benchmarks/bench_scaling.py
+
+results: $(VENV)/.ready  ## the model comparisons of docs/results.md: hours, goes on where it was stopped
+	$(BIN)/python benchmarks/results.py
 
 kernels-aot: $(VENV)/.ready  ## compile every Triton kernel for every target, no GPU needed: registers, spills, shared memory
 	$(BIN)/python -m recsys_moe.kernels.aot

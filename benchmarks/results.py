@@ -1,0 +1,203 @@
+"""The comparisons that docs/results.md tells of, run and written down by one command.
+
+    make results                          everything: hours; what is done already is not done again
+    python benchmarks/results.py census   one of them; docs/results.md tells of all whose runs are there
+
+Each is a `recsys-moe compare`, whose whole outcome (pages, pictures, MLflow runs) stands below the runs folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recsys_moe.console import number
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+NETWORKS = "shared_bottom,omoe,mmoe,cgc,ple,adatt,home"
+ABLATION = ("expert_norm=false", "hierarchy_mask=false", "feature_gates=0", "self_gates=false", "task_experts=false")
+FEED_TASKS = "data.tasks=[effective_view,long_view,like,comment,follow,forward]"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A section: what is asked, the `compare` that answers, and what has to be there before (a command)."""
+
+    title: str
+    question: str
+    compare: tuple[str, ...]
+    before: tuple[str, ...] = ()
+
+
+def correlated(p: float) -> Experiment:
+    folder = f"runs/task_correlation-{p}"
+    return Experiment(
+        f"Two regression tasks, p = {p}",
+        f"The MMoE paper's pair of tasks whose weight vectors have the cosine {p} (its section 3; 100,000 rows).",
+        (
+            "data=task_correlation",
+            f"data.source={folder}",
+            f"data.name=correlation_{round(100 * p):03d}",
+            "models=shared_bottom,omoe,mmoe",
+            "baseline=shared_bottom",
+            "seeds=5",
+            "budget=params",
+            "train.epochs=8",
+        ),
+        ("data", "synth", folder, "--generator", "task_correlation", "--rows", "100000", f"p={p}"),
+    )
+
+
+EXPERIMENTS = {
+    "census": Experiment(
+        "Census income, five folds",
+        "All 99,762 rows of `full42`, the protocol's permutation cut into five; trees and the linear model beside.",
+        ("data=census_full", f"models={NETWORKS},trees,logistic", "baseline=trees", "seeds=3", "folds=5"),
+    ),
+    "census_nominal": Experiment(
+        "Census income, nominal columns",
+        "UCI's split with the nominal columns only, as several papers have it.",
+        ("data=census_nominal", f"models={NETWORKS},trees,logistic", "baseline=trees", "seeds=3"),
+    ),
+    "kuairand": Experiment(
+        "KuaiRand in time",
+        "41,828 impressions with a like or a hate of 664 users, tested on the last tenth. Rates are not the platform's, comment "
+        "and profile_enter have some hundred positives, and the months drift: see the rolling splits.",
+        ("data=kuairand_time", f"models={NETWORKS},trees,logistic", "baseline=trees", "seeds=5", "trials=20"),
+    ),
+    "kuairand_rolling": Experiment(
+        "KuaiRand, rolling splits",
+        "The last three tenths tested one after the other, each by models of what came before.",
+        ("data=kuairand_time", f"models={NETWORKS},trees,logistic", "baseline=trees", "seeds=3", "folds=3", "trials=20"),
+    ),
+    "feed": Experiment(
+        "Synthetic feed: HoME against MMoE and PLE",
+        "2 million rows whose true probabilities are known, equal parameters.",
+        (
+            "data=feed_synth",
+            FEED_TASKS,
+            "models=mmoe,ple,home",
+            "baseline=mmoe",
+            "seeds=3",
+            "budget=params",
+            "train.epochs=4",
+            "train.batch_size=4096",
+        ),
+        ("data", "synth", "runs/feed_synth", "--rows", "2000000"),
+    ),
+    "feed_ablation": Experiment(
+        "Synthetic feed: what HoME's parts do",
+        "HoME without each of its parts, equal parameters.",
+        (
+            "data=feed_synth",
+            FEED_TASKS,
+            "models=home," + ",".join(f"home+{part}" for part in ABLATION),
+            "baseline=home",
+            "seeds=3",
+            "budget=params",
+            "train.epochs=4",
+            "train.batch_size=4096",
+        ),
+        ("data", "synth", "runs/feed_synth", "--rows", "2000000"),
+    ),
+    **{f"correlation_{p}": correlated(p) for p in (0.0, 0.5, 0.9, 1.0)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], help="all if none is named")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where results.md and results/*.png go")
+    parser.add_argument("--change", nargs="*", default=[], help="overrides for a smaller try, such as seeds=1 train.epochs=1")
+    options = parser.parse_args()
+    pictures = options.docs / "results"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name in options.experiments or EXPERIMENTS:
+        experiment = EXPERIMENTS[name]
+        if experiment.before and not Path(experiment.before[2]).exists():
+            run(*experiment.before)
+        found = run("compare", *experiment.compare, *options.change)
+        folder = Path(found["folder"])
+        kept = found | {"folder": folder.name, "best": best_reachable(experiment)}
+        (pictures / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+        for kind in ("differences", "pareto"):
+            shutil.copy(folder / f"{kind}.png", pictures / f"{name}-{kind}.png")
+        (options.docs / "results.md").write_text(report(pictures, options.change))
+
+
+def run(*arguments: str) -> Any:
+    command = [sys.executable, "-m", "recsys_moe", *arguments]
+    print("$", shlex.join(("recsys-moe", *arguments)), file=sys.stderr, flush=True)
+    done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def best_reachable(experiment: Experiment) -> dict[str, float]:
+    """The AUC of the true probabilities, task by task, where the generator has left it."""
+    file = Path(experiment.before[2]) / "synth.json" if experiment.before else None
+    tasks = json.loads(file.read_text()).get("tasks", {}) if file and file.exists() else {}
+    return {task: values["best_auc"] for task, values in tasks.items()}
+
+
+# ---- docs/results.md ---------------------------------------------------------------------------------------------------
+
+
+def report(pictures: Path, changes: list[str]) -> str:
+    """All sections whose outcome is there."""
+    parts = [
+        "# Results",
+        "Made by `make results` from logged runs; every figure is of test rows, which have chosen nothing. A value is the mean "
+        "over seeds (and folds) with Student's 95 % interval over seeds. ▲ and ▼: ahead of and behind the baseline, by a "
+        "bootstrap over test rows (whole users where there are any) and seeds whose 95 % interval does not hold 0.",
+    ]
+    for name, experiment in EXPERIMENTS.items():
+        file = pictures / f"{name}.json"
+        if file.exists():
+            parts += section(name, experiment, json.loads(file.read_text()), changes)
+    parts.append(f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def section(name: str, experiment: Experiment, found: dict[str, Any], changes: list[str]) -> list[str]:
+    lines = {(line["model"], line["task"], line["metric"]): line for line in found["lines"]}
+    tasks, metrics, models = (list(dict.fromkeys(key[i] for key in lines)) for i in (1, 2, 0))
+    parts = [
+        f"## {experiment.title}",
+        experiment.question,
+        f"    recsys-moe compare {shlex.join([*experiment.compare, *changes])}",
+    ]
+    for metric in metrics:
+        columns = [task for task in tasks if any(key[1:] == (task, metric) for key in lines)]
+        head = f"| {metric} | " + " | ".join(columns) + " |"
+        rows = [f"| {model} | " + " | ".join(cell(lines[model, task, metric]) for task in columns) + " |" for model in models]
+        if best and metric == "auc":
+            rows.append("| best reachable | " + " | ".join(number(best.get(task)) for task in columns) + " |")
+        parts.append("\n".join([head, "|---" * (len(columns) + 1) + "|", *rows]))
+    costs = [
+        f"| {model} | {cost['params']:,} | {cost['flops']:,} | {found['samples_per_s'][model]:,.0f} |"
+        for model, cost in found["costs"].items()
+        if cost
+    ]
+    parts.append(
+        "\n".join(["| model | dense parameters | FLOPs a sample | samples/s in training |", "|---|---|---|---|", *costs])
+    )
+    parts.append(f"![Differences to {found['baseline']}](results/{name}-differences.png)")
+    parts.append(f"![Quality against cost](results/{name}-pareto.png)")
+    return parts
+
+
+def cell(line: dict[str, Any]) -> str:
+    score, mark = line["score"], {"ahead": " ▲", "behind": " ▼"}.get(line["verdict"], "")
+    half = "" if score["low"] is None else f" ± {(score['high'] - score['low']) / 2:.4f}"
+    return number(score["value"]) + half + mark
+
+
+if __name__ == "__main__":
+    main()
