@@ -17,7 +17,6 @@ from recsys_moe.embeddings import (
     one_id_each,
     table_name,
 )
-from recsys_moe.experts import Towers
 from recsys_moe.models import MODELS
 from recsys_moe.own_rows import OwnRows
 from recsys_moe.routing import RoutingPlan
@@ -57,49 +56,64 @@ class Ranker(nn.Module):
         self.sparse_names, self.lists = sparse_names, lists
         width = config.embedding_dim
         self.dropout, tables = config.dropout, _tables(sharded, device)
-        self.embeddings = tables(sparse_names, cardinalities, width) if sparse_names else None
+        family = MODELS[type(config)]
+        self.sets = family.embedding_sets(tasks)
+        self.embeddings = tables(self._in_sets(sparse_names), cardinalities * len(self.sets), width) if sparse_names else None
         rows = dict(zip(sparse_names, cardinalities, strict=True))
         self.own_names = own_rows
         self.own_rows = nn.ModuleDict({table_name(name): OwnRows(rows[name] - 2, device) for name in own_rows})
         self.pooled = nn.ModuleDict(
             {
-                pooling: tables([f.name for f in of], [f.cardinality for f in of], width, pooling)
+                pooling: tables(
+                    self._in_sets([f.name for f in of]), [f.cardinality for f in of] * len(self.sets), width, pooling
+                )
                 for pooling in ("sum", "mean")
                 if (of := [f for f in lists if _table_pooling(f) == pooling])
             }
         )
         in_dim = (len(sparse_names) + len(lists)) * width + num_dense
-        self.network = MODELS[type(config)](config, in_dim, tasks, PRECISIONS[precision])
+        self.network = family(config, in_dim, tasks, PRECISIONS[precision])
         if start is not None:
             # A bias moves by a learning rate a step at most: from its usual 0 (a half) it would not come down to a rate of
             # 0.3 % within a short training, nor ever where few rows observe the task. Scores would stay too high, most of
             # all in rows like those that no label ever pulled down.
-            towers = self.network.towers
-            assert isinstance(towers, Towers)
-            towers.start_at(start)
+            self.network.towers.start_at(start)
         self.network.to(device)
 
     def forward(
         self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()
     ) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Outputs, and the plans of the family's gates by name; `network.plan_names` says what is in them."""
+        outputs: Tensor
+        outputs, plans = self.network(self.represent(ids_bf, dense_bd, lists))
+        return outputs, plans
+
+    def represent(self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()) -> Tensor:
+        """What the family's network reads: `[B, D]`, or `[B, S, D]` for a family of S embedding sets."""
         inputs = []
         if self.embeddings is not None:
             ids_bf = self._give_rows(ids_bf) if self.own_names else ids_bf
-            inputs.append(self.embeddings(one_id_each(self.sparse_names, ids_bf)).values())
+            ids_bf = ids_bf.repeat(1, len(self.sets)) if len(self.sets) > 1 else ids_bf
+            inputs.append(self.embeddings(one_id_each(self._in_sets(self.sparse_names), ids_bf)).values())
         for pooling, tables in self.pooled.items():
             rows = {
                 f.name: last_ids(ids, f.max_length) if f.pooling == "last" and f.max_length else ids
                 for f, ids in zip(self.lists, lists, strict=True)
                 if _table_pooling(f) == pooling
             }
+            rows = {in_set(name, of): ids for of in self.sets for name, ids in rows.items()}
             inputs.append(tables(KeyedJaggedTensor.from_jt_dict(rows)).values())
         inputs = [F.dropout(embedded, self.dropout, self.training) for embedded in inputs]
-        if dense_bd.shape[1]:
+        if len(self.sets) > 1:
+            inputs = [embedded.unflatten(1, (len(self.sets), -1)) for embedded in inputs]
+            dense_bd = dense_bd.unsqueeze(1).expand(-1, len(self.sets), -1)
+        if dense_bd.shape[-1]:
             inputs.append(dense_bd)
-        outputs: Tensor
-        outputs, plans = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
-        return outputs, plans
+        return torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
+
+    def _in_sets(self, names: list[str]) -> list[str]:
+        """The tables of these features, set by set."""
+        return [in_set(name, of) for of in self.sets for name in names]
 
     def _give_rows(self, ids_bf: Tensor) -> Tensor:
         """The ids with rows in place of hashes. In training new ids get some, and rows that change hands start anew."""
@@ -113,7 +127,8 @@ class Ranker(nn.Module):
             if self.training:
                 evicted = own.admit(hashes_b)
                 if len(evicted):
-                    self.embeddings.renew(name, evicted)
+                    for of in self.sets:
+                        self.embeddings.renew(in_set(name, of), evicted)
             columns.append(own(hashes_b).unsqueeze(1))
         return torch.cat(columns, 1)
 
@@ -134,6 +149,15 @@ class Ranker(nn.Module):
         """Every table batch and the prefix of its names in `state_dict`."""
         batches = [("embeddings.", self.embeddings)] if self.embeddings is not None else []
         return [*batches, *((f"pooled.{pooling}.", tables) for pooling, tables in self.pooled.items())]
+
+
+def in_set(name: str, of: str) -> str:
+    """What a feature's table in an embedding set is called.
+
+    >>> in_set("colour", ""), in_set("colour", "click")
+    ('colour', 'colour of click')
+    """
+    return f"{name} of {of}" if of else name
 
 
 def _table_pooling(feature: ListInput) -> Pooling:

@@ -21,6 +21,7 @@ from recsys_moe.models.home import FeatureGates, HoMEConfig
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
+from recsys_moe.models.single_task import SingleTaskConfig
 
 IN_DIM = 7
 TASKS = {"like": 1, "finish": 3, "share": 1, "stars": 2}
@@ -87,6 +88,10 @@ def weighted(weights: Tensor, outputs: list[Tensor]) -> Tensor:
     for e, output in enumerate(outputs):
         total = total + weights[:, e : e + 1] * output
     return total
+
+
+def naive_single_task(model: Any, config: SingleTaskConfig, x: Tensor) -> Tensor:
+    return towers(model.towers, [mlp(model.bottoms, t, x[:, t]) for t in range(len(TASKS))])
 
 
 def naive_shared_bottom(model: Any, config: SharedBottomConfig, x: Tensor) -> Tensor:
@@ -218,6 +223,7 @@ class Case:
 
 
 FAMILIES = {
+    "single_task": Case(SingleTaskConfig(bottom_dims=(9, 5), tower_dims=(4,), dropout=0.0), naive_single_task),
     "shared_bottom": Case(SharedBottomConfig(bottom_dims=(9, 5), tower_dims=(4,), dropout=0.0), naive_shared_bottom),
     "mmoe": Case(MMOE, naive_mmoe),
     "omoe": Case(replace(MMOE, name="omoe"), naive_omoe),
@@ -256,12 +262,18 @@ def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0, in_dim
     return model
 
 
+def draw(config: Any, rows: int) -> Tensor:
+    """Inputs of a family: one, or one for each of its embedding sets."""
+    sets = len(MODELS[type(config)].embedding_sets(TASKS))
+    return torch.randn(rows, IN_DIM) if sets == 1 else torch.randn(rows, sets, IN_DIM)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_family_is_its_equations(name: str, training: bool) -> None:
     case = VARIANTS[name]
     model = build(case.config).train(training)
-    x = torch.randn(11, IN_DIM, requires_grad=True)
+    x = draw(case.config, 11).requires_grad_()
     expected = case.naive(model, case.config, x)
     got = model(x)[0]
     assert got.shape == (11, sum(TASKS.values()))
@@ -279,7 +291,7 @@ def test_a_family_is_its_equations(name: str, training: bool) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_batch_of_one_row(name: str, training: bool) -> None:
     case = VARIANTS[name]
-    model, x = build(case.config).train(training), torch.randn(1, IN_DIM)
+    model, x = build(case.config).train(training), draw(case.config, 1)
     got = model(x)[0]
     torch.testing.assert_close(got, case.naive(model, case.config, x), **CLOSE)
     got.sum().backward()
@@ -289,7 +301,8 @@ def test_a_batch_of_one_row(name: str, training: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_at_inference_a_row_has_the_same_bits_in_every_batch(name: str, dtype: torch.dtype) -> None:
-    model, x = build(VARIANTS[name].config, dtype).eval(), torch.randn(40, IN_DIM)
+    config = VARIANTS[name].config
+    model, x = build(config, dtype).eval(), draw(config, 40)
     with torch.no_grad():
         assert torch.equal(torch.cat([model(row[None])[0] for row in x]), model(x)[0])
 
@@ -310,7 +323,7 @@ def test_bf16_is_close_and_keeps_gates_and_parameters_in_fp32(name: str) -> None
     config = FAMILIES[name].config
     fp32, bf16 = build(config), build(config, torch.bfloat16)
     assert {p.dtype for p in bf16.parameters()} == {torch.float32}
-    x = torch.randn(64, IN_DIM)
+    x = draw(config, 64)
     (low, low_plans), (high, high_plans) = bf16(x), fp32(x)
     assert low.dtype == torch.float32
     assert not torch.equal(low, high)
@@ -326,7 +339,7 @@ def test_bf16_is_close_and_keeps_gates_and_parameters_in_fp32(name: str) -> None
 @pytest.mark.parametrize("name", VARIANTS)
 def test_plans_are_named_and_say_what_the_gates_do(name: str) -> None:
     model = build(VARIANTS[name].config).eval()
-    plans = model(torch.randn(5, IN_DIM))[1]
+    plans = model(draw(VARIANTS[name].config, 5))[1]
     assert plans.keys() == model.plan_names.keys()
     for key, plan in plans.items():
         names = model.plan_names[key]
@@ -340,7 +353,7 @@ def test_the_reference_backend_takes_the_same_weights(name: str, monkeypatch: py
     config = FAMILIES[name].config
     fused, plain = build(config), build(config, seed=1)
     plain.load_state_dict(fused.state_dict())
-    x, direction = torch.randn(20, IN_DIM), torch.randn(20, sum(TASKS.values()))
+    x, direction = draw(config, 20), torch.randn(20, sum(TASKS.values()))
     got = fused(x)[0]
     got.backward(direction)
     monkeypatch.setattr(kernels, "implementation", lambda backend, device: reference)
@@ -357,7 +370,7 @@ def test_the_reference_backend_takes_the_same_weights(name: str, monkeypatch: py
 def test_a_family_is_one_graph(name: str) -> None:
     config = FAMILIES[name].config
     eager, model = build(config), build(config)
-    x, direction = torch.randn(20, IN_DIM), torch.randn(20, sum(TASKS.values()))
+    x, direction = draw(config, 20), torch.randn(20, sum(TASKS.values()))
     expected, plans = eager(x)
     expected.backward(direction)
     got, found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
@@ -372,7 +385,7 @@ def test_a_family_is_one_graph(name: str) -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},)).module()
         for n in (2, 33):
-            x = torch.randn(n, IN_DIM)
+            x = draw(config, n)
             torch.testing.assert_close(exported(x)[0], model(x)[0])
 
 

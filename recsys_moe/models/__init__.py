@@ -4,18 +4,22 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
-from torch import nn
 
 from recsys_moe.models.adatt import AdaTT, AdaTTConfig
+from recsys_moe.models.family import Family
 from recsys_moe.models.home import HoME, HoMEConfig
 from recsys_moe.models.mmoe import MMoE, MMoEConfig
 from recsys_moe.models.ple import PLE, PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
+from recsys_moe.models.single_task import SingleTask, SingleTaskConfig
 from recsys_moe.schema import Schema
 
-ModelConfig = Annotated[SharedBottomConfig | MMoEConfig | PLEConfig | AdaTTConfig | HoMEConfig, Field(discriminator="name")]
+ModelConfig = Annotated[
+    SingleTaskConfig | SharedBottomConfig | MMoEConfig | PLEConfig | AdaTTConfig | HoMEConfig, Field(discriminator="name")
+]
 
-MODELS: dict[type[Any], type[nn.Module]] = {
+MODELS: dict[type[Any], type[Family]] = {
+    SingleTaskConfig: SingleTask,
     SharedBottomConfig: SharedBottom,
     MMoEConfig: MMoE,
     PLEConfig: PLE,

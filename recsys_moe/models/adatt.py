@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter
 from recsys_moe.typed import typed
 
@@ -40,7 +41,7 @@ class AdaTTConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
 
-class AdaTT(nn.Module):
+class AdaTT(Family):
     """x `[B, D]` → outputs `[B, Σ widths]` and the plan of each level, "level 1", "level 2" … `tasks` has the width of each
     task's tower by its name, `dtype` is the experts' precision; gates and towers are fp32.
 

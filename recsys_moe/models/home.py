@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.experts import MLPExperts, Norm, Towers
 from recsys_moe.kernels import Activation, gate_mix
+from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftRouter, sigmoid
 from recsys_moe.typed import typed
 
@@ -64,7 +65,7 @@ class HoMEConfig:
     task_experts: bool = True
 
 
-class HoME(nn.Module):
+class HoME(Family):
     """v `[B, D]` → outputs `[B, Σ widths]` and the plans of both layers, "meta" (gates of the shared group and of each
     category) and "task". `tasks` has the width of each task's tower by its name, `dtype` is the precision of the experts and
     of their feature gates; softmax and self gates and the towers are fp32.

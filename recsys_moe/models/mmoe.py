@@ -12,9 +12,10 @@ from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter, TopKRouter
 from recsys_moe.typed import typed
 
@@ -47,7 +48,7 @@ class MMoEConfig:
         return self
 
 
-class MMoE(nn.Module):
+class MMoE(Family):
     """x `[B, D]` → outputs `[B, Σ widths]` and the gates' plan, "experts". `tasks` has the width of each task's tower by its
     name, `dtype` is the experts' precision; gates and towers are fp32.
 

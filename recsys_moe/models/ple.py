@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter
 from recsys_moe.typed import typed
 
@@ -47,7 +48,7 @@ class PLEConfig:
         return self
 
 
-class PLE(nn.Module):
+class PLE(Family):
     """x `[B, D]` → outputs `[B, Σ widths]` and the plan of each level, "level 1", "level 2" … `tasks` has the width of each
     task's tower by its name, `dtype` is the experts' precision; gates and towers are fp32.
 

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
-from recsys_moe.routing import PlanNames, RoutingPlan
+from recsys_moe.models.family import Family
+from recsys_moe.routing import RoutingPlan
 from recsys_moe.typed import typed
 
 Width = Annotated[int, Field(ge=1)]
@@ -32,7 +33,7 @@ class SharedBottomConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
 
-class SharedBottom(nn.Module):
+class SharedBottom(Family):
     """x `[B, D]` → outputs `[B, Σ widths]`, of which each task's tower has its own; it has no gates, so no plans.
 
     >>> model = SharedBottom(SharedBottomConfig(), in_dim=12, tasks={"click": 1, "ending": 3}, dtype=torch.float32).eval()
@@ -42,7 +43,7 @@ class SharedBottom(nn.Module):
 
     def __init__(self, config: SharedBottomConfig, in_dim: int, tasks: Mapping[str, int], dtype: torch.dtype) -> None:
         super().__init__()
-        self.plan_names: dict[str, PlanNames] = {}
+        self.plan_names = {}
         self.bottom = MLPExperts(1, in_dim, config.bottom_dims, config.norm, config.dropout, dtype=dtype)
         self.towers = Towers(self.bottom.out_dim, config.tower_dims, config.norm, tuple(tasks.values()))
 
