@@ -199,9 +199,26 @@ def schema_of_one() -> dict[str, Any]:
     return {"features": [{"name": "x", "kind": "numeric"}], "tasks": [{"name": "y", "label": "y == 1"}]}
 
 
-def test_a_model_that_does_not_fit_the_tasks_is_told_before_anything_is_prepared(tmp_path: Path) -> None:
-    wrong = job("data=feed_synth", "model=home", "model.categories={likes: interaction}", f"runs_dir={tmp_path}/runs")
-    with pytest.raises(UserError, match=r"model.categories names the task 'likes', .*; did you mean 'like'\?"):
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            ["model=home", "model.categories={likes: interaction}"],
+            r"categories names the task 'likes', .*; did you mean 'like'\?",
+        ),
+        (
+            ["model=esmm"],
+            r"model=esmm: no task's mask is another task's label; say .* 'model.conversions=\{CONVERSION: CLICK\}'",
+        ),
+        (["model=aitm", "model.chain=[long_view, purchases]"], r"model.chain names the task 'purchases', .* 'purchase'\?"),
+    ],
+    ids=["home", "esmm", "aitm"],
+)
+def test_a_model_that_does_not_fit_the_tasks_is_told_before_anything_is_prepared(
+    model: list[str], told: str, tmp_path: Path
+) -> None:
+    wrong = job("data=feed_synth", *model, f"runs_dir={tmp_path}/runs")
+    with pytest.raises(UserError, match=told):
         train(wrong)
     assert not list(tmp_path.iterdir())
 

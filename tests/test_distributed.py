@@ -21,9 +21,12 @@ from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import synced_expert_mlp, synced_sparse_expert_mlp
 from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
+from recsys_moe.models.aitm import AITMConfig
+from recsys_moe.models.esmm import ESMMConfig
 from recsys_moe.models.home import HoMEConfig
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
+from recsys_moe.models.stem import STEMConfig
 from recsys_moe.predictor import Predictor
 from recsys_moe.routing import sparse_plan
 from recsys_moe.shards import PreparedData
@@ -36,6 +39,9 @@ MODELS: dict[str, Any] = {
     "softmax": MMOE,
     "topk": replace(MMOE, gate="topk", top_k=2),
     "ple": PLEConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
+    "esmm": ESMMConfig(embedding_dim=4, conversions={"buy": "click"}, bottom_dims=(8,), norm="none", dropout=0.0),
+    "aitm": AITMConfig(embedding_dim=4, chain=("click", "buy"), bottom_dims=(8,), tower_dims=(4,), dropout=0.0),
+    "stem": STEMConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
     "home": HoMEConfig(embedding_dim=4, categories={"click": "a", "buy": "b"}, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
 }
 # 1033 rows: the last of an epoch's 26 batches has 33 rows, cut into 16 and 17.

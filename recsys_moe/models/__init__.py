@@ -6,16 +6,28 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from recsys_moe.models.adatt import AdaTT, AdaTTConfig
+from recsys_moe.models.aitm import AITM, AITMConfig, check_chain
+from recsys_moe.models.esmm import ESMM, ESMMConfig, settle_conversions
 from recsys_moe.models.family import Family
 from recsys_moe.models.home import HoME, HoMEConfig
 from recsys_moe.models.mmoe import MMoE, MMoEConfig
 from recsys_moe.models.ple import PLE, PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
 from recsys_moe.models.single_task import SingleTask, SingleTaskConfig
+from recsys_moe.models.stem import STEM, STEMConfig
 from recsys_moe.schema import Schema
 
 ModelConfig = Annotated[
-    SingleTaskConfig | SharedBottomConfig | MMoEConfig | PLEConfig | AdaTTConfig | HoMEConfig, Field(discriminator="name")
+    SingleTaskConfig
+    | SharedBottomConfig
+    | MMoEConfig
+    | PLEConfig
+    | ESMMConfig
+    | AITMConfig
+    | AdaTTConfig
+    | STEMConfig
+    | HoMEConfig,
+    Field(discriminator="name"),
 ]
 
 MODELS: dict[type[Any], type[Family]] = {
@@ -23,19 +35,30 @@ MODELS: dict[type[Any], type[Family]] = {
     SharedBottomConfig: SharedBottom,
     MMoEConfig: MMoE,
     PLEConfig: PLE,
+    ESMMConfig: ESMM,
+    AITMConfig: AITM,
     AdaTTConfig: AdaTT,
+    STEMConfig: STEM,
     HoMEConfig: HoME,
 }
 
 
 def settle(config: Any, schema: Schema) -> Any:
-    """`config` with what the schema knows: HoME's categories, where it names none, are the tasks' own.
+    """`config` with what the schema knows: HoME's categories and ESMM's conversions, where it names none.
+
+    Raises:
+        UserError: ESMM's or AITM's tasks are not what these models are for.
 
     >>> from recsys_moe.schema import BinaryTask, Categorical
-    >>> schema = Schema((Categorical("c", "categorical"),), (BinaryTask("like", "y", category="interaction"),))
-    >>> settle(HoMEConfig(), schema).categories
-    {'like': 'interaction'}
+    >>> tasks = BinaryTask("click", "c", category="interaction"), BinaryTask("buy", "b", mask="c", category="purchase")
+    >>> schema = Schema((Categorical("x", "categorical"),), tasks)
+    >>> settle(HoMEConfig(), schema).categories, settle(ESMMConfig(), schema).conversions
+    ({'click': 'interaction', 'buy': 'purchase'}, {'buy': 'click'})
     """
     if isinstance(config, HoMEConfig) and config.categories is None:
         return replace(config, categories={task.name: task.category for task in schema.tasks})
+    if isinstance(config, ESMMConfig):
+        return settle_conversions(config, schema)
+    if isinstance(config, AITMConfig):
+        check_chain(config, schema)
     return config

@@ -1,11 +1,13 @@
 """What a ranker and a trainer ask of a family's network, and what they do where it has nothing of its own to say."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from recsys_moe.errors import UserError, nearest
 from recsys_moe.experts import Towers
 from recsys_moe.routing import PlanNames
+from recsys_moe.schema import BinaryTask, Schema
 
 
 class Family(nn.Module):
@@ -30,3 +32,28 @@ class Family(nn.Module):
         trained on these as they are.
         """
         return losses_bt, weights_bt
+
+
+def binary_place(name: str, tasks: Mapping[str, int], key: str) -> tuple[int, int]:
+    """The place of a task that `key` names among the tasks, and that of its one output among all outputs.
+
+    Raises:
+        UserError: there is no such task, or it has not one output, as a binary one does.
+
+    >>> binary_place("buy", {"click": 1, "ending": 3, "buy": 1}, "model.chain")
+    (2, 4)
+    """
+    if name not in tasks:
+        raise UserError(f"{key} names the task {name!r}, which the schema does not have; {nearest(name, tasks)}")
+    if tasks[name] != 1:
+        raise UserError(f"{key} names the task {name!r}, which has {tasks[name]} outputs; name binary tasks only")
+    place = list(tasks).index(name)
+    return place, sum(list(tasks.values())[:place])
+
+
+def check_binary(names: Iterable[str], schema: Schema, key: str) -> None:
+    """Raises UserError: a task of the schema that `key` names is not binary. Names that it lacks are not looked at."""
+    tasks = {task.name: task for task in schema.tasks}
+    for name in names:
+        if name in tasks and not isinstance(tasks[name], BinaryTask):
+            raise UserError(f"{key} names the task {name!r}, which is of kind {tasks[name].kind}; name binary tasks only")
