@@ -142,7 +142,7 @@ class Trainer:
         self.model = build_ranker(data, model_config, config.precision, self.device)
         self.dense = self.model.dense_parameters()
         # Decay is for what multiplies the inputs: a bias holds its task's rate, and a norm's scale belongs at 1, not at 0.
-        spared = [p for name, p in self.model.network.named_parameters() if "bias" in name or "norms." in name]
+        spared = [p for name, p in self.model.named_dense_parameters() if "bias" in name or "norms." in name]
         multiplying = [p for p in self.dense if all(p is not other for other in spared)]
         groups: list[dict[str, Any]] = [{"params": multiplying}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
@@ -358,7 +358,7 @@ class Trainer:
         tensors = {f"model.{name}": value for name, value in self._owned(dict(self.model.state_dict())).items()}
         tensors |= {f"adagrad.{name}": value for name, value in self.model.adagrad().items()}
         if rank() == 0:
-            for name, parameter in self.model.network.named_parameters():
+            for name, parameter in self.model.named_dense_parameters():
                 tensors |= {f"adamw.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
             tensors["random"] = torch.get_rng_state()
         return tensors
@@ -383,7 +383,7 @@ class Trainer:
             self.progress.fingerprint = 0  # worker 0 remembers for all
         _copy_tensors(state.tensors, {f"model.{name}": weight for name, weight in self.model.state_dict().items()})
         _copy_tensors(state.tensors, {f"adagrad.{name}": sums for name, sums in self.model.adagrad().items()})
-        for name, parameter in self.model.network.named_parameters():
+        for name, parameter in self.model.named_dense_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{name}.{key}" in state.tensors]
             self.optimizer.state[parameter] = {key: state.tensors[f"adamw.{name}.{key}"] for key in keys}
         torch.set_rng_state(state.tensors["random"])

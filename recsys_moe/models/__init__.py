@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from recsys_moe.front import check_attention
 from recsys_moe.models.adatt import AdaTT, AdaTTConfig
 from recsys_moe.models.aitm import AITM, AITMConfig, check_chain
 from recsys_moe.models.esmm import ESMM, ESMMConfig, settle_conversions
@@ -15,7 +16,7 @@ from recsys_moe.models.ple import PLE, PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
 from recsys_moe.models.single_task import SingleTask, SingleTaskConfig
 from recsys_moe.models.stem import STEM, STEMConfig
-from recsys_moe.schema import Schema
+from recsys_moe.schema import Categorical, Cross, Hashed, Schema, Sequence
 
 ModelConfig = Annotated[
     SingleTaskConfig
@@ -47,7 +48,7 @@ def settle(config: Any, schema: Schema) -> Any:
     """`config` with what the schema knows: HoME's categories and ESMM's conversions, where it names none.
 
     Raises:
-        UserError: ESMM's or AITM's tasks are not what these models are for.
+        UserError: ESMM's or AITM's tasks are not what these models are for; attention over or for what is no such feature.
 
     >>> from recsys_moe.schema import BinaryTask, Categorical
     >>> tasks = BinaryTask("click", "c", category="interaction"), BinaryTask("buy", "b", mask="c", category="purchase")
@@ -55,6 +56,8 @@ def settle(config: Any, schema: Schema) -> Any:
     >>> settle(HoMEConfig(), schema).categories, settle(ESMMConfig(), schema).conversions
     ({'click': 'interaction', 'buy': 'purchase'}, {'buy': 'click'})
     """
+    sequences = [f.name for f in schema.features if isinstance(f, Sequence)]
+    check_attention(config.front, sequences, [f.name for f in schema.features if isinstance(f, Categorical | Hashed | Cross)])
     if isinstance(config, HoMEConfig) and config.categories is None:
         return replace(config, categories={task.name: task.category for task in schema.tasks})
     if isinstance(config, ESMMConfig):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
 from recsys_moe.models.family import Family, binary_place, check_binary
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, sigmoid
 from recsys_moe.schema import Schema
@@ -43,6 +44,7 @@ class AITMConfig:
 
     name: Literal["aitm"] = "aitm"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     chain: tuple[str, ...] | None = None
     strength: Annotated[float, Field(ge=0)] = 0.6
     bottom_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (256, 32)

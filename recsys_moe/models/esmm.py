@@ -25,6 +25,7 @@ from torch import Tensor
 
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
 from recsys_moe.models.family import Family, binary_place, check_binary
 from recsys_moe.routing import RoutingPlan
 from recsys_moe.schema import Schema
@@ -44,6 +45,7 @@ class ESMMConfig:
 
     name: Literal["esmm"] = "esmm"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     conversions: dict[str, str] | None = None
     bottom_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (256, 32)
     tower_dims: tuple[Width, ...] = (32,)

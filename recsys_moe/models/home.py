@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
 from recsys_moe.kernels import Activation, gate_mix
 from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftRouter, sigmoid
@@ -52,6 +53,7 @@ class HoMEConfig:
 
     name: Literal["home"] = "home"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     categories: dict[str, str] | None = None
     experts_per_group: Annotated[int, Field(ge=1)] = 2
     expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64,)

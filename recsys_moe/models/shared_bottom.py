@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
 from recsys_moe.models.family import Family
 from recsys_moe.routing import RoutingPlan
 from recsys_moe.typed import typed
@@ -27,6 +28,7 @@ class SharedBottomConfig:
 
     name: Literal["shared_bottom"] = "shared_bottom"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     bottom_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (256, 32)
     tower_dims: tuple[Width, ...] = (32,)
     norm: Norm = "batch"

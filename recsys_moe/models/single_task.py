@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
 from recsys_moe.models.family import Family
 from recsys_moe.routing import RoutingPlan
 from recsys_moe.typed import typed
@@ -31,6 +32,7 @@ class SingleTaskConfig:
 
     name: Literal["single_task"] = "single_task"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     bottom_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (256, 32)
     tower_dims: tuple[Width, ...] = (32,)
     norm: Norm = "batch"

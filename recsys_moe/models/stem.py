@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
 from recsys_moe.kernels import gate_mix
 from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftRouter
@@ -36,6 +37,7 @@ class STEMConfig:
 
     name: Literal["stem"] = "stem"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     shared_experts: Annotated[int, Field(ge=1)] = 2
     task_experts: Annotated[int, Field(ge=1)] = 2
     expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 32)
