@@ -640,34 +640,47 @@ def test_esmms_conversions_are_what_the_masks_say() -> None:
     assert settle(ESMMConfig(conversions=own), schema_of(*TWO)).conversions == own
 
 
+MANY = [
+    {"name": "click", "label": "click == 1"},
+    {"name": "buy", "label": "buy == 1", "mask": "click > 0"},
+    {"name": "cart", "label": "cart == 1", "mask": "click == 1"},
+    {"name": "like", "label": "like == 1"},
+    {"name": "stay", "label": "s", "kind": "regression"},
+]
+
+
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        (ESMMConfig(), r"no task's mask is another task's label; .* 'model.conversions=\{CONVERSION: CLICK\}'"),
+        (ESMMConfig(conversions={}), r"which task is a conversion given which click; add 'model.conversions=\{CONVERSION: CL"),
         (ESMMConfig(conversions={"stay": "click"}), "conversions names the task 'stay', which is of kind regression; name bin"),
         (ESMMConfig(conversions={"bye": "click"}), "conversions names the task 'bye', which .* does not have; did you mean 'b"),
-        (ESMMConfig(conversions={"a": "click", "click": "a"}), "has 'click' as a click and as a conversion; ESMM knows one"),
+        (ESMMConfig(conversions={"buy": "clik"}), "conversions names the task 'clik', which .* does not have; did you mean 'c"),
+        (ESMMConfig(conversions={"buy": "click", "cart": "buy"}), "has 'buy' as a click and as a conversion; ESMM knows one"),
+        (
+            ESMMConfig(conversions={"like": "click"}),
+            "'like' has no mask, .* give the task mask: 'click == 1', or use model=aitm",
+        ),
         (AITMConfig(), r"needs the tasks whose events follow on one another, .*; add 'model.chain=\[FIRST, SECOND\]'"),
         (AITMConfig(chain=("click",)), "at least two"),
-        (AITMConfig(chain=("click", "a", "click")), "named twice; name each once"),
+        (AITMConfig(chain=("click", "like", "click")), "named twice; name each once"),
         (AITMConfig(chain=("click", "bye")), "model.chain names the task 'bye', which the schema does not have; did you mean"),
         (AITMConfig(chain=("click", "stay")), "model.chain names the task 'stay', which is of kind regression"),
-        (
-            AITMConfig(chain=("click", "buy")),
-            "'buy' has the mask 'click == 1', the label of 'click', but AITM is for labels of",
-        ),
+        (AITMConfig(chain=("click", "cart")), "'cart' has the mask 'click == 1', the label of 'click', but AITM is for labels"),
     ],
     ids=str,
 )
 def test_tasks_that_are_no_chain_of_events(config: Any, told: str) -> None:
-    tasks = [TWO[0], {"name": "stay", "label": "s", "kind": "regression"}, {"name": "a", "label": "a == 1"}]
-    if "mask" in told and "click" in (getattr(config, "chain", None) or ()):
-        tasks.append({"name": "buy", "label": "buy == 1", "mask": "click == 1"})
-    else:
-        tasks.append({"name": "buy", "label": "buy == 1"})
-    schema = schema_of(*tasks)
+    schema = schema_of(*MANY)
     with pytest.raises(UserError, match=told):
         MODELS[type(config)](settle(config, schema), 1, {task.name: 1 for task in schema.tasks}, torch.float32)
+
+
+def test_esmm_takes_a_mask_of_other_words_if_it_is_told() -> None:
+    assert settle(ESMMConfig(conversions={"buy": "click"}), schema_of(*MANY)).conversions == {"buy": "click"}
+    assert settle(ESMMConfig(), schema_of(*MANY)).conversions == {"cart": "click"}
+    with pytest.raises(UserError, match="no task's mask is another task's label"):
+        settle(ESMMConfig(), schema_of(*MANY[:2]))
 
 
 def test_a_chain_of_tasks_with_several_outputs() -> None:

@@ -114,7 +114,7 @@ def settle_conversions(config: ESMMConfig, schema: Schema) -> ESMMConfig:
     """`config` with the conversions that the schema's masks say.
 
     Raises:
-        UserError: a conversion or click that is not binary.
+        UserError: no mask says any; a conversion or click that is not binary; a conversion that is observed without the click.
     """
     if config.conversions is None:
         clicks = {" ".join(task.label.split()): task.name for task in schema.tasks}
@@ -128,4 +128,11 @@ def settle_conversions(config: ESMMConfig, schema: Schema) -> ESMMConfig:
         config = replace(config, conversions=found)
     assert config.conversions is not None
     check_binary([*config.conversions, *config.conversions.values()], schema, "model.conversions")
+    tasks = {task.name: task for task in schema.tasks}
+    for conversion, click in config.conversions.items():
+        if conversion in tasks and click in tasks and tasks[conversion].mask is None:
+            raise UserError(
+                f"model.conversions: task {conversion!r} has no mask, so it is observed without {click!r} too, but ESMM's "
+                f"score is for rows with it; give the task mask: {tasks[click].label!r}, or use model=aitm"
+            )
     return config
