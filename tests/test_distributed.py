@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recsys_moe.balancing import GradNorm, JacobianDescent, Static, Uncertainty
+from recsys_moe.balancing import GradNorm, JacobianDescent, Static
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import synced_expert_mlp, synced_sparse_expert_mlp
@@ -48,13 +48,12 @@ MODELS: dict[str, Any] = {
     "aitm": AITMConfig(embedding_dim=4, chain=("click", "buy"), bottom_dims=(8,), tower_dims=(4,), dropout=0.0),
     "stem": STEMConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
     "front": replace(MMOE, norm="none", front=FrontConfig(cross_layers=1, attention={"seen": "colour"}, attention_dims=(4,))),
-    **dict.fromkeys(("pcgrad", "gradnorm", "uncertainty"), replace(MMOE, norm="none")),
+    **dict.fromkeys(("pcgrad", "gradnorm"), replace(MMOE, norm="none")),
     "home": HoMEConfig(embedding_dim=4, categories={"click": "a", "buy": "b"}, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
 }
 BALANCING: dict[str, Any] = {
     "pcgrad": JacobianDescent("pcgrad"),
     "gradnorm": GradNorm("gradnorm"),
-    "uncertainty": Uncertainty("uncertainty"),
 }
 # 1033 rows: the last of an epoch's 26 batches has 33 rows, cut into 16 and 17.
 CONFIG = TrainConfig(epochs=8, batch_size=40, patience=0, checkpoint_steps=100)
