@@ -1,23 +1,31 @@
 """Crosses and target attention against loops on the same parameters, alone and before a family in a ranker."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.embeddings import JaggedTensor
 from recsys_moe.errors import UserError
 from recsys_moe.front import Crosses, FrontConfig, TargetAttention
 from recsys_moe.models import settle
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.stem import STEMConfig
+from recsys_moe.predictor import Predictor
 from recsys_moe.ranker import Ranker
 from recsys_moe.schema import Schema
+from recsys_moe.sources import DataConfig
+from recsys_moe.trainer import TrainConfig, Trainer
 from recsys_moe.transforms import ListInput
-from recsys_moe.typed import parse
+from recsys_moe.typed import dump, parse
+from recsys_moe.warm_start import StartBundle
 
 IN_DIM = 6
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
@@ -229,6 +237,35 @@ def test_a_front_that_is_off_has_no_parameters() -> None:
     model = Ranker(MMoEConfig(embedding_dim=4), NAMES, CARDINALITIES, 0, {"click": 1})
     assert not list(model.front.parameters())
     assert not len(model.attended)
+
+
+def test_a_bundle_with_a_front_scores_a_row_as_it_does_in_a_batch(
+    tmp_path: Path, write_prepared: Any, clicks: Any, clicks_schema: Any
+) -> None:
+    def rows(count: int, seed: int) -> pa.Table:
+        random = np.random.default_rng(seed)
+        seen = [random.choice(["red", "green", "blue"], n).tolist() for n in random.integers(0, 6, count)]
+        return clicks(count, seed).append_column("seen", pa.array(seen))
+
+    plain = dump(clicks_schema)
+    plain["features"].append({"name": "seen", "kind": "sequence", "max_length": 4})
+    parts = {"train": [rows(600, 1)], "validation": [rows(200, 2)]}
+    data = write_prepared(tmp_path / "prepared", parse(Schema, plain, "schema"), parts)
+    front = FrontConfig(cross_layers=1, attention={"seen": "colour"})
+    model = MMoEConfig(embedding_dim=4, num_experts=2, expert_dims=(8,), front=front)
+    trainer = Trainer(data, model, TrainConfig(epochs=2, batch_size=128))
+    trainer.fit()
+    config = BundleConfig(FORMAT, model, "fp32", DataConfig(name="seen", source="nowhere", schema="-"), "0" * 64)
+    save_bundle(tmp_path / "bundle", trainer.whole_weights(), config, data.transform, {}, trainer.whole_adagrad())
+    predictor, table = Predictor(tmp_path / "bundle"), rows(40, 3)
+    scores = predictor.score(table)
+    assert np.array_equal(np.concatenate([predictor.score(table.slice(n, 1)) for n in range(40)], 1), scores)
+    # What was seen counts, and whoever goes on from the bundle goes on with its tables.
+    assert (predictor.score(table.set_column(5, "seen", pa.array([["red"] * 4] * 40))) != scores).any()
+    started = Trainer(data, model, TrainConfig(), start=StartBundle(tmp_path / "bundle"))
+    kept = trainer.model.state_dict()
+    assert all(torch.equal(weight, kept[name]) for name, weight in started.model.state_dict().items())
+    assert all(torch.equal(sums, trainer.model.adagrad()[name]) for name, sums in started.model.adagrad().items())
 
 
 SCHEMA: Any = {

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts, Norm, Towers
 from recsys_moe.front import FrontConfig
-from recsys_moe.models.family import Family, binary_place, check_binary
+from recsys_moe.models.family import Family, binary_place, check_binary, same_rows
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, sigmoid
 from recsys_moe.schema import Schema
 from recsys_moe.typed import typed
@@ -123,7 +123,7 @@ def check_chain(config: AITMConfig, schema: Schema) -> None:
     chain, tasks = config.chain or (), {task.name: task for task in schema.tasks}
     check_binary(chain, schema, "model.chain")
     for before, name in itertools.pairwise(chain):
-        if name in tasks and before in tasks and tasks[name].mask == tasks[before].label:
+        if name in tasks and before in tasks and same_rows(tasks[name].mask, tasks[before].label):
             raise UserError(
                 f"model.chain: task {name!r} has the mask {tasks[name].mask!r}, the label of {before!r}, but AITM is for "
                 "labels of all rows; write its label as both events, without the mask, or use model=esmm"

@@ -26,7 +26,7 @@ from torch import Tensor
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts, Norm, Towers
 from recsys_moe.front import FrontConfig
-from recsys_moe.models.family import Family, binary_place, check_binary
+from recsys_moe.models.family import Family, binary_place, check_binary, same_rows
 from recsys_moe.routing import RoutingPlan
 from recsys_moe.schema import Schema
 from recsys_moe.typed import typed
@@ -117,9 +117,12 @@ def settle_conversions(config: ESMMConfig, schema: Schema) -> ESMMConfig:
         UserError: no mask says any; a conversion or click that is not binary; a conversion that is observed without the click.
     """
     if config.conversions is None:
-        clicks = {" ".join(task.label.split()): task.name for task in schema.tasks}
-        masks = {task.name: " ".join(task.mask.split()) for task in schema.tasks if task.mask}
-        found = {name: clicks[mask] for name, mask in masks.items() if mask in clicks}
+        found = {
+            task.name: click.name
+            for task in schema.tasks
+            for click in schema.tasks
+            if task is not click and same_rows(task.mask, click.label)
+        }
         if not found:
             raise UserError(
                 "model=esmm: no task's mask is another task's label; say which task is a conversion given which click: "

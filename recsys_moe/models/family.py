@@ -57,3 +57,12 @@ def check_binary(names: Iterable[str], schema: Schema, key: str) -> None:
     for name in names:
         if name in tasks and not isinstance(tasks[name], BinaryTask):
             raise UserError(f"{key} names the task {name!r}, which is of kind {tasks[name].kind}; name binary tasks only")
+
+
+def same_rows(mask: str | None, label: str) -> bool:
+    """Whether a mask selects the rows in which a label is true, going by their texts.
+
+    >>> same_rows("click  == 1", "click == 1"), same_rows(None, "click == 1")
+    (True, False)
+    """
+    return mask is not None and mask.split() == label.split()
