@@ -21,7 +21,7 @@ from typing import Any
 from recsys_moe.console import number
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-NETWORKS = "shared_bottom,omoe,mmoe,cgc,ple,adatt,home"
+NETWORKS = "single_task,shared_bottom,omoe,mmoe,mmoe+gate=topk,cgc,ple,adatt,stem,home"
 ABLATION = ("expert_norm=false", "hierarchy_mask=false", "feature_gates=0", "self_gates=false", "task_experts=false")
 FEED_TASKS = "data.tasks=[effective_view,long_view,like,comment,follow,forward]"
 
@@ -68,8 +68,8 @@ EXPERIMENTS = {
     ),
     "kuairand": Experiment(
         "KuaiRand in time",
-        "41,828 impressions with a like or a hate of 664 users, tested on the last tenth. Rates are not the platform's, comment "
-        "and profile_enter have some hundred positives, and the months drift: see the rolling splits.",
+        "41,828 impressions with a like or a hate of 664 users, tested on the last tenth. Rates are not the platform's, "
+        "comment and profile_enter have some hundred positives, and the months drift: see the rolling splits.",
         ("data=kuairand_time", f"models={NETWORKS},trees,logistic", "baseline=trees", "seeds=5", "trials=20"),
     ),
     "kuairand_rolling": Experiment(
@@ -168,6 +168,7 @@ def report(pictures: Path, changes: list[str]) -> str:
 def section(name: str, experiment: Experiment, found: dict[str, Any], changes: list[str]) -> list[str]:
     lines = {(line["model"], line["task"], line["metric"]): line for line in found["lines"]}
     tasks, metrics, models = (list(dict.fromkeys(key[i] for key in lines)) for i in (1, 2, 0))
+    best = found["best"]
     parts = [
         f"## {experiment.title}",
         experiment.question,

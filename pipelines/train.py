@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from recsys_moe.balancing import balancer_of
 from recsys_moe.config import conf_dir
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads
@@ -102,6 +103,7 @@ def settle_model(job: TrainJob) -> TrainJob:
     schema = job.data.load_schema(conf_dir() / "schema")
     model = settle(job.model, schema)
     MODELS[type(model)](model, 1, Heads(schema, Statistics((), ())).widths, torch.float32)
+    balancer_of(job.train.balancing, schema.task_names)
     return replace(job, model=model)
 
 

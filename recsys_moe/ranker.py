@@ -17,7 +17,7 @@ from recsys_moe.embeddings import (
     one_id_each,
     table_name,
 )
-from recsys_moe.experts import Towers
+from recsys_moe.front import Front, check_attention
 from recsys_moe.models import MODELS
 from recsys_moe.own_rows import OwnRows
 from recsys_moe.routing import RoutingPlan
@@ -57,49 +57,89 @@ class Ranker(nn.Module):
         self.sparse_names, self.lists = sparse_names, lists
         width = config.embedding_dim
         self.dropout, tables = config.dropout, _tables(sharded, device)
-        self.embeddings = tables(sparse_names, cardinalities, width) if sparse_names else None
+        family = MODELS[type(config)]
+        self.sets = family.embedding_sets(tasks)
+        self.embeddings = tables(self._in_sets(sparse_names), cardinalities * len(self.sets), width) if sparse_names else None
         rows = dict(zip(sparse_names, cardinalities, strict=True))
         self.own_names = own_rows
         self.own_rows = nn.ModuleDict({table_name(name): OwnRows(rows[name] - 2, device) for name in own_rows})
-        self.pooled = nn.ModuleDict(
+        check_attention(config.front, [f.name for f in lists], sparse_names)
+        self.attention = config.front.attention
+        self.attended = nn.ModuleDict(
             {
-                pooling: tables([f.name for f in of], [f.cardinality for f in of], width, pooling)
-                for pooling in ("sum", "mean")
-                if (of := [f for f in lists if _table_pooling(f) == pooling])
+                table_name(f.name): tables(self._in_sets([f.name]), [f.cardinality] * len(self.sets), width)
+                for f in lists
+                if f.name in self.attention
             }
         )
-        in_dim = (len(sparse_names) + len(lists)) * width + num_dense
-        self.network = MODELS[type(config)](config, in_dim, tasks, PRECISIONS[precision])
+        self.pooled = nn.ModuleDict(
+            {
+                pooling: tables(
+                    self._in_sets([f.name for f in of]), [f.cardinality for f in of] * len(self.sets), width, pooling
+                )
+                for pooling in ("sum", "mean")
+                if (of := [f for f in lists if f.name not in self.attention and _table_pooling(f) == pooling])
+            }
+        )
+        in_dim, dtype = (len(sparse_names) + len(lists)) * width + num_dense, PRECISIONS[precision]
+        self.front = Front(config.front, self.attended.keys(), len(self.sets), width, in_dim, dtype)
+        self.network = family(config, in_dim, tasks, dtype)
         if start is not None:
             # A bias moves by a learning rate a step at most: from its usual 0 (a half) it would not come down to a rate of
             # 0.3 % within a short training, nor ever where few rows observe the task. Scores would stay too high, most of
             # all in rows like those that no label ever pulled down.
-            towers = self.network.towers
-            assert isinstance(towers, Towers)
-            towers.start_at(start)
+            self.network.towers.start_at(start)
+        self.front.to(device)
         self.network.to(device)
 
     def forward(
         self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()
     ) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Outputs, and the plans of the family's gates by name; `network.plan_names` says what is in them."""
+        outputs: Tensor
+        outputs, plans = self.network(self.represent(ids_bf, dense_bd, lists))
+        return outputs, plans
+
+    def represent(self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()) -> Tensor:
+        """What the family's network reads: `[B, D]`, or `[B, S, D]` for a family of S embedding sets."""
         inputs = []
         if self.embeddings is not None:
             ids_bf = self._give_rows(ids_bf) if self.own_names else ids_bf
-            inputs.append(self.embeddings(one_id_each(self.sparse_names, ids_bf)).values())
+            ids_bf = ids_bf.repeat(1, len(self.sets)) if len(self.sets) > 1 else ids_bf
+            inputs.append(self.embeddings(one_id_each(self._in_sets(self.sparse_names), ids_bf)).values())
         for pooling, tables in self.pooled.items():
             rows = {
                 f.name: last_ids(ids, f.max_length) if f.pooling == "last" and f.max_length else ids
                 for f, ids in zip(self.lists, lists, strict=True)
-                if _table_pooling(f) == pooling
+                if f.name not in self.attention and _table_pooling(f) == pooling
             }
+            rows = {in_set(name, of): ids for of in self.sets for name, ids in rows.items()}
             inputs.append(tables(KeyedJaggedTensor.from_jt_dict(rows)).values())
+        for f, ids in zip(self.lists, lists, strict=True):
+            if f.name in self.attention:
+                inputs.append(self._attend(f.name, ids, inputs[0]))
         inputs = [F.dropout(embedded, self.dropout, self.training) for embedded in inputs]
-        if dense_bd.shape[1]:
+        if len(self.sets) > 1:
+            inputs = [embedded.unflatten(1, (len(self.sets), -1)) for embedded in inputs]
+            dense_bd = dense_bd.unsqueeze(1).expand(-1, len(self.sets), -1)
+        if dense_bd.shape[-1]:
             inputs.append(dense_bd)
-        outputs: Tensor
-        outputs, plans = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
-        return outputs, plans
+        x: Tensor = torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0]
+        return x if self.front.crosses is None else self.front.crosses(x)
+
+    def _attend(self, name: str, ids: JaggedTensor, embedded: Tensor) -> Tensor:
+        """A sequence's embeddings, weighed for its target, which is among the features of one id a row: `[B, S·d]`."""
+        sets = len(self.sets)
+        items = one_id_each(self._in_sets([name]), ids.values().unsqueeze(1).repeat(1, sets))
+        items_nsd = self.attended[table_name(name)](items).values().unflatten(1, (sets, -1))
+        place = self.sparse_names.index(self.attention[name])
+        target_bsd = embedded.unflatten(1, (sets, len(self.sparse_names), -1))[:, :, place]
+        attended: Tensor = self.front.attention[table_name(name)](target_bsd, items_nsd, ids.lengths())
+        return attended.flatten(1)
+
+    def _in_sets(self, names: list[str]) -> list[str]:
+        """The tables of these features, set by set."""
+        return [in_set(name, of) for of in self.sets for name in names]
 
     def _give_rows(self, ids_bf: Tensor) -> Tensor:
         """The ids with rows in place of hashes. In training new ids get some, and rows that change hands start anew."""
@@ -113,13 +153,18 @@ class Ranker(nn.Module):
             if self.training:
                 evicted = own.admit(hashes_b)
                 if len(evicted):
-                    self.embeddings.renew(name, evicted)
+                    for of in self.sets:
+                        self.embeddings.renew(in_set(name, of), evicted)
             columns.append(own(hashes_b).unsqueeze(1))
         return torch.cat(columns, 1)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Everything but the embedding tables."""
-        return list(self.network.parameters())
+        return [parameter for _, parameter in self.named_dense_parameters()]
+
+    def named_dense_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Everything but the embedding tables: the network's parameters by their names in it, and the front's."""
+        return [*self.network.named_parameters(), *self.front.named_parameters("front")]
 
     def adagrad(self) -> dict[str, Tensor]:
         """The state of the tables' optimizer, by the names that the tables have in `state_dict`."""
@@ -133,7 +178,17 @@ class Ranker(nn.Module):
     def _all_tables(self) -> list[tuple[str, Any]]:
         """Every table batch and the prefix of its names in `state_dict`."""
         batches = [("embeddings.", self.embeddings)] if self.embeddings is not None else []
-        return [*batches, *((f"pooled.{pooling}.", tables) for pooling, tables in self.pooled.items())]
+        batches += [(f"pooled.{pooling}.", tables) for pooling, tables in self.pooled.items()]
+        return [*batches, *((f"attended.{name}.", tables) for name, tables in self.attended.items())]
+
+
+def in_set(name: str, of: str) -> str:
+    """What a feature's table in an embedding set is called.
+
+    >>> in_set("colour", ""), in_set("colour", "click")
+    ('colour', 'colour of click')
+    """
+    return f"{name} of {of}" if of else name
 
 
 def _table_pooling(feature: ListInput) -> Pooling:

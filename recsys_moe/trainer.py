@@ -17,12 +17,13 @@ import torch
 from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
+from recsys_moe.balancing import BalancingConfig, Static, balancer_of
 from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows, piece
 from recsys_moe.checkpoint import Checkpoints, TensorFiles, Tensors
 from recsys_moe.distributed import agreed, gather_pieces, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
-from recsys_moe.losses import multi_task_loss
+from recsys_moe.losses import task_losses
 from recsys_moe.metrics import TaskMetrics, quality, quality_name
 from recsys_moe.ranker import CPU, Ranker
 from recsys_moe.shards import PreparedData
@@ -40,6 +41,8 @@ class TrainConfig:
     Adam (AdamW with `weight_decay`, biases and norms spared) for the dense part and row-wise Adagrad for the embeddings, both
     on the same `schedule`: a `one_cycle` (Smith 2018) over all epochs, or `constant`. `clip_norm` bounds the dense gradient's
     norm (0: off; the embeddings' update happens inside the backward pass, where no norm over all parameters is known yet).
+    `balancing` is how the tasks' losses are weighed against each other (`recsys_moe.balancing`); the loss that is told is that
+    of the schema's weights all the same.
     Training stops when the mean validation quality (of a binary task its AUC; see `recsys_moe.heads`) has not risen for
     `patience` epochs (0: never) and keeps the best epoch.
     `precision` is the experts' (`bf16`: their matrix products; gates, norms, towers and losses stay fp32). `device=cuda` trains
@@ -58,6 +61,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 1.0
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     clip_norm: Annotated[float, Field(ge=0)] = 10.0
+    balancing: BalancingConfig = Static()
     patience: Annotated[int, Field(ge=0)] = 3
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["cpu", "cuda"] = "cpu"
@@ -142,12 +146,14 @@ class Trainer:
         self.model = build_ranker(data, model_config, config.precision, self.device)
         self.dense = self.model.dense_parameters()
         # Decay is for what multiplies the inputs: a bias holds its task's rate, and a norm's scale belongs at 1, not at 0.
-        spared = [p for name, p in self.model.network.named_parameters() if "bias" in name or "norms." in name]
+        spared = [p for name, p in self.model.named_dense_parameters() if "bias" in name or "norms." in name]
         multiplying = [p for p in self.dense if all(p is not other for other in spared)]
         groups: list[dict[str, Any]] = [{"params": multiplying}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True)
         self.heads = Heads(data.schema, data.transform.statistics)
         self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks], device=self.device)
+        self.balancer = balancer_of(config.balancing, data.schema.task_names, config.seed, self.device)
+        self.alpha_t: Tensor | None = None  # the balancer's weights of the last step
         self.batches = ShuffledBatches(data, "train", config.batch_size, config.seed, rank(), world_size())
         self.rows = data.manifest.rows("train")
         self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
@@ -202,6 +208,7 @@ class Trainer:
                     "total_steps": self.total_steps,
                     "train.loss": loss,
                     "train.samples_per_s": rate,
+                    **self._told_alpha(),
                     "validation.mean_quality": mean,
                     "validation": {task: asdict(m) for task, m in validation.items()},
                     "best": improved,
@@ -228,6 +235,11 @@ class Trainer:
         self.progress.best = TrainResult(0, self.rows, 0.0, 0.0, 0, -math.inf if math.isnan(mean) else mean, validation)
         measured = {task: asdict(m) for task, m in validation.items()}
         self.on_event({"kind": "before", "step": 0, "before.mean_quality": mean, "before": measured})
+
+    def _told_alpha(self) -> dict[str, float]:
+        if self.alpha_t is None:
+            return {}
+        return {f"train.balancing.{t}": a for t, a in zip(self.data.schema.task_names, self.alpha_t.tolist(), strict=True)}
 
     def restore_best(self) -> None:
         """Give the model the weights of the best epoch that was not the last."""
@@ -285,11 +297,20 @@ class Trainer:
             # Dropout by the step: however many workers there are, and whichever was lost, a state needs no more than that.
             torch.manual_seed(int(np.random.SeedSequence((self.config.seed, self.step, rank())).generate_state(1)[0]))
         batch = batch.to(self.device)
-        outputs, _ = self.model(batch.ids_bf, batch.dense_bd, batch.lists)
-        losses = self.heads.losses(outputs, batch.labels_bt)
-        loss = multi_task_loss(losses, batch.weights_bt, self.task_weights_t, total(batch.weights_bt.sum(0)))
+        x = self.model.represent(batch.ids_bf, batch.dense_bd, batch.lists)
+        if self.balancer is not None and not x.requires_grad:  # numbers alone
+            x = x.detach().requires_grad_()
+        outputs, _ = self.model.network(x)
+        losses_bt = self.heads.losses(outputs, batch.labels_bt)
+        losses_bt, weights_bt = self.model.network.objective(outputs, losses_bt, batch.labels_bt, batch.weights_bt)
+        totals_t = total(weights_bt.sum(0))
+        losses_t = task_losses(losses_bt, weights_bt, self.task_weights_t, totals_t)
+        loss = balanced = losses_t.sum()
+        if self.balancer is not None:
+            self.alpha_t = self.balancer(losses_t, totals_t > 0, x, self.progress.epoch, self.step)
+            balanced = (self.alpha_t * losses_t).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        balanced.backward()
         loss = sum_gradients(self.dense, loss)
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self.dense, self.config.clip_norm)
@@ -357,10 +378,15 @@ class Trainer:
         tensors = {f"model.{name}": value for name, value in self._owned(dict(self.model.state_dict())).items()}
         tensors |= {f"adagrad.{name}": value for name, value in self.model.adagrad().items()}
         if rank() == 0:
-            for name, parameter in self.model.network.named_parameters():
+            for name, parameter in self.model.named_dense_parameters():
                 tensors |= {f"adamw.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+            tensors |= self._balancing()
             tensors["random"] = torch.get_rng_state()
         return tensors
+
+    def _balancing(self) -> dict[str, Tensor]:
+        """The balancer's state, the same on every worker."""
+        return {} if self.balancer is None else {f"balancing.{name}": t for name, t in self.balancer.state().items()}
 
     def _owned(self, weights: Tensors) -> dict[str, Tensor]:
         """Tables, which one worker alone has, and from worker 0 the dense part, which all have."""
@@ -382,9 +408,15 @@ class Trainer:
             self.progress.fingerprint = 0  # worker 0 remembers for all
         _copy_tensors(state.tensors, {f"model.{name}": weight for name, weight in self.model.state_dict().items()})
         _copy_tensors(state.tensors, {f"adagrad.{name}": sums for name, sums in self.model.adagrad().items()})
-        for name, parameter in self.model.network.named_parameters():
+        for name, parameter in self.model.named_dense_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{name}.{key}" in state.tensors]
             self.optimizer.state[parameter] = {key: state.tensors[f"adamw.{name}.{key}"] for key in keys}
+        if any(name not in state.tensors for name in self._balancing()):
+            raise UserError(
+                f"the checkpoint in {str(checkpoints.folder)!r} is not of train.balancing.name={self.config.balancing.name}; "
+                "go on with what it was trained with, or train anew"
+            )
+        _copy_tensors(state.tensors, self._balancing())
         torch.set_rng_state(state.tensors["random"])
         self.best_weights = state.best
         p = self.progress

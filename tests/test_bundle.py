@@ -18,8 +18,11 @@ import torch
 
 from recsys_moe.bundle import FILES, FORMAT, Bundle, BundleConfig, save_bundle
 from recsys_moe.errors import UserError
+from recsys_moe.front import FrontConfig
+from recsys_moe.models import MODELS as FAMILIES
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
+from recsys_moe.models.stem import STEMConfig
 from recsys_moe.predictor import Predictor, score_file
 from recsys_moe.routing import sigmoid
 from recsys_moe.shards import write_json
@@ -29,13 +32,14 @@ from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 MODELS = {
     "mmoe": MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8,), tower_dims=(4,)),
     "shared_bottom": SharedBottomConfig(embedding_dim=4, bottom_dims=(8,), tower_dims=(4,)),
+    "stem": STEMConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), front=FrontConfig(cross_layers=2, cross_rank=4)),
 }
 
 
 def save(trainer: Trainer, folder: Path) -> Path:
     data = DataConfig(name="clicks", source="nowhere", schema="-")
-    name = "mmoe" if "router.linear.weight" in trainer.model.network.state_dict() else "shared_bottom"
-    config = BundleConfig(FORMAT, MODELS[name], trainer.config.precision, data, "0" * 64)
+    model = next(model for model in MODELS.values() if isinstance(trainer.model.network, FAMILIES[type(model)]))
+    config = BundleConfig(FORMAT, model, trainer.config.precision, data, "0" * 64)
     save_bundle(folder, trainer.model.state_dict(), config, trainer.data.transform, {"test": {"click": {"auc": 0.5}}})
     return folder
 
@@ -55,7 +59,9 @@ def bundle(train: Any, tmp_path: Path) -> Path:
     return save(train(), tmp_path / "bundle")
 
 
-@pytest.mark.parametrize(("name", "precision"), [("mmoe", "fp32"), ("mmoe", "bf16"), ("shared_bottom", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("mmoe", "fp32"), ("mmoe", "bf16"), ("shared_bottom", "fp32"), ("stem", "fp32")]
+)
 def test_a_loaded_bundle_scores_bit_for_bit_the_same(
     train: Any, clicks: Any, tmp_path: Path, name: str, precision: str
 ) -> None:
@@ -67,6 +73,8 @@ def test_a_loaded_bundle_scores_bit_for_bit_the_same(
     scores = Predictor(save(trainer, tmp_path / "bundle")).score(table)
     assert scores.dtype == np.float32
     assert np.array_equal(scores, sigmoid(logits).numpy().T)
+    predictor = Predictor(tmp_path / "bundle")
+    assert np.array_equal(np.concatenate([predictor.score(table.slice(n, 1)) for n in range(20)], 1), scores[:, :20])
 
 
 def test_what_was_saved_is_loaded(train: Any, tmp_path: Path) -> None:

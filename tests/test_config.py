@@ -123,6 +123,9 @@ def test_the_census_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
         (["model=shared_bottom", "model.num_experts=4"], "unknown key 'model.num_experts'; valid: "),
         (["model.expert_dims=16"], "'model.expert_dims' is 16; input should be a valid array"),
         (["model.expert_dims=[16,x]"], "'model.expert_dims.1' is 'x'; input should be a valid integer"),
+        (["train.balancing.name=gradnrm"], "'train.balancing.name' is 'gradnrm'; did you mean 'gradnorm'?"),
+        (["train.balancing.name=dwa", "train.balancing.c=1"], "unknown key 'train.balancing.c'"),
+        (["model.front.cross_layer=1"], "unknown key 'model.front.cross_layer'; did you mean 'cross_layers'?"),
         (["model.embedding_dim=6"], "'model.embedding_dim' is 6; input should be a multiple of 4"),
         (["model.name=mmeo"], "'model.name' is 'mmeo'; did you mean 'mmoe'?"),
         (["data.split.trian=0.5"], "unknown key 'data.split.trian'; did you mean 'train'?"),
@@ -202,9 +205,30 @@ def schema_of_one() -> dict[str, Any]:
     return {"features": [{"name": "x", "kind": "numeric"}], "tasks": [{"name": "y", "label": "y == 1"}]}
 
 
-def test_a_model_that_does_not_fit_the_tasks_is_told_before_anything_is_prepared(tmp_path: Path) -> None:
-    wrong = job("data=feed_synth", "model=home", "model.categories={likes: interaction}", f"runs_dir={tmp_path}/runs")
-    with pytest.raises(UserError, match=r"model.categories names the task 'likes', .*; did you mean 'like'\?"):
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            ["model=home", "model.categories={likes: interaction}"],
+            r"categories names the task 'likes', .*; did you mean 'like'\?",
+        ),
+        (
+            ["model=esmm"],
+            r"model=esmm: no task's mask is another task's label; say .* 'model.conversions=\{CONVERSION: CLICK\}'",
+        ),
+        (
+            ["train.balancing.name=annealed", "train.balancing.gamma={likes: 0.9}"],
+            r"train.balancing.gamma names the task 'likes', which the schema does not have; did you mean 'like'\?",
+        ),
+        (["model=aitm", "model.chain=[long_view, purchases]"], r"model.chain names the task 'purchases', .* 'purchase'\?"),
+    ],
+    ids=["home", "esmm", "balancing", "aitm"],
+)
+def test_a_model_that_does_not_fit_the_tasks_is_told_before_anything_is_prepared(
+    model: list[str], told: str, tmp_path: Path
+) -> None:
+    wrong = job("data=feed_synth", *model, f"runs_dir={tmp_path}/runs")
+    with pytest.raises(UserError, match=told):
         train(wrong)
     assert not list(tmp_path.iterdir())
 

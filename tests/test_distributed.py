@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import safetensors.torch
@@ -17,18 +18,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recsys_moe.balancing import GradNorm, JacobianDescent, Static
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import synced_expert_mlp, synced_sparse_expert_mlp
+from recsys_moe.front import FrontConfig
 from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
+from recsys_moe.models.aitm import AITMConfig
+from recsys_moe.models.esmm import ESMMConfig
 from recsys_moe.models.home import HoMEConfig
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
+from recsys_moe.models.stem import STEMConfig
 from recsys_moe.predictor import Predictor
 from recsys_moe.routing import sparse_plan
+from recsys_moe.schema import Schema
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig, Trainer
+from recsys_moe.typed import dump, parse
 from recsys_moe.warm_start import StartBundle
 
 MMOE = MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8, 4), tower_dims=(4,), dropout=0.0)
@@ -36,7 +44,16 @@ MODELS: dict[str, Any] = {
     "softmax": MMOE,
     "topk": replace(MMOE, gate="topk", top_k=2),
     "ple": PLEConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
+    "esmm": ESMMConfig(embedding_dim=4, conversions={"buy": "click"}, bottom_dims=(8,), norm="none", dropout=0.0),
+    "aitm": AITMConfig(embedding_dim=4, chain=("click", "buy"), bottom_dims=(8,), tower_dims=(4,), dropout=0.0),
+    "stem": STEMConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
+    "front": replace(MMOE, norm="none", front=FrontConfig(cross_layers=1, attention={"seen": "colour"}, attention_dims=(4,))),
+    **dict.fromkeys(("pcgrad", "gradnorm"), replace(MMOE, norm="none")),
     "home": HoMEConfig(embedding_dim=4, categories={"click": "a", "buy": "b"}, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
+}
+BALANCING: dict[str, Any] = {
+    "pcgrad": JacobianDescent("pcgrad"),
+    "gradnorm": GradNorm("gradnorm"),
 }
 # 1033 rows: the last of an epoch's 26 batches has 33 rows, cut into 16 and 17.
 CONFIG = TrainConfig(epochs=8, batch_size=40, patience=0, checkpoint_steps=100)
@@ -104,7 +121,13 @@ CUTS = [(30, 15), (31, 7), (5, 0), (2, 1)]
 
 
 def config(name: str) -> TrainConfig:
-    return CONFIG if name == "softmax" else replace(CONFIG, epochs=1, batch_size=43)  # a last batch of one row
+    if name == "softmax":
+        return CONFIG
+    return replace(CONFIG, epochs=1, batch_size=43, balancing=BALANCING.get(name, Static()))  # a last batch of one row
+
+
+def data(name: str, folder: Path) -> PreparedData:
+    return PreparedData(folder / ("listed" if name == "front" else "prepared"))
 
 
 def losses(trainer: Trainer) -> list[float]:
@@ -134,7 +157,7 @@ def worker(rank: int, port: int, folder: Path) -> None:
             safetensors.torch.save_file(found, folder / f"{kind}-{rows}-{rank}.safetensors")
     told: dict[str, Any] = {}
     for name, model in MODELS.items():
-        trainer = Trainer(PreparedData(folder / "prepared"), model, config(name), checkpoints=Checkpoints(folder / name))
+        trainer = Trainer(data(name, folder), model, config(name), checkpoints=Checkpoints(folder / name))
         told[name] = losses(trainer)
         weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
         if rank == 0:
@@ -161,8 +184,20 @@ def worker(rank: int, port: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, write_prepared: Any, clicks_schema: Any, clicks: Any) -> PreparedData:
     parts = {"train": [clicks(700, 1), clicks(333, 2)], "validation": [clicks(401, 3)], "test": [clicks(300, 4)]}
-    data: PreparedData = write_prepared(tmp_path_factory.mktemp("two") / "prepared", clicks_schema, parts)
+    folder = tmp_path_factory.mktemp("two")
+    plain = dump(clicks_schema)
+    plain["features"].append({"name": "seen", "kind": "sequence", "max_length": 4})
+    listed = {part: [with_sequences(table) for table in tables] for part, tables in parts.items()}
+    write_prepared(folder / "listed", parse(Schema, plain, "schema"), listed)
+    data: PreparedData = write_prepared(folder / "prepared", clicks_schema, parts)
     return data
+
+
+def with_sequences(rows: pa.Table) -> pa.Table:
+    """With a sequence of up to four colours a row; the first half of the rows has none."""
+    random = np.random.default_rng(rows.num_rows)
+    lengths = random.integers(0, 5, rows.num_rows) * (np.arange(rows.num_rows) >= rows.num_rows // 2)
+    return rows.append_column("seen", pa.array([random.choice(["red", "green"], n).tolist() for n in lengths]))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,7 +216,7 @@ def one(prepared: PreparedData) -> dict[str, tuple[list[float], dict[str, Tensor
     found = {}
     for name, model in MODELS.items():
         kept = Checkpoints(prepared.folder.parent / "one") if name == "softmax" else None
-        trainer = Trainer(prepared, model, config(name), checkpoints=kept)
+        trainer = Trainer(data(name, prepared.folder.parent), model, config(name), checkpoints=kept)
         found[name] = losses(trainer), dict(trainer.model.state_dict()), trainer.whole_adagrad()
         if name == "softmax":
             described = BundleConfig(FORMAT, model, "fp32", DataConfig(name="clicks", source="nowhere", schema="-"), "0" * 64)

@@ -15,12 +15,18 @@ from recsys_moe import kernels
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts, Towers
 from recsys_moe.kernels import reference
-from recsys_moe.models import MODELS
+from recsys_moe.models import MODELS, settle
 from recsys_moe.models.adatt import AdaTTConfig
+from recsys_moe.models.aitm import AITMConfig
+from recsys_moe.models.esmm import ESMMConfig
 from recsys_moe.models.home import FeatureGates, HoMEConfig
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
+from recsys_moe.models.single_task import SingleTaskConfig
+from recsys_moe.models.stem import STEMConfig
+from recsys_moe.schema import Schema
+from recsys_moe.typed import parse
 
 IN_DIM = 7
 TASKS = {"like": 1, "finish": 3, "share": 1, "stars": 2}
@@ -87,6 +93,37 @@ def weighted(weights: Tensor, outputs: list[Tensor]) -> Tensor:
     for e, output in enumerate(outputs):
         total = total + weights[:, e : e + 1] * output
     return total
+
+
+def naive_single_task(model: Any, config: SingleTaskConfig, x: Tensor) -> Tensor:
+    return towers(model.towers, [mlp(model.bottoms, t, x[:, t]) for t in range(len(TASKS))])
+
+
+def naive_esmm(model: Any, config: ESMMConfig, x: Tensor) -> Tensor:
+    return towers(model.towers, [mlp(model.bottoms, t, x) for t in range(len(TASKS))])
+
+
+def naive_aitm(model: Any, config: AITMConfig, x: Tensor) -> Tensor:
+    z = {task: mlp(model.bottoms, t, x) for t, task in enumerate(TASKS)}
+    chain = config.chain or ()
+    for transfer, before, task in zip(model.transfers, chain, chain[1:], strict=False):
+        parts = [z[task], mlp(transfer.hand_on, 0, z[before])]
+        q, k, v = ([part @ transfer.attention.weights[0][n].t() for part in parts] for n in range(3))
+        logits = [(a * b).sum(1) / z[task].shape[1] ** 0.5 for a, b in zip(q, k, strict=True)]
+        z[task] = weighted(torch.softmax(torch.stack(logits, 1), 1), v)
+    return towers(model.towers, list(z.values()))
+
+
+def naive_stem(model: Any, config: STEMConfig, x: Tensor) -> Tensor:
+    experts = iter(range(len(model.experts.weights[0])))
+    counts = [config.shared_experts] + [config.task_experts] * len(TASKS)
+    outputs = [[mlp(model.experts, next(experts), x[:, s]) for _ in range(count)] for s, count in enumerate(counts)]
+    gates, mixed = Rows(model.router.linear), []
+    for t in range(1, 1 + len(TASKS)):
+        seen = [output if s in (0, t) else output.detach() for s, own in enumerate(outputs) for output in own]
+        mixed.append(gates.weighted(x[:, t] + x[:, 0], seen))
+    gates.end()
+    return towers(model.towers, mixed)
 
 
 def naive_shared_bottom(model: Any, config: SharedBottomConfig, x: Tensor) -> Tensor:
@@ -208,6 +245,9 @@ HOME = HoMEConfig(
 
 
 PLE = PLEConfig(expert_dims=(6,), tower_dims=(4,), dropout=0.0)
+ESMM = ESMMConfig(conversions={"share": "like"}, bottom_dims=(9, 5), tower_dims=(4,), dropout=0.0)
+AITM = AITMConfig(chain=("like", "share"), bottom_dims=(9, 5), tower_dims=(4,), dropout=0.0)
+STEM = STEMConfig(expert_dims=(6,), tower_dims=(4,), dropout=0.0)
 ADATT = AdaTTConfig(expert_dims=(6,), tower_dims=(4,), dropout=0.0)
 
 
@@ -218,11 +258,15 @@ class Case:
 
 
 FAMILIES = {
+    "single_task": Case(SingleTaskConfig(bottom_dims=(9, 5), tower_dims=(4,), dropout=0.0), naive_single_task),
     "shared_bottom": Case(SharedBottomConfig(bottom_dims=(9, 5), tower_dims=(4,), dropout=0.0), naive_shared_bottom),
     "mmoe": Case(MMOE, naive_mmoe),
     "omoe": Case(replace(MMOE, name="omoe"), naive_omoe),
     "ple": Case(PLE, naive_ple),
+    "esmm": Case(ESMM, naive_esmm),
+    "aitm": Case(AITM, naive_aitm),
     "adatt": Case(ADATT, naive_adatt),
+    "stem": Case(STEM, naive_stem),
     "home": Case(HOME, naive_home),
 }
 VARIANTS = FAMILIES | {
@@ -237,6 +281,8 @@ VARIANTS = FAMILIES | {
     "cgc": Case(replace(PLE, name="cgc", levels=1), naive_ple),
     "ple of three levels": Case(replace(PLE, levels=3, shared_experts=3, expert_dims=(6, 4), norm="none"), naive_ple),
     "ple of many shared experts": Case(replace(PLE, shared_experts=4, task_experts=1), naive_ple),
+    "aitm backwards without norm": Case(replace(AITM, chain=("share", "like"), norm="none"), naive_aitm),
+    "stem of single experts": Case(replace(STEM, shared_experts=3, task_experts=1, norm="none"), naive_stem),
     "adatt of single experts": Case(replace(ADATT, levels=3, task_experts=1, norm="none"), naive_adatt),
     "mmoe without norm": Case(replace(MMOE, norm="none", tower_dims=()), naive_mmoe),
 }
@@ -256,12 +302,18 @@ def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0, in_dim
     return model
 
 
+def draw(config: Any, rows: int) -> Tensor:
+    """Inputs of a family: one, or one for each of its embedding sets."""
+    sets = len(MODELS[type(config)].embedding_sets(TASKS))
+    return torch.randn(rows, IN_DIM) if sets == 1 else torch.randn(rows, sets, IN_DIM)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_family_is_its_equations(name: str, training: bool) -> None:
     case = VARIANTS[name]
     model = build(case.config).train(training)
-    x = torch.randn(11, IN_DIM, requires_grad=True)
+    x = draw(case.config, 11).requires_grad_()
     expected = case.naive(model, case.config, x)
     got = model(x)[0]
     assert got.shape == (11, sum(TASKS.values()))
@@ -279,7 +331,7 @@ def test_a_family_is_its_equations(name: str, training: bool) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_batch_of_one_row(name: str, training: bool) -> None:
     case = VARIANTS[name]
-    model, x = build(case.config).train(training), torch.randn(1, IN_DIM)
+    model, x = build(case.config).train(training), draw(case.config, 1)
     got = model(x)[0]
     torch.testing.assert_close(got, case.naive(model, case.config, x), **CLOSE)
     got.sum().backward()
@@ -289,7 +341,8 @@ def test_a_batch_of_one_row(name: str, training: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_at_inference_a_row_has_the_same_bits_in_every_batch(name: str, dtype: torch.dtype) -> None:
-    model, x = build(VARIANTS[name].config, dtype).eval(), torch.randn(40, IN_DIM)
+    config = VARIANTS[name].config
+    model, x = build(config, dtype).eval(), draw(config, 40)
     with torch.no_grad():
         assert torch.equal(torch.cat([model(row[None])[0] for row in x]), model(x)[0])
 
@@ -310,7 +363,7 @@ def test_bf16_is_close_and_keeps_gates_and_parameters_in_fp32(name: str) -> None
     config = FAMILIES[name].config
     fp32, bf16 = build(config), build(config, torch.bfloat16)
     assert {p.dtype for p in bf16.parameters()} == {torch.float32}
-    x = torch.randn(64, IN_DIM)
+    x = draw(config, 64)
     (low, low_plans), (high, high_plans) = bf16(x), fp32(x)
     assert low.dtype == torch.float32
     assert not torch.equal(low, high)
@@ -326,7 +379,7 @@ def test_bf16_is_close_and_keeps_gates_and_parameters_in_fp32(name: str) -> None
 @pytest.mark.parametrize("name", VARIANTS)
 def test_plans_are_named_and_say_what_the_gates_do(name: str) -> None:
     model = build(VARIANTS[name].config).eval()
-    plans = model(torch.randn(5, IN_DIM))[1]
+    plans = model(draw(VARIANTS[name].config, 5))[1]
     assert plans.keys() == model.plan_names.keys()
     for key, plan in plans.items():
         names = model.plan_names[key]
@@ -340,7 +393,7 @@ def test_the_reference_backend_takes_the_same_weights(name: str, monkeypatch: py
     config = FAMILIES[name].config
     fused, plain = build(config), build(config, seed=1)
     plain.load_state_dict(fused.state_dict())
-    x, direction = torch.randn(20, IN_DIM), torch.randn(20, sum(TASKS.values()))
+    x, direction = draw(config, 20), torch.randn(20, sum(TASKS.values()))
     got = fused(x)[0]
     got.backward(direction)
     monkeypatch.setattr(kernels, "implementation", lambda backend, device: reference)
@@ -357,7 +410,7 @@ def test_the_reference_backend_takes_the_same_weights(name: str, monkeypatch: py
 def test_a_family_is_one_graph(name: str) -> None:
     config = FAMILIES[name].config
     eager, model = build(config), build(config)
-    x, direction = torch.randn(20, IN_DIM), torch.randn(20, sum(TASKS.values()))
+    x, direction = draw(config, 20), torch.randn(20, sum(TASKS.values()))
     expected, plans = eager(x)
     expected.backward(direction)
     got, found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
@@ -372,7 +425,7 @@ def test_a_family_is_one_graph(name: str) -> None:
     with torch.no_grad():
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: rows},)).module()
         for n in (2, 33):
-            x = torch.randn(n, IN_DIM)
+            x = draw(config, n)
             torch.testing.assert_close(exported(x)[0], model(x)[0])
 
 
@@ -405,12 +458,12 @@ def copy_gates(linear: nn.Linear, gates: list[tuple[Any, list[int]]]) -> None:
         gate.mlp[1] = nn.Identity()  # torch-rechub normalises its gates' logits; the papers do not
 
 
-def same_as_rechub(model: Any, theirs: Any) -> None:
+def same_as_rechub(model: Any, theirs: Any, scores: Callable[[Tensor], Tensor] | None = None) -> None:
     for training in (True, False):
         model.train(training)
         theirs.train(training)
         x = torch.randn(15, IN_DIM, requires_grad=True)
-        got, expected = torch.sigmoid(model(x)[0]), theirs({"x": x})
+        got, expected = scores(x) if scores else torch.sigmoid(model(x)[0]), theirs({"x": x})
         torch.testing.assert_close(got, expected, **CLOSE)
         direction = torch.randn_like(got)
         found, wanted = (torch.autograd.grad(y, x, direction)[0] for y in (got, expected))
@@ -452,6 +505,188 @@ def test_ple_is_torch_rechubs() -> None:
         copy_gates(mine.router.linear, gates)
     copy_towers(model.towers, theirs.towers)
     same_as_rechub(model, theirs)
+
+
+def test_esmm_is_torch_rechubs() -> None:
+    from torch_rechub.basic.features import DenseFeature
+    from torch_rechub.models.multi_task import ESMM as Theirs
+
+    tower = {"dims": [6, 4], "dropout": 0.0}
+    theirs: Any = Theirs([DenseFeature("user", 3)], [DenseFeature("item", IN_DIM - 3)], tower, tower)
+    # Their embeddings take categories only; ours of the test are the inputs themselves.
+    parts = {"user": slice(0, 3), "item": slice(3, IN_DIM)}
+    del theirs.embedding
+    theirs.embedding = lambda x, features, squeeze_dim: x["x"][:, parts[features[0].name]]
+    config = replace(ESMM, conversions={"buy": "click"}, bottom_dims=(6,))
+    model: Any = MODELS[ESMMConfig](config, IN_DIM, {"click": 1, "buy": 1}, torch.float32)
+    halves = [theirs.tower_ctr.mlp, theirs.tower_cvr.mlp]
+    copy_mlps(model.bottoms, [SimpleNamespace(mlp=both[:4]) for both in halves])
+    copy_towers(model.towers, [SimpleNamespace(mlp=both[4:]) for both in halves])
+
+    def scores(x: Tensor) -> Tensor:
+        click, buy = torch.sigmoid(model(x)[0]).unbind(1)
+        return torch.stack([buy, click, click * buy], 1)
+
+    same_as_rechub(model, theirs, scores)
+
+
+def test_aitm_is_torch_rechubs() -> None:
+    from torch_rechub.basic.features import DenseFeature
+    from torch_rechub.models.multi_task import AITM as Theirs
+
+    theirs: Any = Theirs([DenseFeature("x", IN_DIM)], 3, {"dims": [6, 5]}, [{"dims": [4]} for _ in range(3)])
+    config = replace(AITM, chain=("a", "b", "c"), bottom_dims=(6, 5))
+    model: Any = MODELS[AITMConfig](config, IN_DIM, dict.fromkeys("abc", 1), torch.float32)
+    copy_mlps(model.bottoms, list(theirs.bottoms))
+    copy_towers(model.towers, theirs.towers)
+    for mine, gate, attention in zip(model.transfers, theirs.info_gates, theirs.aits, strict=True):
+        copy_mlps(mine.hand_on, [gate])
+        with torch.no_grad():
+            for n, linear in enumerate((attention.q_layer, attention.k_layer, attention.v_layer)):
+                mine.attention.weights[0][n] = linear.weight
+    same_as_rechub(model, theirs)
+
+
+# -- families with an objective or embeddings of their own
+
+
+def observed(rows: int) -> tuple[Tensor, Tensor]:
+    """Labels and weights of TASKS; a task is observed in two rows of three."""
+    labels = torch.randint(0, 2, (rows, len(TASKS))).float()
+    return labels, torch.rand(rows, len(TASKS)) * (torch.rand(rows, len(TASKS)) < 2 / 3)
+
+
+@pytest.mark.parametrize("name", sorted({"single_task", "stem", "mmoe"}))
+def test_most_families_are_trained_on_the_tasks_losses(name: str) -> None:
+    model, losses, weights = build(FAMILIES[name].config), torch.rand(5, 4), torch.rand(5, 4)
+    assert model.objective(torch.randn(5, 7), losses, losses, weights) == (losses, weights)
+
+
+def test_esmm_is_trained_on_clicks_and_on_click_and_conversion_in_the_entire_space() -> None:
+    model, outputs = build(ESMM), (3 * torch.randn(60, 7)).requires_grad_()
+    losses, (labels, weights) = torch.rand(60, 4), observed(60)
+    got, got_weights = model.objective(outputs, losses, labels, weights)
+    expected, expected_weights = losses.clone(), weights.clone()
+    for b in range(60):
+        clicked, bought = bool(labels[b, 0]), bool(labels[b, 2])  # of the tasks; of the outputs they are 0 and 4
+        p, q = torch.sigmoid(outputs[b, 0].double()), torch.sigmoid(outputs[b, 4].double())
+        expected[b, 2] = -torch.log(p * q if clicked and bought else 1 - p * q)
+        if not clicked:
+            expected_weights[b, 2] = weights[b, 0]
+        elif weights[b, 0] == 0:
+            expected_weights[b, 2] = 0
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert torch.equal(got_weights, expected_weights)
+    found, wanted = (torch.autograd.grad(loss[:, 2].sum(), outputs)[0] for loss in (got, expected))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+    assert found[:, 0].all()  # what one learns of conversions, one learns of clicks
+
+
+@pytest.mark.parametrize("size", [40.0, 200.0])
+def test_esmms_loss_is_finite_however_sure_it_is(size: float) -> None:
+    outputs = torch.zeros(8, 7)
+    outputs[:, 0] = size * torch.tensor([1, 1, 1, 1, -1, -1, -1, -1])
+    outputs[:, 4] = size * torch.tensor([1, 1, -1, -1, 1, 1, -1, -1])
+    labels = torch.tensor([[0.0, 0, 0, 0], [1, 0, 1, 0]] * 4)
+    outputs.requires_grad_()
+    loss = build(ESMM).objective(outputs, torch.zeros(8, 4), labels, torch.ones(8, 4))[0]
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert outputs.grad is not None
+    assert outputs.grad.isfinite().all()
+    torch.testing.assert_close(loss[0, 2].item(), size - torch.tensor(2.0).log().item(), rtol=1e-3, atol=0)
+
+
+def test_aitms_calibrator_holds_a_later_event_below_the_one_before() -> None:
+    config = replace(AITM, chain=("share", "like"), strength=0.5)
+    outputs, losses = torch.randn(40, 7, requires_grad=True), torch.rand(40, 4)
+    labels, weights = observed(40)
+    got, got_weights = build(config).objective(outputs, losses, labels, weights)
+    expected = losses.clone()
+    for b in range(40):
+        share, like = torch.sigmoid(outputs[b, 4]), torch.sigmoid(outputs[b, 0])
+        expected[b, 0] = losses[b, 0] + 0.5 * torch.relu(like - share)
+    torch.testing.assert_close(got, expected)
+    assert got_weights is weights
+    found, wanted = (torch.autograd.grad(loss.sum(), outputs)[0] for loss in (got, expected))
+    torch.testing.assert_close(found, wanted)
+    assert build(replace(config, strength=0.0)).objective(outputs, losses, labels, weights)[0] is losses
+
+
+def test_stem_sees_all_and_moves_its_own() -> None:
+    model, x = build(STEM), draw(STEM, 20).requires_grad_()
+    outputs = model(x)[0]
+    at = torch.tensor(list(TASKS.values())).cumsum(0) - 1
+    for t, output in enumerate(at.tolist()):
+        moved = torch.autograd.grad(outputs[:, output].sum(), x, retain_graph=True)[0]
+        assert [bool(moved[:, s].any()) for s in range(5)] == [s in (0, t + 1) for s in range(5)]
+    # The other tasks' embeddings count all the same.
+    changed = x.detach().clone()
+    changed[:, 2] += 1
+    assert (model.eval()(changed)[0] != model(x)[0]).any(0).all()
+
+
+TWO = [{"name": "click", "label": "click == 1"}, {"name": "buy", "label": "buy == 1", "mask": "click  == 1"}]
+
+
+def schema_of(*tasks: dict[str, Any]) -> Schema:
+    found: Schema = parse(Schema, {"features": [{"name": "x", "kind": "numeric"}], "tasks": tasks}, "schema")
+    return found
+
+
+def test_esmms_conversions_are_what_the_masks_say() -> None:
+    assert settle(ESMMConfig(), schema_of(*TWO)).conversions == {"buy": "click"}
+    own = {"buy": "view"}
+    assert settle(ESMMConfig(conversions=own), schema_of(*TWO)).conversions == own
+
+
+MANY = [
+    {"name": "click", "label": "click == 1"},
+    {"name": "buy", "label": "buy == 1", "mask": "click > 0"},
+    {"name": "cart", "label": "cart == 1", "mask": "click == 1"},
+    {"name": "like", "label": "like == 1"},
+    {"name": "stay", "label": "s", "kind": "regression"},
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (ESMMConfig(conversions={}), r"which task is a conversion given which click; add 'model.conversions=\{CONVERSION: CL"),
+        (ESMMConfig(conversions={"stay": "click"}), "conversions names the task 'stay', which is of kind regression; name bin"),
+        (ESMMConfig(conversions={"bye": "click"}), "conversions names the task 'bye', which .* does not have; did you mean 'b"),
+        (ESMMConfig(conversions={"buy": "clik"}), "conversions names the task 'clik', which .* does not have; did you mean 'c"),
+        (ESMMConfig(conversions={"buy": "click", "cart": "buy"}), "has 'buy' as a click and as a conversion; ESMM knows one"),
+        (
+            ESMMConfig(conversions={"like": "click"}),
+            "'like' has no mask, .* give the task mask: 'click == 1', or use model=aitm",
+        ),
+        (AITMConfig(), r"needs the tasks whose events follow on one another, .*; add 'model.chain=\[FIRST, SECOND\]'"),
+        (AITMConfig(chain=("click",)), "at least two"),
+        (AITMConfig(chain=("click", "like", "click")), "named twice; name each once"),
+        (AITMConfig(chain=("click", "bye")), "model.chain names the task 'bye', which the schema does not have; did you mean"),
+        (AITMConfig(chain=("click", "stay")), "model.chain names the task 'stay', which is of kind regression"),
+        (AITMConfig(chain=("click", "cart")), "'cart' has the mask 'click == 1', the label of 'click', but AITM is for labels"),
+    ],
+    ids=str,
+)
+def test_tasks_that_are_no_chain_of_events(config: Any, told: str) -> None:
+    schema = schema_of(*MANY)
+    with pytest.raises(UserError, match=told):
+        MODELS[type(config)](settle(config, schema), 1, {task.name: 1 for task in schema.tasks}, torch.float32)
+
+
+def test_esmm_takes_a_mask_of_other_words_if_it_is_told() -> None:
+    assert settle(ESMMConfig(conversions={"buy": "click"}), schema_of(*MANY)).conversions == {"buy": "click"}
+    assert settle(ESMMConfig(), schema_of(*MANY)).conversions == {"cart": "click"}
+    with pytest.raises(UserError, match="no task's mask is another task's label"):
+        settle(ESMMConfig(), schema_of(*MANY[:2]))
+
+
+def test_a_chain_of_tasks_with_several_outputs() -> None:
+    for config in (replace(ESMM, conversions={"finish": "like"}), replace(AITM, chain=("like", "finish"))):
+        with pytest.raises(UserError, match="names the task 'finish', which has 3 outputs; name binary tasks only"):
+            MODELS[type(config)](config, IN_DIM, TASKS, torch.float32)
 
 
 # -- HoME's own

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from recsys_moe.heads import BinaryHead
-from recsys_moe.losses import multi_task_loss
+from recsys_moe.losses import task_losses
 
 
 def loss_of(logits: Tensor, labels: Tensor, weights: Tensor, task_weights: Tensor) -> Tensor:
     """The loss of binary tasks."""
-    return multi_task_loss(BinaryHead().losses(logits.unsqueeze(2), labels), weights, task_weights)
+    return task_losses(BinaryHead().losses(logits.unsqueeze(2), labels), weights, task_weights).sum()
 
 
 def naive(logits: Tensor, labels: Tensor, weights: Tensor, task_weights: Tensor) -> float:

@@ -14,6 +14,7 @@ from recsys_moe.experts import MLPExperts, StackedBatchNorm, Towers
 from recsys_moe.kernels import Layer, expert_mlp
 from recsys_moe.models.mmoe import MMoE, MMoEConfig
 from recsys_moe.models.shared_bottom import SharedBottom, SharedBottomConfig
+from recsys_moe.models.single_task import SingleTaskConfig
 from recsys_moe.ranker import Ranker
 from recsys_moe.transforms import ListInput
 
@@ -488,6 +489,45 @@ def test_rows_of_ids_are_taken_and_joined(index: list[int]) -> None:
     assert taken.offsets().tolist() == [0, *taken.lengths().cumsum(0).tolist()]
     joined = concatenate_rows([rows, taken, rows])
     assert [r.tolist() for r in joined.to_dense()] == [r.tolist() for part in (rows, taken, rows) for r in part.to_dense()]
+
+
+# -- embedding sets
+
+
+def test_each_embedding_set_has_tables_of_its_own_and_their_gradients() -> None:
+    config = SingleTaskConfig(embedding_dim=4, bottom_dims=(8,), tower_dims=(), norm="none", dropout=0.0)
+    lists = [ListInput(f"l.{n}", 6 + n, pooling, 5) for n, pooling in enumerate(POOLINGS)]
+    model = Ranker(config, ["user", "price.bucket"], CARDINALITIES[:2], 2, WIDTHS, lists=lists)
+    assert model.sets == tuple(WIDTHS)
+    ids, dense = draw_ids(30)[:, :2], torch.randn(30, 2)
+    rows = [jagged(30, f.cardinality, 5) for f in lists]
+    state = model.state_dict()
+    x = model.represent(ids, dense, rows)
+    assert x.shape == (30, TASKS, 4 * 6 + 2)
+    for s, task in enumerate(WIDTHS):
+        one = [
+            nn.Embedding.from_pretrained(state[f"embeddings.embedding_bags.{n} of {task}.weight"])
+            for n in ("user", "price__bucket")
+        ]
+        kinds = ["mean" if pooling == "mean" else "sum" for pooling in POOLINGS]
+        many = [
+            nn.Embedding.from_pretrained(state[f"pooled.{kind}.embedding_bags.l__{n} of {task}.weight"])
+            for n, kind in enumerate(kinds)
+        ]
+        singles = [table(ids[:, f].long()) for f, table in enumerate(one)]
+        torch.testing.assert_close(x[:, s], torch.cat([*singles, *naive_lists(many, rows), dense], 1))
+    # A task's loss moves what is its own, and nothing else.
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    model.network(x)[0][:, 1].sum().backward()
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("embeddings.", "pooled.")):
+            assert torch.equal(tensor, before[name]) != (" of task 1." in name), name
+    assert [bool(p.grad[t].any()) for p in model.network.bottoms.weights for t in range(TASKS)] == [False, True, False]  # type: ignore
+
+
+def test_a_batch_of_no_rows_in_several_sets() -> None:
+    model = Ranker(SingleTaskConfig(embedding_dim=4), ["user"], [5], 1, WIDTHS).eval()
+    assert model(torch.empty(0, 1, dtype=torch.int32), torch.empty(0, 1))[0].shape == (0, TASKS)
 
 
 # -- towers

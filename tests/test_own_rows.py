@@ -17,6 +17,7 @@ from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.errors import UserError
 from recsys_moe.hashing import combine, hash_texts
 from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.models.stem import STEMConfig
 from recsys_moe.own_rows import WAYS, OwnRows
 from recsys_moe.predictor import Predictor
 from recsys_moe.schema import Schema
@@ -29,6 +30,7 @@ from recsys_moe.warm_start import StartBundle
 
 ROWS = 150  # three sets of 50
 MODEL = MMoEConfig(embedding_dim=4, num_experts=2, expert_dims=(8,), tower_dims=(4,), dropout=0.2)
+STEM = STEMConfig(embedding_dim=4, expert_dims=(32,), tower_dims=(16,), dropout=0.0)
 CONFIG = TrainConfig(epochs=2, batch_size=128, patience=0, checkpoint_steps=5)
 
 
@@ -181,8 +183,11 @@ def _vocabulary() -> Any:
     return CategoricalStatistics("colour", ("red",))
 
 
-def test_a_row_that_changes_hands_starts_anew(data: PreparedData) -> None:
-    trainer = Trainer(data, MODEL, CONFIG)
+@pytest.mark.parametrize(
+    ("config", "table"), [(MODEL, "user"), (STEM, "user"), (STEM, "user of click")], ids=["mmoe", "shared set", "task's set"]
+)
+def test_a_row_that_changes_hands_starts_anew(config: Any, table: str, data: PreparedData) -> None:
+    trainer = Trainer(data, config, CONFIG)
     model, own = trainer.model.train(), trainer.model.own_rows["user"]
     tables = model.embeddings
     assert tables is not None
@@ -195,7 +200,7 @@ def test_a_row_that_changes_hands_starts_anew(data: PreparedData) -> None:
     model.set_embedding_lr(0.5)
     first = torch.arange(3, 3 * ROWS + 3, 3)  # all of set 0, which has 50 rows
     step(first[:50])
-    name = "embeddings.embedding_bags.user.weight"
+    name = f"embeddings.embedding_bags.{table}.weight"
     weight, sums = model.state_dict()[name], model.adagrad()[name]
     assert (sums[2:52] > 0).all()
     before, sums_before = weight.clone(), sums.clone()

@@ -18,6 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
+from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter
 from recsys_moe.typed import typed
 
@@ -32,6 +34,7 @@ class AdaTTConfig:
 
     name: Literal["adatt"] = "adatt"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     levels: Annotated[int, Field(ge=1)] = 2
     task_experts: Annotated[int, Field(ge=1)] = 2
     expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 32)
@@ -40,7 +43,7 @@ class AdaTTConfig:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
 
-class AdaTT(nn.Module):
+class AdaTT(Family):
     """x `[B, D]` → outputs `[B, Σ widths]` and the plan of each level, "level 1", "level 2" … `tasks` has the width of each
     task's tower by its name, `dtype` is the experts' precision; gates and towers are fp32.
 

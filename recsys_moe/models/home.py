@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
 from recsys_moe.kernels import Activation, gate_mix
+from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftRouter, sigmoid
 from recsys_moe.typed import typed
 
@@ -51,6 +53,7 @@ class HoMEConfig:
 
     name: Literal["home"] = "home"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     categories: dict[str, str] | None = None
     experts_per_group: Annotated[int, Field(ge=1)] = 2
     expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64,)
@@ -64,7 +67,7 @@ class HoMEConfig:
     task_experts: bool = True
 
 
-class HoME(nn.Module):
+class HoME(Family):
     """v `[B, D]` → outputs `[B, Σ widths]` and the plans of both layers, "meta" (gates of the shared group and of each
     category) and "task". `tasks` has the width of each task's tower by its name, `dtype` is the precision of the experts and
     of their feature gates; softmax and self gates and the towers are fp32.

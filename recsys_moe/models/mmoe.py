@@ -12,9 +12,11 @@ from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
+from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter, TopKRouter
 from recsys_moe.typed import typed
 
@@ -32,6 +34,7 @@ class MMoEConfig:
 
     name: Literal["mmoe", "omoe"] = "mmoe"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     num_experts: Annotated[int, Field(ge=1)] = 8
     expert_dims: Annotated[tuple[Width, ...], Field(min_length=1)] = (64, 32)
     tower_dims: tuple[Width, ...] = (32,)
@@ -47,7 +50,7 @@ class MMoEConfig:
         return self
 
 
-class MMoE(nn.Module):
+class MMoE(Family):
     """x `[B, D]` → outputs `[B, Σ widths]` and the gates' plan, "experts". `tasks` has the width of each task's tower by its
     name, `dtype` is the experts' precision; gates and towers are fp32.
 

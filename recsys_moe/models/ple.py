@@ -18,6 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.experts import MLPExperts, Norm, Towers
+from recsys_moe.front import FrontConfig
+from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter
 from recsys_moe.typed import typed
 
@@ -32,6 +34,7 @@ class PLEConfig:
 
     name: Literal["ple", "cgc"] = "ple"
     embedding_dim: Annotated[int, Field(ge=4, multiple_of=4)] = 8
+    front: FrontConfig = FrontConfig()
     levels: Annotated[int, Field(ge=1)] = 2
     shared_experts: Annotated[int, Field(ge=1)] = 2
     task_experts: Annotated[int, Field(ge=1)] = 2
@@ -47,7 +50,7 @@ class PLEConfig:
         return self
 
 
-class PLE(nn.Module):
+class PLE(Family):
     """x `[B, D]` → outputs `[B, Σ widths]` and the plan of each level, "level 1", "level 2" … `tasks` has the width of each
     task's tower by its name, `dtype` is the experts' precision; gates and towers are fp32.
 
