@@ -483,16 +483,16 @@ def _resolve(model: str, overrides: list[str] | None) -> tuple[Path, dict[str, A
     return resolve_model(model, runs_dir, _section(config, "tracking").resolve(runs_dir)), config
 
 
-# The dataclass of each section, in the room that it configures.
-SECTIONS = {
-    "data": ("recsys_moe.sources", "DataConfig"),
-    "model": ("recsys_moe.models", "ModelConfig"),
-    "train": ("recsys_moe.trainer", "TrainConfig"),
-    "serve": ("recsys_moe.serving.app", "ServeConfig"),
-    "tracking": ("recsys_moe.pipelines.tracking", "TrackingConfig"),
-    "ray": ("recsys_moe.pipelines.cluster", "RayConfig"),
-    "runs_dir": ("builtins", "str"),
-    "start": ("recsys_moe.typed", "OptionalText"),
+# The type of each section; a dataclass by its name, since importing it opens the room that it configures.
+SECTIONS: dict[str, Any] = {
+    "data": "recsys_moe.sources:DataConfig",
+    "model": "recsys_moe.models:ModelConfig",
+    "train": "recsys_moe.trainer:TrainConfig",
+    "serve": "recsys_moe.serving.app:ServeConfig",
+    "tracking": "recsys_moe.pipelines.tracking:TrackingConfig",
+    "ray": "recsys_moe.pipelines.cluster:RayConfig",
+    "runs_dir": str,
+    "start": str | None,
 }
 
 
@@ -520,12 +520,13 @@ def _compose(overrides: list[str] | None, needs_data: bool = True) -> dict[str, 
 def _section(config: dict[str, Any], name: str) -> Any:
     """A section of the configuration as its dataclass; mistakes are named by their whole key."""
     from dataclasses import make_dataclass
-    from importlib import import_module
+    from pkgutil import resolve_name
 
     from recsys_moe.typed import parse, typed
 
-    module, kind = SECTIONS[name]
-    whole: Any = typed(make_dataclass("Configuration", [(name, getattr(import_module(module), kind))], frozen=True))
+    kind = SECTIONS[name]
+    kind = resolve_name(kind) if isinstance(kind, str) else kind
+    whole: Any = typed(make_dataclass("Configuration", [(name, kind)], frozen=True))
     return getattr(parse(whole, {name: config[name]}, "configuration"), name)
 
 
