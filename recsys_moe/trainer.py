@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows, piece
+from recsys_moe.bundle import ADAGRAD_FILE
 from recsys_moe.checkpoint import Checkpoints, TensorFiles, Tensors
 from recsys_moe.distributed import agreed, gather_pieces, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
@@ -221,6 +222,12 @@ class Trainer:
 
     def _measure(self, start: StartBundle) -> None:
         """What the model that training starts from does on the validation part is what every epoch has to beat."""
+        if not start.has_adagrad and self.model.adagrad():
+            message = (
+                f"{str(start.folder)!r} has no {ADAGRAD_FILE}: the embeddings' Adagrad sums start anew, and the first step of "
+                "each row is a whole train.embedding_lr"
+            )
+            self.on_event({"kind": "warning", "message": message})
         with start.new_ids_unknown(self.model):
             validation = evaluate(self.model, self.data, "validation")
             self.best_weights = self._keep_best()
@@ -463,7 +470,7 @@ def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetr
     # In nameless files: AUC needs all scores at once, and memory must not grow with the rows.
     scores, labels, weights = (_in_a_file((width, n), np.float32) for width in (len(heads.score_names), tasks, tasks))
     groups = None if data.schema.group is None else _in_a_file((n,), np.int64)
-    with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
+    with torch.no_grad():  # not inference_mode, which skips the CPU lookup of tables that workers share out, an autograd kernel
         for rows in ordered_rows(data, part):
             batch = Batch.of(rows)
             if world_size() > 1:
