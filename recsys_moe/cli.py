@@ -32,11 +32,27 @@ app = typer.Typer(
 
     recsys-moe data synth runs/feed_synth --rows 1000000""",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Prepare log rows, or make synthetic ones.")
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Describe and prepare log rows, fetch public data sets, or make synthetic rows.",
+    epilog="""Examples:
+
+    recsys-moe data describe logs/ --label is_click --output shop.yaml
+
+    recsys-moe data prepare data=custom data.name=shop data.schema=shop.yaml data.source=logs/
+
+    recsys-moe data fetch movielens_1m
+
+    recsys-moe data synth runs/feed_synth --rows 1000000""",
+)
 app.add_typer(data_app, name="data")
-runs_app = typer.Typer(no_args_is_help=True, help="What training runs left behind.")
+runs_app = typer.Typer(no_args_is_help=True, help="What training runs left behind.", epilog="Example: `recsys-moe runs sync`")
 app.add_typer(runs_app, name="runs")
-bench_app = typer.Typer(no_args_is_help=True, help="Time the project's parts beside what people would use instead.")
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    help="Time the project's parts beside what people would use instead.",
+    epilog="Example: `recsys-moe bench kernels layer loop --json`",
+)
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on standard output.")]
@@ -137,6 +153,8 @@ def prepare(
 
     With `start=` they are a trained model's, whose vocabularies grow by what is new.
     """
+    from functools import partial
+
     from recsys_moe.console import PhaseProgress, print_json, progress, stdout
     from recsys_moe.sources import PARTS, DataConfig
     from recsys_moe.typed import dump
@@ -153,8 +171,9 @@ def prepare(
 
         runs_dir = Path(config["runs_dir"])
         start = StartBundle(resolve_model(config["start"], runs_dir, _section(config, "tracking").resolve(runs_dir)))
-    with progress() as display, ray_cluster(_section(config, "ray")):
-        prepared = run_prepare(data, Path(config["runs_dir"]).absolute(), PhaseProgress(display), force, start)
+    cluster = partial(ray_cluster, _section(config, "ray"))
+    with progress() as display:
+        prepared = run_prepare(data, Path(config["runs_dir"]).absolute(), PhaseProgress(display), force, start, cluster)
     rows = {part: prepared.manifest.rows(part) for part in PARTS}
     if json:
         counts = dump(prepared.manifest)["counts"]
@@ -164,7 +183,13 @@ def prepare(
     stdout.print("  ".join(f"{part} {n:,} rows" for part, n in rows.items()))
 
 
-@data_app.command(epilog="Example: `recsys-moe data synth runs/feed_synth --rows 1000000 --seed 0`")
+@data_app.command(
+    epilog="""Examples:
+
+    recsys-moe data synth runs/feed_synth --rows 1000000 --seed 0
+
+    recsys-moe data synth runs/task_correlation --generator task_correlation p=0.9 --rows 100000"""
+)
 def synth(
     folder: Annotated[Path, typer.Argument(help="A new folder for logs/, truth/ and synth.json.")],
     numbers: Annotated[
