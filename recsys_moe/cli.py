@@ -236,7 +236,7 @@ def describe(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Parquet or CSV, or a folder of such files; a path or an URI.")],
     label: Annotated[
         list[str] | None,
-        typer.Option(help="A column of two values that is to be learnt, or NAME=CONDITION; repeatable.", show_default=False),
+        typer.Option(help="A column that is to be learnt, or NAME=EXPRESSION; repeatable.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="A new file for the schema [default: standard output].", show_default=False)
