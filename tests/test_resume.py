@@ -1,7 +1,8 @@
-"""Runs that go on after they were stopped, through the driver itself: MLflow and the run's folder are real, the worker runs in
-this process. tests/test_road.py kills real workers and drivers."""
+"""Runs that were stopped or lost MLflow, through the driver itself: MLflow and the run's folder are real, the worker runs in
+this process. tests/test_road.py kills real workers, drivers and servers."""
 
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.pipelines import prepare, train
 from recsys_moe.pipelines.runs import RunFolder, all_runs
-from recsys_moe.pipelines.tracking import promote
+from recsys_moe.pipelines.tracking import open_client, promote
 from recsys_moe.pipelines.train import TrainJob
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig, Trainer
@@ -123,3 +125,33 @@ def test_a_run_that_was_lost_before_it_had_its_start_fetches_it(monday: TrainJob
     assert RunFolder(lost.path).record.job["start"] == "models:/clicks/1"
     assert (lost.path / "start" / "model.safetensors").exists()
     assert Path(summary["bundle"]).parent == lost.path
+
+
+def test_what_mlflow_missed_while_it_was_away_is_sent_later(monday: TrainJob, runs_dir: Path) -> None:
+    job = replace(monday, train=replace(monday.train, epochs=4, patience=0))
+    database, events = runs_dir / "mlflow.db", list[dict[str, Any]]()
+
+    def rename(table: str, name: str) -> None:
+        with sqlite3.connect(database) as connection:
+            connection.execute(f"alter table {table} rename to {name}")
+
+    def lose_it_in_the_second_epoch(event: dict[str, Any]) -> None:
+        if event["kind"] == "epoch" and event["epoch"] == 2:
+            rename("metrics", "gone")
+        events.append(event)
+
+    with pytest.raises(UserError, match=r"can't be used .*`recsys-moe runs sync` tells it all; the trained bundle is kept in"):
+        train.train(job, lose_it_in_the_second_epoch)
+    rename("gone", "metrics")
+    assert [event["epoch"] for event in events if event["kind"] == "epoch"] == [1, 2, 3, 4]
+    assert any("Metrics are kept in the run's events.jsonl" in e["message"] for e in events if e["kind"] == "warning")
+    (told,) = train.sync(runs_dir)
+    assert told["status"] == "FINISHED"
+    client = open_client(job.tracking.resolve(runs_dir))
+    history = client.get_metric_history(told["run_id"], "validation.click.auc")
+    epochs = [event for event in events if event["kind"] == "epoch"]
+    assert [(m.step, m.value, m.timestamp) for m in history] == [
+        (e["step"], e["validation"]["click"]["auc"], int(e["time"] * 1000)) for e in epochs
+    ]
+    assert client.get_model_version_by_alias("clicks", "candidate").run_id == told["run_id"]
+    assert train.sync(runs_dir) == []
