@@ -118,7 +118,9 @@ def _first_difference(before: Any, now: Any, path: str) -> tuple[str, str, str] 
     if isinstance(before, list) and isinstance(now, list):
         names, now_names = _names(before), _names(now)
         if names != now_names:
-            return path, str(names), str(now_names)
+            shared = zip(names, now_names, strict=False)
+            first = next((n for n, (a, b) in enumerate(shared) if a != b), min(len(names), len(now_names)))
+            return path, _some(names, first), _some(now_names, first)
         before, now = dict(zip(names, before, strict=True)), dict(zip(names, now, strict=True))
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
@@ -126,6 +128,13 @@ def _first_difference(before: Any, now: Any, path: str) -> tuple[str, str, str] 
                 return found
         return None
     return None if before == now else (path, repr(before), repr(now))
+
+
+def _some(names: list[str], first: int) -> str:
+    """A list's names from about the first that differs on: of a hundred features, nobody reads more."""
+    low, high = max(0, first - 3), first + 6
+    shown = ["…"] * (low > 0) + [repr(name) for name in names[low:high]] + ["…"] * (high < len(names))
+    return f"[{', '.join(shown)}]"
 
 
 def _names(items: list[Any]) -> list[str]:

@@ -153,6 +153,10 @@ def test_another_schema_or_model_is_refused_by_its_first_difference(champion: St
     fewer = replace(schema, tasks=schema.tasks[:1])
     with pytest.raises(UserError, match=r"schema\.tasks is \['click'\], but the model to start from has \['click', 'buy'\]"):
         champion.check_schema(fewer)
+    many = [replace(schema.features[0], name=f"f{n}") for n in range(40)]
+    sentence = r"schema\.features is \['f0', 'f1', .*'f5', …\], but the model to start from has \['colour', 'price'\];"
+    with pytest.raises(UserError, match=sentence):
+        champion.check_schema(replace(schema, features=tuple(many)))
     other = replace(schema, features=(schema.features[0], replace(schema.features[1], buckets=5)))
     with pytest.raises(UserError, match=r"schema\.features\.price\.buckets is 5, but the model to start from has 4"):
         champion.check_schema(other)
