@@ -17,10 +17,10 @@ import torch
 from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
-from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows, piece
+from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.bundle import ADAGRAD_FILE
 from recsys_moe.checkpoint import Checkpoints, TensorFiles, Tensors
-from recsys_moe.distributed import agreed, gather_pieces, rank, sum_gradients, total, world_size
+from recsys_moe.distributed import agreed, gather_pieces, piece, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
 from recsys_moe.losses import multi_task_loss
