@@ -463,7 +463,11 @@ def has_bf16() -> bool:
 
 
 def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetrics]:
-    """Metrics of each task on a part of prepared data, over the rows in which the task is observed."""
+    """Metrics of each task on a part of prepared data, over the rows in which the task is observed.
+
+    Raises:
+        UserError: outputs that are not finite.
+    """
     model.eval()
     heads = Heads(data.schema, data.transform.statistics)
     n, tasks, low = data.manifest.rows(part), len(data.schema.tasks), 0
@@ -477,6 +481,8 @@ def evaluate(model: Ranker, data: PreparedData, part: str) -> dict[str, TaskMetr
                 batch = batch.take(torch.arange(len(rows))[piece(len(rows), rank(), world_size())])
             batch = batch.to(model.device)
             outputs = gather_pieces(model(batch.ids_bf, batch.dense_bd, batch.lists)[0], len(rows))
+            if not outputs.isfinite().all():  # the last step's loss was still finite, what it made of the weights is not
+                raise UserError(f"the model's outputs on the {part} part are not finite; lower train.lr or train.embedding_lr")
             high = low + len(rows)
             scores[:, low:high] = heads.scores(outputs.cpu())
             labels[:, low:high], weights[:, low:high] = rows.labels, rows.weights
