@@ -1,5 +1,5 @@
-"""Runs that were stopped or lost MLflow, through the driver itself: MLflow and the run's folder are real, the worker runs in
-this process. tests/test_road.py kills real workers, drivers and servers."""
+"""The driver of a training, and how it meets faults: MLflow and the run's folder are real, the worker runs in this process.
+tests/test_road.py kills real workers, drivers and servers."""
 
 import json
 import sqlite3
@@ -18,8 +18,9 @@ from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.pipelines import prepare, train
 from recsys_moe.pipelines.runs import RunFolder, all_runs
-from recsys_moe.pipelines.tracking import open_client, promote
+from recsys_moe.pipelines.tracking import TrackingConfig, open_client, promote
 from recsys_moe.pipelines.train import TrainJob
+from recsys_moe.predictor import Predictor
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig, Trainer
 from recsys_moe.typed import dump
@@ -155,3 +156,32 @@ def test_what_mlflow_missed_while_it_was_away_is_sent_later(monday: TrainJob, ru
     ]
     assert client.get_model_version_by_alias("clicks", "candidate").run_id == told["run_id"]
     assert train.sync(runs_dir) == []
+
+
+def test_an_mlflow_that_was_never_there_leaves_the_bundle(monday: TrainJob) -> None:
+    # Nothing listens on the discard port.
+    told: list[dict[str, Any]] = []
+    with pytest.raises(UserError, match=r"does not answer .*`recsys-moe runs sync` tells it all") as lost:
+        train.train(replace(monday, tracking=TrackingConfig("http://127.0.0.1:9")), told.append)
+    assert any("Training goes on without it" in event["message"] for event in told if event["kind"] == "warning")
+    bundle = Path(str(lost.value).split("kept in ")[1].strip("'"))
+    assert Predictor(bundle).score_names == ("click", "buy")
+
+
+def test_a_run_that_fails_early_leaves_no_folder(monday: TrainJob, tmp_path: Path) -> None:
+    job = replace(monday, data=replace(monday.data, source=str(tmp_path / "nowhere")), runs_dir=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="does not exist"):
+        train.train(job)
+    assert not (tmp_path / "runs" / "train").exists()
+
+
+def test_a_loss_that_explodes_late_leaves_the_bundle(monday: TrainJob) -> None:
+    # The weight decay is harmless while the learning rate rises and multiplies the weights once it is high.
+    job = replace(monday, train=replace(monday.train, epochs=20, patience=0, weight_decay=5000.0))
+    with pytest.raises(
+        UserError, match=r"(the loss became|outputs on .* are not finite).*the bundle of the best epoch before is kept in"
+    ) as exploded:
+        train.train(job)
+    bundle = Path(str(exploded.value).split("kept in ")[1].strip("'"))
+    assert Predictor(bundle).score_names == ("click", "buy")
+    assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "events.jsonl", "lock", "run.json"]
