@@ -185,29 +185,30 @@ def _two_values(name: str, present: pa.Array) -> dict[str, Any]:
     said = [value for value in counts if short(value).lower() in _POSITIVE]
     value = said[0] if len(said) == 1 else min(counts, key=lambda v: (counts[v], str(v)))
     rate = counts[value] / len(present)
-    if not is_a_word(name):
+    if not is_a_word(name) or value in (math.inf, -math.inf):  # which has no name in an expression
         return {"rate": rate}
     if isinstance(value, bool):
         return {"rate": rate, "task": {"label": name if value else f"not {name}"}}
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if is_plain_number(present.type):
+        value = int(value) if float(value).is_integer() else float(value)
     shown = value if isinstance(value, int | float) else repr(str(value))
     return {"rate": rate, "task": {"label": f"{name} == {shown}"}}
 
 
 def _task_of_many(look: Column, present: pa.Array, share: float) -> dict[str, Any]:
     """The task of a label of three values or more: few whole numbers are levels, few texts classes, other numbers a value."""
-    distinct, counts = look.distinct or 0, pc.value_counts(present) if (look.distinct or 0) <= CLASSES else None
-    texts = [] if counts is None else [str(v) for v in counts.field("values").cast(pa.string()).to_pylist()]
+    counts = pc.value_counts(present)
+    distinct, values = len(counts), counts.field("values")
     if _is_text(present.type):
-        if counts is None or len({category_text(text) for text in texts} - {None}) < distinct:
+        texts = values.to_pylist() if distinct <= CLASSES else []
+        if len({category_text(text) for text in texts} - {None}) < distinct:
             return {}
         order = np.argsort(-counts.field("counts").to_numpy(), kind="stable")
         return {"kind": "multiclass", "label": look.name, "classes": [texts[n] for n in order]}
     if not is_plain_number(present.type):
         return {}
     if distinct <= LEVELS and _is_whole(present, share):
-        levels = sorted(int(float(text)) for text in texts)
+        levels = sorted(int(value) for value in values.to_pylist())
         if _CODE.search("_".join(words(look.name))):  # numbers of things that have no order
             return {"kind": "multiclass", "label": look.name, "classes": levels}
         return {"kind": "ordinal", "label": look.name, "levels": levels}

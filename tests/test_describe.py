@@ -1,6 +1,7 @@
 """`data describe`: what it finds in a stranger's columns, and that what it proposes trains and serves as it is."""
 
 import datetime
+import decimal
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics
@@ -236,6 +238,7 @@ def test_a_rare_value_of_two_is_suspected_where_no_name_tells(tmp_path: Path) ->
         (["it's", "it's", '"so"'], """y == '"so"'"""),
         ([3, 7, 7], "y == 3"),
         ([0.25, 0.75, 0.75], "y == 0.25"),
+        ([decimal.Decimal("0.5"), decimal.Decimal("2.0"), decimal.Decimal("2.0")], "y == 0.5"),
     ],
 )
 def test_the_positive_of_two_values(tmp_path: Path, values: list[Any], expression: str) -> None:
@@ -564,6 +567,13 @@ def test_whatever_is_proposed_reads_and_transforms_every_row(tmp_path: Path, tab
     inputs = Transform(schema, PartialStatistics.of(read, schema).finish(schema))(read)
     assert np.isfinite(inputs.dense).all()
     assert task_labels(read, schema)[1].all()
+    for column in found.columns:  # what may be a label can be read as one
+        values = table[column.name]
+        if column.task and not (pa.types.is_floating(values.type) and pc.any(pc.is_nan(values)).as_py()):
+            features = [{"name": "-", "kind": "numeric"}]
+            task = parse(Schema, {"features": features, "tasks": [{"name": "t"} | column.task]}, "schema")
+            labels, weights = task_labels(table, task)
+            assert len(set(labels[weights > 0])) > 1
 
 
 def test_lists_and_every_kind_of_task_train_as_proposed(file: Path, tmp_path: Path, write_prepared: Any) -> None:
