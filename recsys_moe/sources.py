@@ -268,7 +268,7 @@ def _share_out(
 
 def _sort_keys(paths: list[AnyPath], by: str, schema: Schema, joins: tuple[Join, ...]) -> npt.NDArray[Any]:
     """The values of the column that the rows are sorted by: numbers as they are, times in microseconds."""
-    pieces, first = [], {}
+    pieces, first = list[npt.NDArray[Any]](), dict[str, AnyPath]()
     for path in paths:
         for table in _read(path, (by,), schema, joins=joins):
             values, form = _sort_key(table[by], by, path)
