@@ -1,11 +1,10 @@
 """The command line: examples in the help, one sentence for a mistake, JSON on the last line."""
 
-import contextlib
 import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,9 @@ import pytest
 import typer
 from rich.console import Console
 
-from recsys_moe.cli import app, main
+from recsys_moe.cli import app
 
-
-def cli(*arguments: str, cwd: Path = Path()) -> subprocess.CompletedProcess[str]:
-    """A command in this process, which has imported already what takes a new one seconds."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", ["recsys-moe", *arguments])
-        patch.setattr("recsys_moe.cli.interrupt_once", lambda: None)
-        with pytest.raises(SystemExit) as ended:
-            main()
-    return subprocess.CompletedProcess(arguments, int(str(ended.value.code)), out.getvalue(), err.getvalue())
+Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def verbs(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], bool]]:
@@ -37,7 +26,7 @@ def verbs(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], bool]]:
 
 
 @pytest.mark.parametrize(("command", "group"), verbs(typer.main.get_command(app)), ids=str)
-def test_every_command_has_an_example_and_json(command: tuple[str, ...], group: bool) -> None:
+def test_every_command_has_an_example_and_json(command: tuple[str, ...], group: bool, cli: Cli) -> None:
     done = cli(*command, "--help")
     assert done.returncode == 0
     assert " ".join(("recsys-moe", *command)) in done.stdout.partition("Example")[2]
@@ -96,7 +85,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence(name: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_sentence(name: str, tmp_path: Path, cli: Cli) -> None:
     arguments, sentence = MISTAKES[name]
     done = cli(*arguments, "--json", f"runs_dir={tmp_path}" if arguments[0] == "train" else "--json", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -115,7 +104,7 @@ def test_no_command_shows_the_help() -> None:
     assert done.stderr == ""
 
 
-def test_promote_promises_what_serving_does() -> None:
+def test_promote_promises_what_serving_does(cli: Cli) -> None:
     help_text = " ".join(cli("promote", "--help").stdout.split())
     assert "follows" not in help_text
     assert "restart" in help_text

@@ -4,8 +4,6 @@ import datetime
 import decimal
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -623,32 +621,29 @@ def test_from_a_strangers_csv_to_served_scores(tmp_path: Path, write_prepared: A
 # The command
 
 
-def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "recsys_moe", "data", "describe", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-
-
-def test_the_command_writes_a_schema_and_says_how_to_go_on(file: Path, tmp_path: Path) -> None:
-    done = cli(str(file), cwd=tmp_path)
+def test_the_command_writes_a_schema_and_says_how_to_go_on(file: Path, tmp_path: Path, cli: Any) -> None:
+    done = cli("data", "describe", str(file), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == describe(file).schema
     assert "order_total" in done.stderr
     assert f"go on with  recsys-moe data describe {file} --label is_click --output schema.yaml" in done.stderr
-    done = cli(str(file), "--label", "is_click", "--label", "buy", "--output", "shop.yaml", "--json", cwd=tmp_path)
+    done = cli(
+        "data", "describe", str(file), "--label", "is_click", "--label", "buy", "--output", "shop.yaml", "--json", cwd=tmp_path
+    )
     answer = json.loads(done.stdout)
     assert load_schema(tmp_path / "shop.yaml").task_names == ("click", "buy")
     assert (answer["output"], answer["rows"], answer["group"]) == ("shop.yaml", ROWS, "userId")
     keys = f"data=custom data.name=shop data.schema=shop.yaml data.source={file} data.split.order=sorted data.split.by=ts"
     assert answer["next"] == f"recsys-moe train {keys}"
     assert {column["name"]: column["use"] for column in answer["columns"]}["carrier"] == "outcome"
-    done = cli(str(file), "--output", "shop.yaml", cwd=tmp_path)
+    done = cli("data", "describe", str(file), "--output", "shop.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert "--output 'shop.yaml' exists already; name a new file or delete it" in done.stderr
 
 
-def test_a_file_without_anything_like_a_label(tmp_path: Path) -> None:
+def test_a_file_without_anything_like_a_label(tmp_path: Path, cli: Any) -> None:
     pd.DataFrame({"x": np.arange(50) / 7, "z": list("abcde") * 10}).to_csv(tmp_path / "a.csv", index=False)
-    done = cli("a.csv", cwd=tmp_path)
+    done = cli("data", "describe", "a.csv", cwd=tmp_path)
     assert done.returncode == 0
     assert "no column looks like a label: name one with --label" in done.stderr
     assert "--label COLUMN" in done.stderr
