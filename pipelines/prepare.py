@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,14 @@ def prepare(
     progress: Progress = lambda phase, done, total: None,
     force: bool = False,
     start: StartBundle | None = None,
+    cluster: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> PreparedData:
     """The prepared data of `config`: found under its digest and verified, or made now.
 
     Args:
         start: a model that will go on with these rows: its vocabularies are extended, its other statistics used.
+        cluster: what Ray runs in, entered once it is needed. Mistakes and data that is there already need none, which
+            takes ten seconds to start.
 
     Raises:
         UserError: whatever is wrong with the source, the schema or the protocol, or does not fit `start`.
@@ -71,7 +74,7 @@ def prepare(
     if folder.exists() and not force:
         return PreparedData(folder)
     chunks = plan_chunks(config, schema)
-    with _unfinished(folder) as temporary:
+    with cluster(), _unfinished(folder) as temporary:
         _write(config, schema, digest, start, chunks, temporary, progress)
         _put(temporary, folder, force)
     return PreparedData(folder, verify=False)

@@ -354,10 +354,9 @@ def resolve_model(name: str, runs_dir: Path, uri: str) -> Path:
             raise UserError(f"model {name!r} is neither a folder nor models:/NAME@alias; name a bundle that training made")
         return Path(name)
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
     client = open_client(uri)
-    try:
+    with _to_be_had(name, uri):
         if name.startswith("runs:/"):
             run = client.get_run(name.removeprefix("runs:/").split("/")[0])
             outputs = run.outputs.model_outputs if run.outputs else []
@@ -378,6 +377,15 @@ def resolve_model(name: str, runs_dir: Path, uri: str) -> Path:
                 raise UserError(f"model {name!r} names no version; write models:/{model}@candidate or models:/{model}/1")
             source = client.get_model_version_download_uri(model, found.version)
         return Path(download_artifacts(artifact_uri=source, tracking_uri=uri, registry_uri=uri))
+
+
+@contextmanager
+def _to_be_had(name: str, uri: str) -> Iterator[None]:
+    """Turn what MLflow's client raises where a model of that name is looked for into one sentence."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
     except (MlflowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -396,16 +404,9 @@ def pinned(name: str, uri: str) -> str:
     model, _, alias = name.removeprefix("models:/").partition("@")
     if not alias:
         return name
-    from mlflow.exceptions import MlflowException
-
     client = open_client(uri)
-    try:
+    with _to_be_had(name, uri):
         return f"models:/{model}/{client.get_model_version_by_alias(model, alias).version}"
-    except MlflowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model {name!r} is not to be had from {uri!r} ({reason}); check the name or set tracking.uri"
-        ) from None
 
 
 def promote(name: str, alias: str, uri: str) -> str:
@@ -414,17 +415,13 @@ def promote(name: str, alias: str, uri: str) -> str:
     Raises:
         UserError: no such version.
     """
-    from mlflow.exceptions import MlflowException
-
     if not name.startswith("models:/"):
         raise UserError(f"{name!r} is not a registered version; write models:/NAME@alias or models:/NAME/VERSION")
     client = open_client(uri)
     model, _, version = name.removeprefix("models:/").partition("/")
-    try:
+    with _to_be_had(name, uri):
         if "@" in model:
             model, _, old = model.partition("@")
             version = client.get_model_version_by_alias(model, old).version
         client.set_registered_model_alias(model, alias, version)
-    except MlflowException as error:
-        raise UserError(f"{name!r} is not in the registry at {uri!r} ({' '.join(str(error).split())[:200]})") from None
     return f"models:/{model}/{version}"

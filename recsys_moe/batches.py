@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from recsys_moe.distributed import piece
 from recsys_moe.embeddings import JaggedTensor, concatenate_rows, jagged_tensors, take_rows
 from recsys_moe.shards import PreparedData, Rows
 
@@ -67,15 +68,6 @@ class Batch:
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:
     return batch.ids_bf, batch.dense_bd, batch.labels_bt, batch.weights_bt, batch.numbers_b
-
-
-def piece(rows: int, rank: int, world: int) -> slice:
-    """The rows of a batch that worker `rank` of `world` takes: in order, as even as can be, perhaps none.
-
-    >>> [piece(5, rank, 2) for rank in range(2)]
-    [slice(0, 2, None), slice(2, 5, None)]
-    """
-    return slice(rank * rows // world, (rank + 1) * rows // world)
 
 
 class ShuffledBatches:

@@ -33,11 +33,27 @@ app = typer.Typer(
 
     recsys-moe data synth runs/feed_synth --rows 1000000""",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Prepare log rows, or make synthetic ones.")
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Describe and prepare log rows, fetch public data sets, or make synthetic rows.",
+    epilog="""Examples:
+
+    recsys-moe data describe logs/ --label is_click --output shop.yaml
+
+    recsys-moe data prepare data=custom data.name=shop data.schema=shop.yaml data.source=logs/
+
+    recsys-moe data fetch movielens_1m
+
+    recsys-moe data synth runs/feed_synth --rows 1000000""",
+)
 app.add_typer(data_app, name="data")
-runs_app = typer.Typer(no_args_is_help=True, help="What training runs left behind.")
+runs_app = typer.Typer(no_args_is_help=True, help="What training runs left behind.", epilog="Example: `recsys-moe runs sync`")
 app.add_typer(runs_app, name="runs")
-bench_app = typer.Typer(no_args_is_help=True, help="Time the project's parts beside what people would use instead.")
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    help="Time the project's parts beside what people would use instead.",
+    epilog="Example: `recsys-moe bench kernels layer loop --json`",
+)
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on standard output.")]
@@ -231,6 +247,8 @@ def prepare(
 
     With `start=` they are a trained model's, whose vocabularies grow by what is new.
     """
+    from functools import partial
+
     from recsys_moe.console import PhaseProgress, print_json, progress, stdout
     from recsys_moe.sources import PARTS, DataConfig
     from recsys_moe.typed import dump
@@ -247,8 +265,9 @@ def prepare(
 
         runs_dir = Path(config["runs_dir"])
         start = StartBundle(resolve_model(config["start"], runs_dir, _section(config, "tracking").resolve(runs_dir)))
-    with progress() as display, ray_cluster(_section(config, "ray")):
-        prepared = run_prepare(data, Path(config["runs_dir"]).absolute(), PhaseProgress(display), force, start)
+    cluster = partial(ray_cluster, _section(config, "ray"))
+    with progress() as display:
+        prepared = run_prepare(data, Path(config["runs_dir"]).absolute(), PhaseProgress(display), force, start, cluster)
     rows = {part: prepared.manifest.rows(part) for part in PARTS}
     if json:
         counts = dump(prepared.manifest)["counts"]
@@ -258,7 +277,13 @@ def prepare(
     stdout.print("  ".join(f"{part} {n:,} rows" for part, n in rows.items()))
 
 
-@data_app.command(epilog="Example: `recsys-moe data synth runs/feed_synth --rows 1000000 --seed 0`")
+@data_app.command(
+    epilog="""Examples:
+
+    recsys-moe data synth runs/feed_synth --rows 1000000 --seed 0
+
+    recsys-moe data synth runs/task_correlation --generator task_correlation p=0.9 --rows 100000"""
+)
 def synth(
     folder: Annotated[Path, typer.Argument(help="A new folder for logs/, truth/ and synth.json.")],
     numbers: Annotated[
@@ -305,7 +330,7 @@ def describe(
     source: Annotated[str, typer.Argument(metavar="FILE", help="Parquet or CSV, or a folder of such files; a path or an URI.")],
     label: Annotated[
         list[str] | None,
-        typer.Option(help="A column of two values that is to be learnt, or NAME=CONDITION; repeatable.", show_default=False),
+        typer.Option(help="A column that is to be learnt, or NAME=EXPRESSION; repeatable.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="A new file for the schema [default: standard output].", show_default=False)
@@ -596,16 +621,16 @@ def _resolve(model: str, overrides: list[str] | None) -> tuple[Path, dict[str, A
     return resolve_model(model, runs_dir, _section(config, "tracking").resolve(runs_dir)), config
 
 
-# The dataclass of each section, in the room that it configures.
-SECTIONS = {
-    "data": ("recsys_moe.sources", "DataConfig"),
-    "model": ("recsys_moe.models", "ModelConfig"),
-    "train": ("recsys_moe.trainer", "TrainConfig"),
-    "serve": ("recsys_moe.serving.app", "ServeConfig"),
-    "tracking": ("recsys_moe.pipelines.tracking", "TrackingConfig"),
-    "ray": ("recsys_moe.pipelines.cluster", "RayConfig"),
-    "runs_dir": ("builtins", "str"),
-    "start": ("recsys_moe.typed", "OptionalText"),
+# The type of each section; a dataclass by its name, since importing it opens the room that it configures.
+SECTIONS: dict[str, Any] = {
+    "data": "recsys_moe.sources:DataConfig",
+    "model": "recsys_moe.models:ModelConfig",
+    "train": "recsys_moe.trainer:TrainConfig",
+    "serve": "recsys_moe.serving.app:ServeConfig",
+    "tracking": "recsys_moe.pipelines.tracking:TrackingConfig",
+    "ray": "recsys_moe.pipelines.cluster:RayConfig",
+    "runs_dir": str,
+    "start": str | None,
 }
 
 
@@ -633,12 +658,13 @@ def _compose(overrides: list[str] | None, needs_data: bool = True) -> dict[str, 
 def _section(config: dict[str, Any], name: str) -> Any:
     """A section of the configuration as its dataclass; mistakes are named by their whole key."""
     from dataclasses import make_dataclass
-    from importlib import import_module
+    from pkgutil import resolve_name
 
     from recsys_moe.typed import parse, typed
 
-    module, kind = SECTIONS[name]
-    whole: Any = typed(make_dataclass("Configuration", [(name, getattr(import_module(module), kind))], frozen=True))
+    kind = SECTIONS[name]
+    kind = resolve_name(kind) if isinstance(kind, str) else kind
+    whole: Any = typed(make_dataclass("Configuration", [(name, kind)], frozen=True))
     return getattr(parse(whole, {name: config[name]}, "configuration"), name)
 
 

@@ -1,7 +1,7 @@
 """What a model costs: parameters and floating-point operations a sample; and models made equally large.
 
-Only the dense part counts: embedding tables are looked up, not multiplied, and are the same for every family. An operation is a
-multiplication or an addition of a matrix product; norms and activations are left out, as is usual.
+Only the dense part counts: embedding tables are looked up, not multiplied. An operation is a multiplication or an addition of a
+matrix product; norms and activations are left out, as is usual.
 """
 
 from collections.abc import Callable, Mapping

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.batches import piece
 from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
 from recsys_moe.kernels.reference import activate
 from recsys_moe.routing import SparsePlan
@@ -61,6 +60,15 @@ def sum_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
     for parameter, summed in zip(parameters, sums, strict=True):
         parameter.grad = summed.view_as(parameter)
     return flat[0]
+
+
+def piece(rows: int, rank: int, world: int) -> slice:
+    """The rows of a batch that worker `rank` of `world` takes: in order, as even as can be, perhaps none.
+
+    >>> [piece(5, rank, 2) for rank in range(2)]
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    return slice(rank * rows // world, (rank + 1) * rows // world)
 
 
 def gather_pieces(mine: Tensor, rows: int) -> Tensor:

@@ -82,7 +82,10 @@ class Expression:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
             kinds = ", ".join(f"{c} is {table.schema.field(c).type}" for c in self.columns)
             reason = str(error).split("\n")[0]
-            raise UserError(f"expression {self.text!r} can't be evaluated ({kinds}): {reason}") from None
+            raise UserError(
+                f"expression {self.text!r} can't be evaluated, since {kinds} ({reason}); mend the column, or compare it with "
+                "values of its type"
+            ) from None
         if isinstance(value, pa.Scalar):
             value = pa.chunked_array([pa.repeat(value, table.num_rows)])
         return value

@@ -48,7 +48,7 @@ class Predictor:
 
     def _forward(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], dict[str, npt.NDArray[np.float32]]]:
         inputs = self.bundle.transform(table)
-        with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
+        with torch.no_grad():
             ids_bf, dense_bd = torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous()
             outputs, plans = self.bundle.model(ids_bf, dense_bd, jagged_tensors(inputs))
             rows = table.num_rows

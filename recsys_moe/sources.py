@@ -308,26 +308,43 @@ def _fold(split: Split, order: npt.NDArray[np.int64], part_numbers: tuple[int, .
 
 def _sort_keys(paths: list[AnyPath], by: str, schema: Schema, joins: tuple[Join, ...]) -> npt.NDArray[Any]:
     """The values of the column that the rows are sorted by: numbers as they are, times in microseconds."""
-    pieces = [_sort_key(table[by], by, path) for path in paths for table in _read(path, (by,), schema, joins=joins)]
+    pieces, first = list[npt.NDArray[Any]](), dict[str, AnyPath]()
+    for path in paths:
+        for table in _read(path, (by,), schema, joins=joins):
+            values, form = _sort_key(table[by], by, path)
+            pieces.append(values)
+            first.setdefault(form, path)
+            if len(first) > 1:
+                (form, path), (other, elsewhere) = first.items()
+                raise UserError(
+                    f"data.split.by: column {by!r} holds {form} in {str(path)!r} and {other} in {str(elsewhere)!r}, which have "
+                    "no common order; write them in one form"
+                )
     return np.concatenate(pieces)
 
 
-def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath) -> npt.NDArray[Any]:
+def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath) -> tuple[npt.NDArray[Any], str]:
+    """The values, and what they are: numbers, or times with or without a time zone."""
     if column.null_count:
         raise UserError(
             f"data.split.by: column {by!r} of {str(path)!r} is null in {column.null_count:,} rows, which have no place in "
             "the order; leave those rows out or sort by another column"
         )
     number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-    for kind in (column.type,) if number else (pa.int64(), pa.timestamp("us"), pa.timestamp("us", "UTC")):
+    if number:
+        return np.asarray(column.to_numpy()), "numbers"
+    forms = {"numbers": pa.int64(), "times": pa.timestamp("us"), "times with a time zone": pa.timestamp("us", "UTC")}
+    if pa.types.is_timestamp(column.type):
+        forms = {"times with a time zone" if column.type.tz else "times": pa.timestamp("us", column.type.tz)}
+    for form, kind in forms.items():
         try:
             values = pc.cast(column, kind, safe=not pa.types.is_timestamp(column.type))
-            return np.asarray(values.to_numpy() if number else values.cast(pa.int64()).to_numpy())
+            return np.asarray(values.cast(pa.int64()).to_numpy()), form
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             continue
     raise UserError(
         f"data.split.by: column {by!r} of {str(path)!r} is {column.type} such as {column[0].as_py()!r}, neither a number nor "
-        "a time; sort by another column"
+        "a time, with a time zone in all rows or in none; mend it or sort by another column"
     )
 
 

@@ -220,9 +220,13 @@ def put(source: Path, target: AnyPath) -> None:
 
 
 _MEANINGS = (
+    (  # first: that a library is missing is told as a file that does not exist
+        ("libjvm", "libhdfs"),
+        "needs Hadoop's client, which is not on this machine; install it and set JAVA_HOME and HADOOP_HOME",
+    ),
     (
         ("NETWORK_CONNECTION", "curlCode", "onnection refused", "Could not connect", "timed out", "Timeout", "UNAVAILABLE"),
-        "does not answer; check the network, the bucket's region and AWS_ENDPOINT_URL",
+        "does not answer; check the network, and the bucket's region and endpoint",
     ),
     (("NO_SUCH_BUCKET", "bucket does not exist"), "is in a bucket that does not exist; check its name and region"),
     (("NO_SUCH_KEY", "does not exist", "No such file"), "does not exist; check the bucket and the key"),
@@ -237,10 +241,6 @@ _MEANINGS = (
             "UNAUTHENTICATED",
         ),
         "may not be read or written with the credentials of this environment; check them and the bucket's policy",
-    ),
-    (
-        ("libjvm", "libhdfs"),
-        "needs Hadoop's client, which is not on this machine; install it and set JAVA_HOME and HADOOP_HOME",
     ),
 )
 

@@ -18,9 +18,10 @@ from pydantic import Field, TypeAdapter, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.balancing import BalancingConfig, Static, balancer_of
-from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows, piece
+from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
+from recsys_moe.bundle import ADAGRAD_FILE
 from recsys_moe.checkpoint import Checkpoints, TensorFiles, Tensors
-from recsys_moe.distributed import agreed, gather_pieces, rank, sum_gradients, total, world_size
+from recsys_moe.distributed import agreed, gather_pieces, piece, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
 from recsys_moe.losses import task_losses
@@ -228,6 +229,12 @@ class Trainer:
 
     def _measure(self, start: StartBundle) -> None:
         """What the model that training starts from does on the validation part is what every epoch has to beat."""
+        if not start.has_adagrad and self.model.adagrad():
+            message = (
+                f"{str(start.folder)!r} has no {ADAGRAD_FILE}: the embeddings' Adagrad sums start anew, and the first step of "
+                "each row is a whole train.embedding_lr"
+            )
+            self.on_event({"kind": "warning", "message": message})
         with start.new_ids_unknown(self.model):
             validation = evaluate(self.model, self.data, "validation")
             self.best_weights = self._keep_best()
@@ -498,19 +505,25 @@ class ScoredPart:
 
 
 def score_part(model: Ranker, data: PreparedData, part: str) -> ScoredPart:
-    """Scores of a part's rows in their order, in nameless files: AUC needs all at once, and memory must not grow with them."""
+    """Scores of a part's rows in their order, in nameless files: AUC needs all at once, and memory must not grow with them.
+
+    Raises:
+        UserError: outputs that are not finite.
+    """
     model.eval()
     heads = Heads(data.schema, data.transform.statistics)
     n, tasks, low = data.manifest.rows(part), len(data.schema.tasks), 0
     scores, labels, weights = (_in_a_file((width, n), np.float32) for width in (len(heads.score_names), tasks, tasks))
     groups = None if data.schema.group is None else _in_a_file((n,), np.int64)
-    with torch.no_grad():  # fbgemm's CPU lookup is an autograd kernel: inference_mode would skip it
+    with torch.no_grad():  # not inference_mode, which skips the CPU lookup of tables that workers share out, an autograd kernel
         for rows in ordered_rows(data, part):
             batch = Batch.of(rows)
             if world_size() > 1:
                 batch = batch.take(torch.arange(len(rows))[piece(len(rows), rank(), world_size())])
             batch = batch.to(model.device)
             outputs = gather_pieces(model(batch.ids_bf, batch.dense_bd, batch.lists)[0], len(rows))
+            if not outputs.isfinite().all():  # the last step's loss was still finite, what it made of the weights is not
+                raise UserError(f"the model's outputs on the {part} part are not finite; lower train.lr or train.embedding_lr")
             high = low + len(rows)
             scores[:, low:high] = heads.scores(outputs.cpu())
             labels[:, low:high], weights[:, low:high] = rows.labels, rows.weights

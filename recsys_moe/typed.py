@@ -19,8 +19,6 @@ from recsys_moe.errors import UserError, nearest
 
 T = TypeVar("T")
 
-OptionalText = str | None
-
 if typing.TYPE_CHECKING:
 
     @typing.dataclass_transform(frozen_default=True)

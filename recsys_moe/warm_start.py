@@ -35,6 +35,11 @@ class StartBundle:
         self.config, self.schema, self.statistics = read_description(folder)
         self.digest = hashlib.sha256(json.dumps(dump(self.statistics), sort_keys=True).encode()).hexdigest()
 
+    @property
+    def has_adagrad(self) -> bool:
+        """Whether the bundle holds its tables' Adagrad sums: one without tables, or of an older version, does not."""
+        return (self.folder / ADAGRAD_FILE).exists()
+
     def check_schema(self, schema: Schema) -> None:
         """Raises UserError: `schema` is not the bundle's; names the first difference."""
         _check_equal(
@@ -48,7 +53,7 @@ class StartBundle:
         _check_equal(was, precision, "train.precision", f"set train.precision={was}, or train anew")
 
     def take_over(self, model: Ranker) -> None:
-        """Give a fresh `model` of the same configuration the bundle's weights and, if it has them, its Adagrad sums.
+        """Give a fresh `model` of the same configuration the bundle's weights and, if it `has_adagrad`, its Adagrad sums.
 
         Rows that the bundle's tables lack keep what they were drawn with, and sums of 0.
 
@@ -56,7 +61,7 @@ class StartBundle:
             UserError: the bundle's files are damaged or do not fit.
         """
         _copy(self.folder / "model.safetensors", dict(model.state_dict()))
-        if (self.folder / ADAGRAD_FILE).exists():
+        if self.has_adagrad:
             _copy(self.folder / ADAGRAD_FILE, model.adagrad())
 
     @contextmanager
@@ -69,9 +74,11 @@ class StartBundle:
         with torch.no_grad():
             for table, rows in grown:
                 table[rows:] = table[UNKNOWN]
-            yield
-            for (table, rows), own in zip(grown, drawn, strict=True):
-                table[rows:] = own
+            try:
+                yield
+            finally:
+                for (table, rows), own in zip(grown, drawn, strict=True):
+                    table[rows:] = own
 
 
 def _copy(path: Path, targets: dict[str, Tensor]) -> None:
@@ -111,7 +118,9 @@ def _first_difference(before: Any, now: Any, path: str) -> tuple[str, str, str] 
     if isinstance(before, list) and isinstance(now, list):
         names, now_names = _names(before), _names(now)
         if names != now_names:
-            return path, str(names), str(now_names)
+            shared = zip(names, now_names, strict=False)
+            first = next((n for n, (a, b) in enumerate(shared) if a != b), min(len(names), len(now_names)))
+            return path, _some(names, first), _some(now_names, first)
         before, now = dict(zip(names, before, strict=True)), dict(zip(names, now, strict=True))
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys([*before, *now]):
@@ -119,6 +128,13 @@ def _first_difference(before: Any, now: Any, path: str) -> tuple[str, str, str] 
                 return found
         return None
     return None if before == now else (path, repr(before), repr(now))
+
+
+def _some(names: list[str], first: int) -> str:
+    """A list's names from about the first that differs on: of a hundred features, nobody reads more."""
+    low, high = max(0, first - 3), first + 6
+    shown = ["…"] * (low > 0) + [repr(name) for name in names[low:high]] + ["…"] * (high < len(names))
+    return f"[{', '.join(shown)}]"
 
 
 def _names(items: list[Any]) -> list[str]:

@@ -1,6 +1,10 @@
 """Fixtures that several test files share."""
 
+import contextlib
+import io
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,24 @@ def census() -> Path:
 def kuairand() -> Path:
     """The folder of the real KuaiRand files; the test is skipped where they are absent."""
     return _real_data("kuairand")
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`cli("evaluate", …, cwd=…)`: a command in this process, which has imported already what takes a new one seconds."""
+    from recsys_moe.cli import main
+
+    def command(*arguments: str, cwd: Path = Path()) -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", ["recsys-moe", *arguments])
+            patch.setattr("recsys_moe.cli.interrupt_once", lambda: None)
+            with pytest.raises(SystemExit) as ended:
+                main()
+        return subprocess.CompletedProcess(arguments, int(str(ended.value.code)), out.getvalue(), err.getvalue())
+
+    return command
 
 
 CLICKS_SCHEMA: dict[str, Any] = {

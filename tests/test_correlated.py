@@ -11,8 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_moe import correlated
+from recsys_moe.config import compose, conf_dir
 from recsys_moe.correlated import Tasks, draw, load_correlated_config, synthesise_correlated
 from recsys_moe.errors import UserError
+from recsys_moe.labels import task_labels
+from recsys_moe.sources import DataConfig, read_part
+from recsys_moe.transforms import PartialStatistics, Transform
+from recsys_moe.typed import parse
 
 
 def written(folder: Path, kind: str = "logs") -> pa.Table:
@@ -117,3 +122,17 @@ def test_numbers_change_what_they_say_only() -> None:
 def test_a_wrong_number_is_one_sentence(change: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         load_correlated_config([change])
+
+
+def test_what_is_written_is_what_its_configuration_reads(tmp_path: Path) -> None:
+    synthesise_correlated(load_correlated_config(), tmp_path / "task_correlation", 1000, seed=0)
+    data = parse(DataConfig, compose(["data=task_correlation", f"runs_dir={tmp_path}"])["data"], "data")
+    schema = data.load_schema(conf_dir() / "schema")
+    logs = written(tmp_path / "task_correlation")
+    assert (schema.feature_names, schema.task_names) == (tuple(logs.column_names[:-2]), ("y1", "y2"))
+    train = pa.concat_tables(list(read_part(data, schema, "train")))
+    statistics = PartialStatistics.of(train, schema)
+    statistics.merge(PartialStatistics.of_labels(*task_labels(train, schema), schema))
+    transform = Transform(schema, statistics.finish(schema))
+    assert transform(train).dense.shape == (100, 800)
+    assert [target.rows for target in transform.statistics.targets] == [800, 800]

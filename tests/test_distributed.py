@@ -35,7 +35,7 @@ from recsys_moe.routing import sparse_plan
 from recsys_moe.schema import Schema
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
-from recsys_moe.trainer import TrainConfig, Trainer
+from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 from recsys_moe.typed import dump, parse
 from recsys_moe.warm_start import StartBundle
 
@@ -55,6 +55,42 @@ BALANCING: dict[str, Any] = {
     "pcgrad": JacobianDescent("pcgrad"),
     "gradnorm": GradNorm("gradnorm"),
 }
+# Lists of every pooling, vectors, and a task of each kind; one of the table batches has one table, which one worker holds.
+KINDS_SCHEMA: dict[str, Any] = {
+    "features": [
+        {"name": "user", "kind": "hashed", "buckets": 30},
+        {"name": "tags", "kind": "multi"},
+        {"name": "genres", "kind": "multi", "separator": "|", "pooling": "sum", "buckets": 9},
+        {"name": "watched", "kind": "sequence", "max_length": 3, "pooling": "last"},
+        {"name": "seen", "kind": "sequence", "max_length": 3},
+        {"name": "picture", "kind": "embedding", "dim": 2},
+    ],
+    "tasks": [
+        {"name": "click", "label": "click"},
+        {"name": "minutes", "kind": "regression", "label": "minutes", "loss": "huber", "mask": "click == 1"},
+        {"name": "ending", "kind": "multiclass", "label": "ending", "classes": ["done", "left", "skipped"]},
+        {"name": "stars", "kind": "ordinal", "label": "stars", "levels": [1, 2, 3], "weight": "weight"},
+    ],
+}
+
+
+def draw_kinds(rows: int, seed: int) -> pa.Table:
+    r = np.random.default_rng(seed)
+    tags = [r.choice(["a", "b", "c"], r.integers(0, 4), replace=False).tolist() for _ in range(rows)]
+    watched = [r.integers(0, 5, r.integers(0, 5)).tolist() for _ in range(rows)]
+    last = np.array([row[-1] if row else 2 for row in watched])
+    picture = r.normal(size=(rows, 2)).astype(np.float32)
+    columns = {"user": r.integers(0, 40, rows), "tags": tags, "genres": ["|".join(t) for t in tags], "watched": watched}
+    labels = {
+        "click": [int("a" in t or n % 5 == 0) for n, t in enumerate(tags)],
+        "minutes": picture[:, 0] + r.normal(size=rows),
+        "ending": np.array(["done", "left", "skipped"])[last % 3],
+        "stars": [1 + min(2, len(t)) for t in tags],
+        "weight": r.choice([0.0, 1.0, 2.0], rows),
+    }
+    return pa.table(columns | {"seen": watched, "picture": pa.array(list(picture), pa.list_(pa.float32()))} | labels)
+
+
 # 1033 rows: the last of an epoch's 26 batches has 33 rows, cut into 16 and 17.
 CONFIG = TrainConfig(epochs=8, batch_size=40, patience=0, checkpoint_steps=100)
 
@@ -163,6 +199,13 @@ def worker(rank: int, port: int, folder: Path) -> None:
         if rank == 0:
             safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
             safetensors.torch.save_file(adagrad, folder / f"{name}.adagrad.safetensors")
+    kinds = Trainer(PreparedData(folder / "kinds"), MMOE, config("kinds"))
+    told["kinds"] = losses(kinds)
+    told["validation"] = {task: asdict(m) for task, m in evaluate(kinds.model, kinds.data, "validation").items()}
+    weights, adagrad = kinds.whole_weights(), kinds.whole_adagrad()
+    if rank == 0:
+        safetensors.torch.save_file(weights, folder / "kinds.safetensors")
+        safetensors.torch.save_file(adagrad, folder / "kinds.adagrad.safetensors")
     started = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, start=StartBundle(folder / "bundle"))
     weights, adagrad = started.whole_weights(), started.whole_adagrad()
     if rank == 0:
@@ -236,7 +279,15 @@ def grown(prepared: PreparedData, one: Any, write_prepared: Any, clicks_schema: 
 
 
 @pytest.fixture(scope="module")
-def two(prepared: PreparedData, one: Any, grown: pa.Table) -> Path:
+def kinds(prepared: PreparedData, write_prepared: Any) -> Trainer:
+    """One worker's trainer of all kinds of features and tasks, whose data lies in the folder `kinds`."""
+    parts = {"train": [draw_kinds(700, 1), draw_kinds(333, 2)], "validation": [draw_kinds(301, 3)]}
+    data = write_prepared(prepared.folder.parent / "kinds", parse(Schema, KINDS_SCHEMA, "schema"), parts)
+    return Trainer(data, MMOE, config("kinds"))
+
+
+@pytest.fixture(scope="module")
+def two(prepared: PreparedData, one: Any, grown: pa.Table, kinds: Trainer) -> Path:
     """The folder in which two workers have left what they found."""
     folder = prepared.folder.parent
     with socket.socket() as probe:
@@ -281,6 +332,10 @@ def test_two_workers_take_the_steps_of_one(name: str, two: Path, one: Any) -> No
     # running mean takes them up, and a batch of one row is normalised by that.
     most = 200 if name == "softmax" else 24
     close(first[:most], expected[:most])
+    check_tables_and_weights(two, name, weights, adagrad)
+
+
+def check_tables_and_weights(two: Path, name: str, weights: dict[str, Tensor], adagrad: dict[str, Tensor]) -> None:
     found = safetensors.torch.load_file(two / f"{name}.safetensors")
     assert found.keys() == weights.keys()
     for key, value in weights.items():
@@ -290,6 +345,20 @@ def test_two_workers_take_the_steps_of_one(name: str, two: Path, one: Any) -> No
     assert sums.keys() == adagrad.keys()
     for key, value in adagrad.items():
         torch.testing.assert_close(sums[key], value, rtol=0.02, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_two_workers_take_the_steps_of_one_with_lists_and_every_kind_of_task(two: Path, kinds: Trainer) -> None:
+    expected = losses(kinds)
+    first, second = told(two, "kinds")
+    assert first == second
+    assert len(first) == len(expected) == 25
+    close(first[:24], expected[:24])
+    assert expected[23] < 0.9 * expected[0]
+    check_tables_and_weights(two, "kinds", dict(kinds.model.state_dict()), kinds.whole_adagrad())
+    measured = {task: asdict(m) for task, m in evaluate(kinds.model, kinds.data, "validation").items()}
+    for found in told(two, "validation"):
+        for task, values in measured.items():
+            assert found[task] == pytest.approx(values, rel=1e-2, abs=1e-2, nan_ok=True), task
 
 
 def test_two_workers_start_from_what_one_has_left(two: Path, one: Any) -> None:

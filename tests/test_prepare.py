@@ -409,12 +409,14 @@ def test_transformers_imports_inside_a_ray_task() -> None:
     import ray
 
     @ray.remote
-    def imports() -> bool:
+    def imports() -> tuple[bool, list[str]]:
         import sys
 
         import transformers
 
         assert transformers.PreTrainedModel
-        return "kernels" in sys.modules
+        return "kernels" in sys.modules, sys.path
 
-    assert ray.get(imports.remote()) is False
+    found, paths = ray.get(imports.remote())
+    assert not found
+    assert str(ROOT) not in paths

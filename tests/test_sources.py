@@ -487,6 +487,27 @@ def test_what_nothing_can_be_sorted_by(unsorted: Path) -> None:
         plan_chunks(data(unsorted, split=Split(order="sorted", by="time")), SCHEMA)
 
 
+NAIVE, ZONED = pa.timestamp("us"), pa.timestamp("us", "Europe/Berlin")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_times_with_and_without_a_zone_have_no_common_order(tmp_path: Path, suffix: str) -> None:
+    hours = pa.array([3_600_000_000 * n for n in range(20)])
+    for name, kind in (("a", ZONED), ("b", ZONED), ("c", NAIVE)):
+        table = pa.table({"x": np.arange(20.0), "time": hours.cast(NAIVE).cast(kind), "clicked": [0, 1] * 10})
+        if suffix == "parquet":
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        else:
+            table.to_pandas().to_csv(tmp_path / f"{name}.csv", index=False)
+    features = [{"name": "x", "kind": "numeric"}]
+    schema = parse(Schema, {"features": features, "tasks": [{"name": "t", "label": "clicked == 1"}]}, "schema")
+    sentence = r"column 'time' holds times with a time zone in .*/a\.\w+' and times in .*/c\.\w+', which have no common order"
+    with pytest.raises(UserError, match=sentence):
+        plan_chunks(data(tmp_path, split=Split(order="sorted", by="time")), schema)
+    (tmp_path / f"c.{suffix}").unlink()
+    assert plan_chunks(data(tmp_path, split=Split(order="sorted", by="time")), schema)
+
+
 @pytest.mark.parametrize("keys", [{"order": "sorted"}, {"by": "time"}, {"order": "given", "by": "time"}])
 def test_sorting_needs_a_column_and_a_column_needs_sorting(keys: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"'data.split.by' is .* with data.split.order=\w+; name a column with order=sorted"):

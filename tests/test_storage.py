@@ -194,7 +194,7 @@ def test_other_uris() -> None:
 
 def test_hadoop_without_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(*_: Any) -> None:
-        raise OSError("Unable to load libjvm")
+        raise OSError("Unable to load libhdfs: ./libhdfs.so: cannot open shared object file: No such file or directory")
 
     monkeypatch.setattr(pafs, "HadoopFileSystem", absent)
     storage._connect.cache_clear()

@@ -10,7 +10,16 @@ import pytest
 import requests
 
 from recsys_moe.errors import UserError
-from recsys_moe.pipelines.tracking import TrackingConfig, TrackingLost, _answering, open_client, open_run
+from recsys_moe.pipelines.tracking import (
+    TrackingConfig,
+    TrackingLost,
+    _answering,
+    open_client,
+    open_run,
+    pinned,
+    promote,
+    resolve_model,
+)
 
 DATASET = {"name": "d", "digest": "0", "source_type": "local", "source": "{}", "profile": "{}"}
 
@@ -126,6 +135,14 @@ def test_a_database_that_cannot_be_made_is_told_as_that(tmp_path: Path) -> None:
 def test_only_the_network_is_a_server_that_does_not_answer(error: Exception, sentence: str) -> None:
     with pytest.raises(TrackingLost, match=sentence), _answering("http://127.0.0.1:9"):
         raise error
+
+
+def test_a_model_that_is_not_there_is_told_in_one_sentence(tmp_path: Path) -> None:
+    uri = TrackingConfig().resolve(tmp_path)
+    for look in (lambda n: resolve_model(n, tmp_path, uri), lambda n: pinned(n, uri), lambda n: promote(n, "champion", uri)):
+        sentence = r"^model 'models:/shop@best' is not to be had from 'sqlite:.*' \(.*\); check the name or set tracking\.uri$"
+        with pytest.raises(UserError, match=sentence):
+            look("models:/shop@best")
 
 
 OPEN = """

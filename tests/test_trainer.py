@@ -266,6 +266,15 @@ def test_a_loss_that_is_not_finite_stops_with_advice(prepared_clicks: PreparedDa
         trained(prepared_clicks, BOTTOM, lr=1e30, schedule="constant", epochs=4)
 
 
+def test_weights_that_the_last_step_has_spoilt_are_measured_by_nobody(prepared_clicks: PreparedData) -> None:
+    # The loss of that step was still finite: it was taken before.
+    trainer = Trainer(prepared_clicks, MMOE, TrainConfig(epochs=1))
+    for parameter in trainer.dense:
+        parameter.data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"outputs on the validation part are not finite; lower train\.lr"):
+        evaluate(trainer.model, prepared_clicks, "validation")
+
+
 def test_a_validation_part_of_one_class(tmp_path: Any, write_prepared: Any, clicks: Any, clicks_schema: Any) -> None:
     table = clicks(200, 1)
     rows = table.filter(table["click"].combine_chunks().cast("bool"))

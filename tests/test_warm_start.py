@@ -153,6 +153,10 @@ def test_another_schema_or_model_is_refused_by_its_first_difference(champion: St
     fewer = replace(schema, tasks=schema.tasks[:1])
     with pytest.raises(UserError, match=r"schema\.tasks is \['click'\], but the model to start from has \['click', 'buy'\]"):
         champion.check_schema(fewer)
+    many = [replace(schema.features[0], name=f"f{n}") for n in range(40)]
+    sentence = r"schema\.features is \['f0', 'f1', .*'f5', …\], but the model to start from has \['colour', 'price'\];"
+    with pytest.raises(UserError, match=sentence):
+        champion.check_schema(replace(schema, features=tuple(many)))
     other = replace(schema, features=(schema.features[0], replace(schema.features[1], buckets=5)))
     with pytest.raises(UserError, match=r"schema\.features\.price\.buckets is 5, but the model to start from has 4"):
         champion.check_schema(other)
@@ -165,7 +169,32 @@ def test_a_damaged_or_foreign_bundle_is_refused(champion: StartBundle, tuesday: 
     with pytest.raises(UserError, match="is damaged"):
         Trainer(tuesday, MMOE, CONFIG, start=champion)
     weights.write_bytes(whole)
-    (champion.folder / ADAGRAD_FILE).unlink()  # made by hand, or by an older version: the sums start anew
-    assert not any(sums.any() for sums in Trainer(tuesday, MMOE, CONFIG, start=champion).model.adagrad().values())
     with pytest.raises(UserError, match=r"is not a bundle: it has no config\.json"):
         StartBundle(tmp_path)
+
+
+def test_sums_that_a_bundle_lacks_start_anew_and_that_is_told(champion: StartBundle, tuesday: Any) -> None:
+    told: list[dict[str, Any]] = []
+    Trainer(tuesday, MMOE, replace(CONFIG, epochs=1), told.append, start=champion).fit()
+    assert not any(event["kind"] == "warning" for event in told)
+    (champion.folder / ADAGRAD_FILE).unlink()  # made by hand, or by an older version
+    trainer = Trainer(tuesday, MMOE, replace(CONFIG, epochs=1), told.append, start=champion)
+    assert not any(sums.any() for sums in trainer.model.adagrad().values())
+    trainer.fit()
+    (warning,) = [event["message"] for event in told if event["kind"] == "warning"]
+    assert f"'{champion.folder}' has no adagrad.safetensors: the embeddings' Adagrad sums start anew" in warning
+
+
+def test_new_ids_have_their_own_rows_again_whatever_happens(champion: StartBundle, tuesday: Any) -> None:
+    model = Trainer(tuesday, MMOE, CONFIG, start=champion).model
+    table = model.state_dict()["embeddings.embedding_bags.colour.weight"]
+    drawn = table.clone()
+
+    def fail() -> None:
+        with champion.new_ids_unknown(model):
+            assert torch.equal(table[-1], table[1])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(table, drawn)
