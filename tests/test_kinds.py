@@ -114,7 +114,12 @@ def bundle(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds") / "bundle"
     source = DataConfig(name="kinds", source="nowhere", schema="-")
     save_bundle(
-        folder, trainer.model.state_dict(), BundleConfig(FORMAT, MODEL, "fp32", source, "0" * 64), trainer.data.transform, {}
+        folder,
+        trainer.model.state_dict(),
+        BundleConfig(FORMAT, MODEL, "fp32", source, "0" * 64),
+        trainer.data.transform,
+        {},
+        trainer.whole_adagrad(),
     )
     return folder
 

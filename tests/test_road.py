@@ -85,7 +85,7 @@ def processes_of(marker: str) -> list[int]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                if marker.encode() in (folder / "environ").read_bytes():
+                if f"{marker}\0".encode() in (folder / "environ").read_bytes():
                     found.append(int(folder.name))
             except (OSError, ProcessLookupError):
                 continue
