@@ -148,7 +148,7 @@ inline Vec erf(Vec v) {
 
 template <int64_t A>
 inline Vec activate(Vec v) {
-  if constexpr (A == kRelu) return v > 0 ? v : Vec{};
+  if constexpr (A == kRelu) return v < 0 ? Vec{} : v;  // NaN stays
   if constexpr (A == kSilu) return v * sigmoid(v);
   if constexpr (A == kGelu) return 0.5f * v * (1.0f + erf(v * 0.70710678f));
   if constexpr (A == kDoubleSigmoid) return 2.0f * sigmoid(v);

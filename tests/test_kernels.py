@@ -787,3 +787,13 @@ def test_each_layer_has_its_own_eps() -> None:
     plan = (ids, torch.ones(3, 1), *kernels.sort_by_expert(ids, 1))
     y = kernels.sparse_expert_mlp(x, (layer(0.0), layer(3.0)), *plan)
     torch.testing.assert_close(y, x / 2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_nan_is_not_taken_for_nothing(backend: Backend) -> None:
+    """A diverged training must be seen, whatever the activation."""
+    for activation in ("none", "relu", "silu", "gelu"):
+        layer = Layer(torch.ones(1, 3, 4), torch.zeros(1, 3), activation=activation)
+        for invariant in (False, True):
+            y = kernels.expert_mlp(torch.full((2, 4), torch.nan), layer, invariant=invariant, backend=backend)
+            assert y.isnan().all()
