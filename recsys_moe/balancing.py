@@ -248,7 +248,8 @@ class GramianWeights:
 
     def __call__(self, losses_t: Tensor, rows_t: Tensor, x: Tensor, epoch: int, step: int) -> Tensor:
         gramian_tt = gramian(losses_t, x).cpu()
-        there = gramian_tt.diagonal() > 0
+        # What is not finite is no method's business: the trainer stops at the loss.
+        there = (gramian_tt.diagonal() > 0) & gramian_tt.diagonal().isfinite()
         alpha_t = torch.ones_like(losses_t)
         if there.sum() > 1:
             gramian_tt = gramian_tt[there][:, there]

@@ -34,8 +34,9 @@ class Ranker(nn.Module):
     optimizer of one's own, `set_embedding_lr` sets the embeddings' rate. `config.dropout` is of their values too, in
     training: nothing else regularises them. `start` has the outputs that a fresh model starts at, task by task (None: the
     weights are loaded). The last H of `sparse_names`, `own_rows`, are features whose ids have rows of their own: they arrive
-    as two int32 each, the halves of a hash, and training gives them rows. With `sharded` the tables are shared out among the
-    workers of this process group. Inputs are expected on `device`.
+    as two int32 each, the halves of a hash, and training gives them rows. `config.front` may put attention and crosses before
+    the network, and a family of several embedding sets has a table for each feature in each of them. With `sharded` the
+    tables are shared out among the workers of this process group. Inputs are expected on `device`.
     """
 
     def __init__(

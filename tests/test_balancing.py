@@ -27,6 +27,7 @@ from recsys_moe.balancing import (
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.models.shared_bottom import SharedBottomConfig
 from recsys_moe.shards import PreparedData
 from recsys_moe.trainer import TrainConfig, Trainer
 from recsys_moe.typed import dump, parse
@@ -262,6 +263,7 @@ def test_gamma_of_an_unknown_task() -> None:
 # -- through the trainer
 
 MMOE = MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8,), tower_dims=(4,), dropout=0.1)
+BOTTOM = SharedBottomConfig(embedding_dim=4, bottom_dims=(16, 8), tower_dims=(4,), dropout=0.1)
 # 9 steps an epoch; states after steps 5, 10, …
 CONFIG = TrainConfig(epochs=3, batch_size=128, patience=0, checkpoint_steps=5)
 
@@ -365,6 +367,13 @@ def test_numbers_alone_can_be_balanced(tmp_path: Any, write_prepared: Any, click
     trainer.fit()
     assert trainer.alpha_t is not None
     assert trainer.alpha_t.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["upgrad", "cagrad", "mgda", "aligned_mtl", "gradnorm"])
+def test_a_loss_that_is_not_finite_stops_with_advice(name: str, prepared_clicks: PreparedData) -> None:
+    config = TrainConfig(epochs=4, batch_size=128, lr=1e30, schedule="constant", balancing=METHODS[name])
+    with pytest.raises(UserError, match=r"the loss became (inf|nan) at step \d+; lower train.lr or train.embedding_lr"):
+        Trainer(prepared_clicks, BOTTOM, config).fit()
 
 
 def test_static_needs_nothing(prepared_clicks: PreparedData) -> None:
