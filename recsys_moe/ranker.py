@@ -83,6 +83,12 @@ class Ranker(nn.Module):
         self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()
     ) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Outputs, and the plans of the family's gates by name; `network.plan_names` says what is in them."""
+        outputs: Tensor
+        outputs, plans = self.network(self.representation(ids_bf, dense_bd, lists))
+        return outputs, plans
+
+    def representation(self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()) -> Tensor:
+        """What all tasks share, and the network reads: a row's embeddings and dense inputs on end, fp32 `[B, D]`."""
         inputs = []
         if self.embeddings is not None:
             ids_bf = self._give_rows(ids_bf) if self.own_names else ids_bf
@@ -97,9 +103,7 @@ class Ranker(nn.Module):
         inputs = [F.dropout(embedded, self.dropout, self.training) for embedded in inputs]
         if dense_bd.shape[1]:
             inputs.append(dense_bd)
-        outputs: Tensor
-        outputs, plans = self.network(torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0])
-        return outputs, plans
+        return torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
 
     def _give_rows(self, ids_bf: Tensor) -> Tensor:
         """The ids with rows in place of hashes. In training new ids get some, and rows that change hands start anew."""
