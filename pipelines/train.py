@@ -219,17 +219,22 @@ def _tell_bundle(run: Run, job: TrainJob, folder: RunFolder, summary: dict[str, 
 def _tell_health(run: Run, folder: RunFolder) -> None:
     """Draw what was seen of the experts in training, and store the pictures, a table and the warnings with the run."""
     events = folder.events()
-    history = [(event["step"], Health.from_json(event["health"])) for event in events if event["kind"] == "health"]
-    if history:
+    # A step that was lost with its worker is trained, and may be looked at, again: the later look counts.
+    looks = {event["step"]: Health.from_json(event["health"]) for event in events if event["kind"] == "health"}
+    if looks:
         from recsys_moe.pictures import save_health  # matplotlib, when training has ended
 
-        save_health(history, _anomalies(events), folder.health)
+        save_health(sorted(looks.items()), _anomalies(events), folder.health)
         run.log_files(folder.health, "health")
 
 
 def _anomalies(events: list[Event]) -> list[str]:
     """Each warning of an anomaly once, though a run that went on may have told it again."""
-    return list(dict.fromkeys(event["message"] for event in events if "anomaly" in event))
+    first: dict[tuple[str, ...], str] = {}
+    for event in events:
+        if "anomaly" in event:
+            first.setdefault((event["anomaly"], event["plan"], *event["experts"]), event["message"])
+    return list(first.values())
 
 
 def sync(runs_dir: Path, name: str | None = None) -> list[dict[str, Any]]:
