@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from recsys_moe.batches import Batch, piece
 from recsys_moe.distributed import agreed, gather_pieces, rank, world_size
+from recsys_moe.experts import MLPExperts
 from recsys_moe.heads import Heads
 from recsys_moe.ranker import Ranker
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SparsePlan
@@ -62,7 +63,7 @@ class HealthConfig:
 
     rows: Annotated[int, Field(ge=0)] = 1024
     probes: Annotated[int, Field(ge=1)] = 16
-    budget: Share = 0.015
+    budget: Annotated[float, Field(ge=0)] = 0.015
     zero_rate: Share = 0.9
     flatness: Share = 0.01
     held: Share = 0.9
@@ -338,19 +339,39 @@ class WatchedPlan(SoftPlan):
 
 
 @contextmanager
-def _watching(network: nn.Module) -> Iterator[None]:
-    """Let the network's routers make watched plans, and the network run as it is written, whatever was compiled of it."""
+def _watching(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Let the network's routers make watched plans, and the network run as it is written, whatever was compiled of it.
+
+    Yields what its stacks of experts put out, `[B, E, H]` each, in the order in which they run.
+    """
+    made: list[Tensor] = []
 
     def watch(router: nn.Module, inputs: tuple[Any, ...], plan: RoutingPlan) -> WatchedPlan:
         return WatchedPlan.watch(plan, inputs[0].shape[0])
 
+    def keep(experts: nn.Module, inputs: tuple[Any, ...], outputs_beh: Tensor) -> None:
+        made.append(outputs_beh)
+
     hooks = [m.register_forward_hook(watch) for m in network.modules() if hasattr(m, "batch_invariant")]
+    stacks = [m for name, m in network.named_modules() if isinstance(m, MLPExperts) and not name.startswith("towers.")]
+    hooks += [m.register_forward_hook(keep) for m in stacks]
     try:
         with torch.compiler.set_stance("force_eager"):
-            yield
+            yield made
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _watched(plan: RoutingPlan, made: list[Tensor], rows: int) -> WatchedPlan:
+    """The plan with what it mixes. Where a family mixes by means of its own, that is the one stack of as many experts; it stays
+    unknown where there are several, or where no router made the plan."""
+    if not isinstance(plan, WatchedPlan):
+        return WatchedPlan.watch(plan, rows)
+    if not plan.mixed:
+        fitting = [y_beh for y_beh in made if y_beh.shape[1] == plan.num_experts]
+        plan.mixed.extend(fitting if len(fitting) == 1 else [])
+    return plan
 
 
 def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights_bt: Tensor) -> Health:
@@ -361,8 +382,7 @@ def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights
         x_bd: fp32 `[B, D]`, the shared representation.
         labels_bt, weights_bt: fp32 `[B, T]`, as batches have them.
 
-    Raises:
-        ValueError: a network that makes a plan and mixes no experts by it.
+    What a plan's experts put out, and the gradients at it, are NaN where they can't be told (see `_watched`).
 
     >>> from recsys_moe.models.mmoe import MMoE, MMoEConfig
     >>> from recsys_moe.schema import BinaryTask, Categorical, Schema
@@ -374,13 +394,11 @@ def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights
     ((2, 4), (2, 2))
     """
     x_bd = x_bd.detach().requires_grad_()
-    with torch.enable_grad(), _watching(network):
-        outputs, plans = network(x_bd)
+    with torch.enable_grad(), _watching(network) as made:
+        outputs, returned = network(x_bd)
         losses_bt = heads.losses(outputs, labels_bt)
         means_t = (losses_bt * weights_bt).sum(0) / weights_bt.sum(0).clamp_min(1e-12)
-    for name, plan in plans.items():
-        if not isinstance(plan, WatchedPlan) or not plan.mixed:
-            raise ValueError(f"{type(network).__name__} makes a plan {name!r} and mixes no experts by it: nothing to measure")
+    plans = {name: _watched(plan, made, len(x_bd)) for name, plan in returned.items()}
     mixed = [outputs_beh for plan in plans.values() for outputs_beh in plan.mixed]
     at_x, at_mixed = [], []
     for mean in means_t:
@@ -389,7 +407,9 @@ def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights
         at_mixed.append([g.float().square().sum((0, 2)) for g in gradients[1:]])
     squares, found = iter(zip(*at_mixed, strict=True)), {}
     for name, plan in plans.items():
-        gradient_te = torch.stack([torch.stack(next(squares)) for _ in plan.mixed]).sum(0).sqrt()
+        gradient_te = torch.full((len(means_t), plan.num_experts), torch.nan, device=x_bd.device)
+        if plan.mixed:
+            gradient_te = torch.stack([torch.stack(next(squares)) for _ in plan.mixed]).sum(0).sqrt()
         gradient_te[weights_bt.sum(0) == 0] = torch.nan  # no row observes the task: nobody knows
         found[name] = _plan_health(network.plan_names[name], plan, gradient_te)
     return Health(heads.tasks, _cosines(torch.stack(at_x)), found)
@@ -397,17 +417,17 @@ def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights
 
 @torch.no_grad()
 def _plan_health(names: PlanNames, plan: WatchedPlan, gradient_te: Tensor) -> PlanHealth:
-    y_beh = torch.cat(plan.mixed).float()
+    y_beh = torch.cat(plan.mixed).float() if plan.mixed else torch.full((1, plan.num_experts, 1), torch.nan)
     weights_bge = plan.weights
     total_bge = weights_bge
     if plan.residual is not None:
         total_bge = total_bge + plan.residual.abs()
     sees_ge = torch.ones_like(weights_bge[0], dtype=torch.bool) if plan.mask_te is None else plan.mask_te
     total_ge = (total_bge * sees_ge).mean(0)
-    zero_beh = y_beh.abs() < ZERO
+    zero_beh = (y_beh.abs() < ZERO).float().masked_fill(y_beh.isnan(), torch.nan)
     figures = {
-        "zero": zero_beh.float().mean((0, 2)),
-        "dead": zero_beh.all(0).float().mean(1),
+        "zero": zero_beh.mean((0, 2)),
+        "dead": zero_beh.amin(0).mean(1),
         "mean": y_beh.mean((0, 2)),
         "variance": y_beh.var(0, correction=0).mean(1),
         "weight": weights_bge.mean(0),
@@ -500,7 +520,7 @@ class Monitor:
             batch = batch.take(torch.arange(rows)[piece(rows, rank(), world_size())])
         batch = batch.to(model.device)
         with torch.no_grad():
-            x_bd = gather_pieces(model.representation(batch.ids_bf, batch.dense_bd, batch.lists), rows)
+            x_bd = gather_pieces(model.represent(batch.ids_bf, batch.dense_bd, batch.lists), rows)
         if rank():
             return None
         whole = self._batch.to(model.device)

@@ -84,10 +84,10 @@ class Ranker(nn.Module):
     ) -> tuple[Tensor, dict[str, RoutingPlan]]:
         """Outputs, and the plans of the family's gates by name; `network.plan_names` says what is in them."""
         outputs: Tensor
-        outputs, plans = self.network(self.representation(ids_bf, dense_bd, lists))
+        outputs, plans = self.network(self.represent(ids_bf, dense_bd, lists))
         return outputs, plans
 
-    def representation(self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()) -> Tensor:
+    def represent(self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()) -> Tensor:
         """What all tasks share, and the network reads: a row's embeddings and dense inputs on end, fp32 `[B, D]`."""
         inputs = []
         if self.embeddings is not None:

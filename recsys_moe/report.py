@@ -287,7 +287,7 @@ def _health(predictor: Predictor, table: pa.Table) -> Health:
     bundle = predictor.bundle
     batch = Batch.of(Rows(bundle.transform(table), *task_labels(table, bundle.schema), None))
     with torch.no_grad():
-        x_bd = bundle.model.representation(batch.ids_bf, batch.dense_bd, batch.lists)
+        x_bd = bundle.model.represent(batch.ids_bf, batch.dense_bd, batch.lists)
     return measure(bundle.model.network, bundle.heads, x_bd, batch.labels_bt, batch.weights_bt)
 
 

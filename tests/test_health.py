@@ -21,6 +21,7 @@ from recsys_moe.models.home import HoMEConfig
 from recsys_moe.models.mmoe import MMoE, MMoEConfig
 from recsys_moe.models.ple import PLE, PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
+from recsys_moe.pictures import draw_plan, drawing, render
 from recsys_moe.routing import NormRouter
 from recsys_moe.schema import BinaryTask, Categorical, Schema, load_schema
 from recsys_moe.shards import PreparedData
@@ -199,18 +200,39 @@ def test_metrics_have_names_of_their_own() -> None:
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_a_plan_that_mixes_nothing_is_told() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = network(MMOE)
-            self.plan_names = self.inner.plan_names
+class OwnMeans(MMoE):
+    """An MMoE that mixes by a product of its own."""
+
+    def forward(self, x: Tensor) -> Any:
+        plan = self.router(x)
+        return self.towers(torch.bmm(plan.weights, self.experts(x))), {"experts": plan}
+
+
+def test_experts_that_are_mixed_by_other_means_are_found() -> None:
+    torch.manual_seed(0)
+    net = OwnMeans(MMOE, 7, dict.fromkeys(TASKS, 1), torch.float32).eval()
+    assert looked_at(net).metrics() == pytest.approx(looked_at(network(MMOE)).metrics(), rel=1e-4, abs=1e-6)
+
+
+def test_what_can_not_be_told_is_not_judged() -> None:
+    class Twice(OwnMeans):
+        """Two stacks of as many experts, of which nobody says which one the plan mixes."""
 
         def forward(self, x: Tensor) -> Any:
-            return self.inner(x)[0], {"experts": self.inner.router(x)}
+            self.experts(x)
+            return super().forward(x)
 
-    with pytest.raises(ValueError, match="makes a plan 'experts' and mixes no experts by it"):
-        measure(Odd(), heads(), *rows())
+    torch.manual_seed(0)
+    health = looked_at(Twice(MMOE, 7, dict.fromkeys(TASKS, 1), torch.float32).eval())
+    plan, known = health.plans["experts"], looked_at(network(MMOE)).plans["experts"]
+    for figures in (plan.zero, plan.dead, plan.mean, plan.variance, plan.gradient):
+        assert np.isnan(figures).all()
+    np.testing.assert_allclose(plan.weight, known.weight)
+    assert not np.isnan(health.cosine).any()
+    assert not find_anomalies(health, LIMITS)
+    assert "health.experts.expert_0.weight.click" in health.metrics()
+    with drawing():
+        assert render(draw_plan("experts", plan, TASKS)).startswith(b"\x89PNG")
 
 
 # ---- anomalies where they are made ---------------------------------------------------------------------------------------
@@ -346,7 +368,7 @@ def test_a_task_that_learns_nothing_has_no_gradient_anywhere() -> None:
 def train(data: PreparedData, model: Any, **health: Any) -> tuple[Trainer, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
     # More looks than any run needs, so that whatever they might change is changed often.
-    settings = {"rows": 64, "probes": 18, "budget": 1.0} | health
+    settings = {"rows": 64, "probes": 18, "budget": 1e9} | health
     trainer = Trainer(data, model, TrainConfig(epochs=2, batch_size=128, health=HealthConfig(**settings)), events.append)
     trainer.fit()
     return trainer, events
@@ -380,7 +402,7 @@ def test_looks_are_spread_over_the_run_and_the_last_is_of_the_weights_that_are_k
     assert [e["step"] for e in looks] == [3, 6, 9, 12, 15, 18]  # 18 steps in all
     batch = probe_rows(prepared_clicks, "validation", 64)
     with torch.no_grad():
-        x = trainer.model.representation(batch.ids_bf, batch.dense_bd, batch.lists)
+        x = trainer.model.represent(batch.ids_bf, batch.dense_bd, batch.lists)
     expected = measure(trainer.model.eval().network, trainer.heads, x, batch.labels_bt, batch.weights_bt)
     assert Health.from_json(looks[-1]["health"]).metrics() == pytest.approx(expected.metrics(), rel=1e-5)
 
@@ -406,7 +428,7 @@ def test_looks_keep_to_their_share_of_the_time(prepared_clicks: PreparedData, mo
 def test_a_warning_comes_once_a_run_and_expert(prepared_clicks: PreparedData) -> None:
     model = replace(MMOE, norm="none", expert_dims=(8,), dropout=0.0)
     events: list[dict[str, Any]] = []
-    trainer = Trainer(prepared_clicks, model, TrainConfig(health=HealthConfig(probes=1000, budget=1.0)), events.append)
+    trainer = Trainer(prepared_clicks, model, TrainConfig(health=HealthConfig(probes=1000, budget=1e9)), events.append)
     with torch.no_grad():
         trainer.model.network.experts.biases[0][1] = -1000  # type: ignore[union-attr,index]
     for step in range(1, 4):
