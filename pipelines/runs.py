@@ -5,6 +5,7 @@ events.jsonl    what happened, a line each
 start/          the bundle that training starts from, if it does
 state/          the checkpoint to go on from (recsys_moe.checkpoint), gone once the run has ended well
 bundle/         the trained model
+health/         pictures, a table and warnings of its experts (recsys_moe.health)
 """
 
 import fcntl
@@ -55,7 +56,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.events_file, self.start = path / "events.jsonl", path / "start"
-        self.state, self.bundle = path / "state", path / "bundle"
+        self.state, self.bundle, self.health = path / "state", path / "bundle", path / "health"
         file = path / "run.json"
         try:
             self.record: RunRecord = parse(RunRecord, json.loads(file.read_text()), str(file))

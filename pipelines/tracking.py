@@ -168,6 +168,11 @@ class Run:
             fit = {re.sub(r"[^\w./ -]", "-", name): value for name, value in metrics.items()}
             self.client.log_batch(self.run_id, metrics=_metrics(fit, 0, time.time()))
 
+    def log_files(self, folder: Path, name: str) -> None:
+        """A folder's files as the artifact folder `name`."""
+        with _answering(self.uri):
+            self.client.log_artifacts(self.run_id, str(folder), name)
+
     def log_bundle(self, folder: Path, config: TrackingConfig, name: str, summary: dict[str, Any]) -> str:
         """Store the bundle as a LoggedModel with its test metrics, register it, move the alias.
 

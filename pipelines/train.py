@@ -22,6 +22,7 @@ from recsys_moe.balancing import balancer_of
 from recsys_moe.config import conf_dir
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads
+from recsys_moe.health import Health
 from recsys_moe.models import MODELS, ModelConfig, settle
 from recsys_moe.pipelines.cluster import RayConfig, check_device, ray_cluster
 from recsys_moe.pipelines.prepare import Progress, prepare
@@ -147,6 +148,7 @@ def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on
                     summary = _fit(job, folder, data.folder, on_event, run)
                     _tell_rest(run, folder)
                     _tell_bundle(run, job, folder, summary)
+                    _tell_health(run, folder)
             except TrackingLost as lost:
                 if summary is None:
                     on_event({"kind": "warning", "message": f"{lost}. Training goes on without it."})
@@ -220,6 +222,27 @@ def _tell_bundle(run: Run, job: TrainJob, folder: RunFolder, summary: dict[str, 
         folder.update(version=run.log_bundle(folder.bundle, job.tracking, job.data.name, summary))
 
 
+def _tell_health(run: Run, folder: RunFolder) -> None:
+    """Draw what was seen of the experts in training, and store the pictures, a table and the warnings with the run."""
+    events = folder.events()
+    # A step that was lost with its worker is trained, and may be looked at, again: the later look counts.
+    looks = {event["step"]: Health.from_json(event["health"]) for event in events if event["kind"] == "health"}
+    if looks:
+        from recsys_moe.pictures import save_health  # matplotlib, when training has ended
+
+        save_health(sorted(looks.items()), _anomalies(events), folder.health)
+        run.log_files(folder.health, "health")
+
+
+def _anomalies(events: list[Event]) -> list[str]:
+    """Each warning of an anomaly once, though a run that went on may have told it again."""
+    first: dict[tuple[str, ...], str] = {}
+    for event in events:
+        if "anomaly" in event:
+            first.setdefault((event["anomaly"], event["plan"], *event["experts"]), event["message"])
+    return list(first.values())
+
+
 def sync(runs_dir: Path, name: str | None = None) -> list[dict[str, Any]]:
     """Tell MLflow all that it missed of each run, or of one: metrics, the bundle, how it ended.
 
@@ -262,6 +285,7 @@ def _sync(folder: RunFolder) -> dict[str, Any]:
         _tell_rest(run, folder)
         if status == "FINISHED":
             _tell_bundle(run, job, folder, events[-1])
+            _tell_health(run, folder)
         run.ends_as, run.ended = status, folder.record.ended
     folder.update(status=status, synced=True)
     record = folder.record
@@ -320,7 +344,7 @@ def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event
     measured = {key: final[key] for key in ("validation", "test", "train")}
     write_json(folder.bundle / "metrics.json", measured)
     shutil.rmtree(folder.state, ignore_errors=True)
-    return {"bundle": str(folder.bundle), **measured}
+    return {"bundle": str(folder.bundle), **measured, "anomalies": _anomalies(folder.events())}
 
 
 def _training_failed(error: Exception, folder: RunFolder) -> UserError:
@@ -376,10 +400,13 @@ def _tell(event: Event, on_event: Callable[[Event], None], run: Run | None) -> N
 
 def _log(run: Run, event: Event) -> None:
     """Send an event's metrics, as of when it happened."""
-    if event["kind"] not in ("before", "step", "epoch"):
+    if event["kind"] == "health":
+        metrics = dict[str, Any](Health.from_json(event["health"]).metrics())
+    elif event["kind"] in ("before", "step", "epoch"):
+        metrics = {k: v for k, v in event.items() if k.startswith(("train.", "validation.", "before."))}
+        for part in ("validation", "before"):
+            for task, values in event.get(part, {}).items():
+                metrics |= {f"{part}.{task}.{name}": value for name, value in values.items()}
+    else:
         return
-    metrics = {k: v for k, v in event.items() if k.startswith(("train.", "validation.", "before."))}
-    for part in ("validation", "before"):
-        for task, values in event.get(part, {}).items():
-            metrics |= {f"{part}.{task}.{name}": value for name, value in values.items()}
     run.log(metrics, event["step"], event["time"])

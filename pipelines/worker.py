@@ -86,6 +86,7 @@ def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
             "best_epoch": result.best_epoch,
             "steps": trainer.step,
             "seconds": round(result.seconds, 3),
+            "health_seconds": round(trainer.health.seconds, 3),
         },
     }
 

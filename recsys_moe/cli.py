@@ -408,29 +408,12 @@ def evaluate(
     folder, config = _resolve(model, overrides)
     from dataclasses import asdict
 
-    from recsys_moe.pipelines.prepare import digest_data
     from recsys_moe.predictor import Predictor
-    from recsys_moe.sources import list_joins, read_part, read_rows
-    from recsys_moe.storage import locate
     from recsys_moe.trainer import undefined_quality_warnings
     from recsys_moe.typed import plain
 
     predictor = Predictor(folder)
-    schema, trained_on = predictor.bundle.schema, predictor.bundle.config.data
-    same_data = None
-    if file is not None:
-        tables = read_rows(locate(file), schema, joins=list_joins(trained_on))
-    else:
-        data = _section(config, "data") if "data" in config else trained_on
-        same_data = digest_data(data, schema, predictor.bundle.config.start) == predictor.bundle.config.data_digest
-        if not same_data and locate(data.source) == locate(trained_on.source):
-            stderr.print(
-                f"warning: {data.source!r} or its split has changed since the bundle was trained: these {part} rows are not "
-                "the run's, and some may have been trained on",
-                style="yellow",
-                soft_wrap=True,
-            )
-        tables = read_part(data, schema, part)
+    tables, same_data = _labelled_rows(predictor.bundle, config, file, part)
     measured = predictor.evaluate(tables)
     for message in undefined_quality_warnings(measured, part if file is None else str(file)):
         stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)
@@ -440,6 +423,55 @@ def evaluate(
         print_json({"model": model, "bundle": str(folder), "part": rows, "same_data": same_data, "test": metrics})
     else:
         print_metrics(f"{model} on {rows}", metrics)
+
+
+@app.command(
+    epilog="""Examples:
+
+    recsys-moe inspect models:/census_full@candidate test --output census.html
+
+    recsys-moe inspect models:/shop@champion tuesday.parquet --rows 20000"""
+)
+def inspect(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Argument(help="Rows with labels: a Parquet or CSV file, or the part (train, validation, test) of its data set."),
+    ],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="A new HTML file.")] = Path("inspect.html"),
+    rows: Annotated[int, typer.Option(min=2, help="Rows of the sample on which features are permuted.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample and the permutations.")] = 0,
+    json: Json = False,
+) -> None:
+    """Look at a model on labelled rows: its experts' health, reliability curves, score histograms, permutation importance.
+
+    One HTML file with everything in it. All rows are scored; what needs them at once is of a random sample.
+    """
+    from recsys_moe.console import PhaseProgress, print_json, progress, stderr, stdout
+    from recsys_moe.sources import PARTS
+
+    if output.exists():
+        raise UserError(f"--output {str(output)!r} exists already; name a new file or delete it")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {str(output)!r} lies in no folder; make {str(output.absolute().parent)!r} first")
+    folder, config = _resolve(model, overrides)
+    from recsys_moe.predictor import Predictor
+    from recsys_moe.report import inspect as look_at
+    from recsys_moe.report import page_of, write_report
+
+    predictor = Predictor(folder)
+    part = data if data in PARTS else None
+    tables, _ = _labelled_rows(predictor.bundle, config, None if part else data, part or "")
+    with progress() as display:
+        found = look_at(predictor, tables, model, data, rows, seed, PhaseProgress(display))
+        write_report(page_of(found), output)
+    for finding in found.findings:
+        stderr.print(f"warning: {finding.message}", style="yellow", soft_wrap=True)
+    if json:
+        print_json({"model": model, "bundle": str(folder), "data": data, "report": str(output), **found.to_json()})
+    else:
+        stdout.print(f"{output}: {found.rows:,} rows scored, {found.sampled:,} of them looked at closely", soft_wrap=True)
 
 
 @app.command(epilog="Example: `recsys-moe score models:/census_full@candidate new_rows.parquet scores.parquet`")
@@ -619,6 +651,29 @@ def _resolve(model: str, overrides: list[str] | None) -> tuple[Path, dict[str, A
     config = _compose(overrides, needs_data=False)
     runs_dir = Path(config["runs_dir"])
     return resolve_model(model, runs_dir, _section(config, "tracking").resolve(runs_dir)), config
+
+
+def _labelled_rows(bundle: Any, config: dict[str, Any], file: str | None, part: str) -> tuple[Any, bool | None]:
+    """Raw rows with labels, and whether they are the run's own: all of a file, or a part of the data set that the bundle was
+    trained on, or that `data=` names."""
+    from recsys_moe.console import stderr
+    from recsys_moe.pipelines.prepare import digest_data
+    from recsys_moe.sources import list_joins, read_part, read_rows
+    from recsys_moe.storage import locate
+
+    schema, trained_on = bundle.schema, bundle.config.data
+    if file is not None:
+        return read_rows(locate(file), schema, joins=list_joins(trained_on)), None
+    data = _section(config, "data") if "data" in config else trained_on
+    same_data = digest_data(data, schema, bundle.config.start) == bundle.config.data_digest
+    if not same_data and locate(data.source) == locate(trained_on.source):
+        stderr.print(
+            f"warning: {data.source!r} or its split has changed since the bundle was trained: these {part} rows are not "
+            "the run's, and some may have been trained on",
+            style="yellow",
+            soft_wrap=True,
+        )
+    return read_part(data, schema, part), same_data
 
 
 # The type of each section; a dataclass by its name, since importing it opens the room that it configures.

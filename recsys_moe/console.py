@@ -42,13 +42,13 @@ def progress() -> Iterator[Progress]:
 
 
 class PhaseProgress:
-    """Adapts a progress display to callbacks of the form (phase, done, total)."""
+    """Adapts a progress display to callbacks of the form (phase, done, total); None: nobody knows yet."""
 
     def __init__(self, display: Progress) -> None:
         self._display = display
         self._tasks: dict[str, Any] = {}
 
-    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, phase: str, done: int, total: int | None, note: str = "") -> None:
         if phase not in self._tasks:
             self._tasks[phase] = self._display.add_task(phase, total=total, note=note)
         self._display.update(self._tasks[phase], completed=done, total=total, note=note)

@@ -256,6 +256,10 @@ class Heads:
         scores: npt.NDArray[np.float32] = torch.cat(pieces, 1).t().contiguous().numpy()
         return scores
 
+    def by_task(self, scores: Floats) -> list[Floats]:
+        """Each task's own scores `[·, N]`, from those of all `[S, N]`."""
+        return [scores[own] for own in self._score_slices]
+
     def metrics(self, pieces: list[tuple[Any, Any, Any, Any]]) -> dict[str, TaskMetrics]:
         """Metrics by task, over the rows that observe it, from pieces of scores `[S, N]`, labels and weights `[T, N]`, and
         groups `[N]` or None."""

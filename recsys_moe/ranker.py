@@ -102,7 +102,7 @@ class Ranker(nn.Module):
         return outputs, plans
 
     def represent(self, ids_bf: Tensor, dense_bd: Tensor, lists: Sequence[JaggedTensor] = ()) -> Tensor:
-        """What the family's network reads: `[B, D]`, or `[B, S, D]` for a family of S embedding sets."""
+        """What all tasks share, and the network reads: `[B, D]`, or `[B, S, D]` for a family of S embedding sets."""
         inputs = []
         if self.embeddings is not None:
             ids_bf = self._give_rows(ids_bf) if self.own_names else ids_bf

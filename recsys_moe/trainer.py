@@ -24,6 +24,7 @@ from recsys_moe.checkpoint import Checkpoints, TensorFiles, Tensors
 from recsys_moe.distributed import agreed, gather_pieces, piece, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
+from recsys_moe.health import HealthConfig, Monitor
 from recsys_moe.losses import task_losses
 from recsys_moe.metrics import TaskMetrics, quality, quality_name
 from recsys_moe.ranker import CPU, Ranker
@@ -52,6 +53,8 @@ class TrainConfig:
     `workers` share each batch of `batch_size`: a number, or two bounds between which Ray finds room. A resumable state is
     written every `checkpoint_steps` steps and every `checkpoint_seconds` (0: not so); a worker that is lost costs what was
     trained since, and `max_failures` such losses are borne.
+
+    `health` says how the experts are looked at meanwhile (see `recsys_moe.health`); nothing that is trained depends on it.
     """
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -70,6 +73,7 @@ class TrainConfig:
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 300.0
     max_failures: Annotated[int, Field(ge=0)] = 3
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def check_workers(self) -> Self:
@@ -80,7 +84,7 @@ class TrainConfig:
 
 @dataclass
 class TrainResult:
-    """What a training run did; `samples_per_s` counts reading, shuffling and the optimizer, not evaluation."""
+    """What a training run did; `samples_per_s` counts reading, shuffling and the optimizer, neither evaluation nor health."""
 
     epochs: int
     rows: int
@@ -111,8 +115,9 @@ class Trainer:
 
     Args:
         model_config: a family's configuration (see `recsys_moe.models`).
-        on_event: called with progress (`{"kind": "step", …}` about twice a second) and after each epoch
-            (`{"kind": "epoch", …}` with the validation metrics of each task and whether it is the best so far).
+        on_event: called with progress (`{"kind": "step", …}` about twice a second), after each epoch
+            (`{"kind": "epoch", …}` with the validation metrics of each task and whether it is the best so far), and at some
+            steps with the experts' health (`{"kind": "health", …}`, last of the weights that are kept).
         checkpoints: where resumable states are kept; training goes on from the newest. It ends with the very bits of a
             training that was never interrupted, given as many workers.
         start: a bundle whose weights training starts from. They are kept if no epoch is better than they are.
@@ -155,6 +160,7 @@ class Trainer:
         self.task_weights_t = torch.tensor([t.loss_weight for t in data.schema.tasks], device=self.device)
         self.balancer = balancer_of(config.balancing, data.schema.task_names, config.seed, self.device)
         self.alpha_t: Tensor | None = None  # the balancer's weights of the last step
+        self.health = Monitor(data, self.heads, config.health, config.epochs, on_event)
         self.batches = ShuffledBatches(data, "train", config.batch_size, config.seed, rank(), world_size())
         self.rows = data.manifest.rows("train")
         self.total_steps = config.epochs * math.ceil(self.rows / config.batch_size)
@@ -225,6 +231,7 @@ class Trainer:
                 "no epoch was better on the validation part than the model that training started from: its weights are kept"
             )
             self.on_event({"kind": "warning", "message": message})
+        self.health.look(self.model, p.step, self.total_steps, p.seconds, final=True)
         return p.best
 
     def _measure(self, start: StartBundle) -> None:
@@ -293,6 +300,7 @@ class Trainer:
                         "train.samples_per_s": (p.epoch * self.rows + p.rows) / p.seconds,
                     }
                 )
+            start += self.health.look(self.model, p.step, self.total_steps, p.seconds)
             if self._is_due():
                 self._save()
         self._check_rows()

@@ -65,6 +65,7 @@ MISTAKES = {
     "no source": (["data", "prepare", "data=census_full", "data.source=nowhere"], "does not exist; name the folder or file"),
     "no model": (["score", "nowhere", "a.parquet", "b.parquet"], "model 'nowhere' is neither a folder nor models:/NAME@alias"),
     "no bundle": (["score", ".", "a.parquet", "b.parquet"], "is not a bundle: it has no config.json"),
+    "nothing to inspect": (["inspect", ".", "rows.parquet"], "is not a bundle: it has no config.json"),
     "unknown generator": (["data", "synth", "x", "--generator", "feed"], "--generator 'feed' is unknown; valid: short_video"),
     "frozen generator": (["data", "synth", "x", "p=0.5"], "'p=0.5': short_video is frozen and takes no numbers"),
     "unknown number": (

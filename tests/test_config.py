@@ -111,6 +111,8 @@ def test_the_census_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--seed"], "'--seed' is not an override; write key=value"),
         (["train.seed"], "'train.seed' is not an override; write key=value"),
         (["train.sede=1"], "unknown key 'train.sede'; did you mean 'seed'?"),
+        (["train.health.row=5"], "unknown key 'train.health.row'; did you mean 'rows'?"),
+        (["train.health.held=2"], "'train.health.held' is 2; input should be less than or equal to 1"),
         (["train.seed=one"], "'train.seed' is 'one'; input should be a valid integer"),
         (["train.seed=-1"], "'train.seed' is -1; input should be greater than or equal to 0"),
         (["train.epochs=1.5"], "'train.epochs' is 1.5; input should be a valid integer"),

@@ -23,6 +23,7 @@ from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import synced_expert_mlp, synced_sparse_expert_mlp
 from recsys_moe.front import FrontConfig
+from recsys_moe.health import Health
 from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, sparse_expert_mlp
 from recsys_moe.models.aitm import AITMConfig
 from recsys_moe.models.esmm import ESMMConfig
@@ -166,6 +167,12 @@ def data(name: str, folder: Path) -> PreparedData:
     return PreparedData(folder / ("listed" if name == "front" else "prepared"))
 
 
+def last_look(events: list[dict[str, Any]]) -> dict[str, float]:
+    """The experts' health at the end, as the worker that has looked tells it; nothing from the others."""
+    looks = [event for event in events if event["kind"] == "health"]
+    return Health.from_json(looks[-1]["health"]).metrics() if looks else {}
+
+
 def losses(trainer: Trainer) -> list[float]:
     """Train, and say the loss of each step."""
     found: list[float] = []
@@ -193,8 +200,10 @@ def worker(rank: int, port: int, folder: Path) -> None:
             safetensors.torch.save_file(found, folder / f"{kind}-{rows}-{rank}.safetensors")
     told: dict[str, Any] = {}
     for name, model in MODELS.items():
-        trainer = Trainer(data(name, folder), model, config(name), checkpoints=Checkpoints(folder / name))
+        events: list[dict[str, Any]] = []
+        trainer = Trainer(data(name, folder), model, config(name), events.append, Checkpoints(folder / name))
         told[name] = losses(trainer)
+        told[f"{name} health"] = last_look(events)
         weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
         if rank == 0:
             safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
@@ -211,10 +220,10 @@ def worker(rank: int, port: int, folder: Path) -> None:
     if rank == 0:
         safetensors.torch.save_file(weights, folder / "started.safetensors")
         safetensors.torch.save_file(adagrad, folder / "started.adagrad.safetensors")
-    start, events = StartBundle(folder / "bundle"), list[dict[str, Any]]()
-    grown = Trainer(PreparedData(folder / "grown"), MMOE, CONFIG, events.append, start=start)
+    start, before = StartBundle(folder / "bundle"), list[dict[str, Any]]()
+    grown = Trainer(PreparedData(folder / "grown"), MMOE, CONFIG, before.append, start=start)
     grown._measure(start)
-    told["before"] = events[0]["before"]
+    told["before"] = before[0]["before"]
     weights = grown.whole_weights()
     if rank == 0:
         safetensors.torch.save_file(weights, folder / "grown.safetensors")
@@ -359,6 +368,18 @@ def test_two_workers_take_the_steps_of_one_with_lists_and_every_kind_of_task(two
     for found in told(two, "validation"):
         for task, values in measured.items():
             assert found[task] == pytest.approx(values, rel=1e-2, abs=1e-2, nan_ok=True), task
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_workers_see_the_experts_as_one_does(name: str, two: Path) -> None:
+    first, second = told(two, f"{name} health")
+    assert second == {}
+    events: list[dict[str, Any]] = []
+    trainer = Trainer(data(name, two), MODELS[name], config(name), events.append)
+    trainer.model.load_state_dict(safetensors.torch.load_file(two / f"{name}.safetensors"))
+    trainer.health.look(trainer.model, 1, 1, 1.0, final=True)
+    # On all rows of the probe, of which each worker has looked up half in the tables.
+    assert first == pytest.approx(last_look(events), rel=1e-3, abs=1e-5)
 
 
 def test_two_workers_start_from_what_one_has_left(two: Path, one: Any) -> None:

@@ -134,11 +134,33 @@ def test_mlflow_holds_the_run(trained: dict[str, Any], work: Path) -> None:
     manifest = json.loads(next((work / "runs" / "prepared").glob("tiny-*/manifest.json")).read_text())
     assert manifest["digest"].startswith(dataset.digest)
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
-    assert {"config.json", "environment.json"} <= artifacts
+    assert {"config.json", "environment.json", "health"} <= artifacts
     model = client.get_logged_model(run.outputs.model_outputs[0].model_id)
     assert model.status == "READY"
     assert {m.key for m in model.metrics} >= {"test.like.auc"}
     assert client.get_model_version_by_alias("tiny", "candidate").run_id == run.info.run_id
+
+
+def test_mlflow_holds_the_experts_health(trained: dict[str, Any], work: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{work}/runs/mlflow.db")
+    files = {a.path for a in client.list_artifacts(trained["run_id"], "health")}
+    names = ("experts_experts.png", "training_experts.png", "gradient_cosines.png", "experts.csv", "warnings.txt")
+    assert files == {f"health/{name}" for name in names}
+    metrics = client.get_run(trained["run_id"]).data.metrics
+    weights = [metrics[f"health.experts.expert_{e}.weight.like"] for e in range(8)]
+    assert sum(weights) == pytest.approx(1)
+    assert {"health.experts.expert_0.dead", "health.experts.entropy.like", "health.cosine.long_view.like"} <= set(metrics)
+    # At the end of the run, and before; what is there is what the run's folder has.
+    history = client.get_metric_history(trained["run_id"], "health.experts.expert_0.zero")
+    assert history[-1].step == 50
+    assert history[0].step < 50
+    table = (Path(trained["bundle"]).parent / "health" / "experts.csv").read_text().splitlines()
+    assert table[0].startswith("plan,expert,zero,dead,mean,variance,held,held by,gradient.effective_view,")
+    assert len(table) == 9
+    assert trained["anomalies"] == []
+    assert trained["train"]["health_seconds"] > 0
 
 
 def test_the_bundle_is_safetensors_and_json(trained: dict[str, Any]) -> None:

@@ -37,6 +37,44 @@ def folder(tmp_path: Path) -> RunFolder:
     return made
 
 
+def look(step: int, zero: float) -> dict[str, Any]:
+    """The event of a look at a mixture of two experts."""
+    one = {
+        "gates": ["click"],
+        "experts": ["expert 0", "expert 1"],
+        "sees": [[True, True]],
+        "zero": [zero, 0.5],
+        "dead": [0.0, 0.0],
+    }
+    one |= {"mean": [0.1, 0.2], "variance": [0.3, 0.4], "weight": [[0.25, 0.75]], "deviation": [[0.1, 0.1]], "entropy": [0.5]}
+    one |= {"share": [[0.25, 0.75]], "gradient": [[1.0, 2.0]]}
+    health = {"tasks": ["click"], "cosine": [[1.0]], "plans": {"experts": one}}
+    return {"kind": "health", "step": step, "seconds": 0.1, "health": health, "time": 102.0}
+
+
+def warning(step: int, expert: str) -> dict[str, Any]:
+    where = {"anomaly": "collapse", "plan": "experts", "experts": [expert]}
+    return {"kind": "warning", "message": f"step {step}: {expert} has collapsed", **where, "time": 102.0}
+
+
+def test_mlflow_is_told_of_the_experts_that_it_missed(folder: RunFolder) -> None:
+    # A worker was lost after step 8, and what it had seen was seen again.
+    events = [look(4, 0.6), warning(8, "expert 1"), look(8, 0.7), look(6, 0.65), warning(8, "expert 0"), warning(9, "expert 1")]
+    with folder.events_file.open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in [*events, look(8, 0.95)])
+    finish(folder)
+    (told,) = sync(folder.path.parents[1])
+    client = open_client(folder.record.uri)
+    zero = client.get_metric_history(told["run_id"], "health.experts.expert_0.zero")
+    assert sorted((m.step, m.value) for m in zero) == [(4, 0.6), (6, 0.65), (8, 0.7), (8, 0.95)]
+    names = {artifact.path for artifact in client.list_artifacts(told["run_id"], "health")}
+    assert names == {f"health/{n}" for n in ("experts_experts.png", "training_experts.png", "experts.csv", "warnings.txt")}
+    assert (folder.health / "warnings.txt").read_text() == "step 8: expert 1 has collapsed\nstep 8: expert 0 has collapsed\n"
+    table = (folder.health / "experts.csv").read_text().splitlines()
+    assert table[0] == "plan,expert,zero,dead,mean,variance,held,held by,gradient.click,weight.click"
+    assert table[1] == "experts,expert 0,0.95,0,0.1,0.3,,,1,0.25"  # with one task nothing is held by one of several
+
+
 def finish(folder: RunFolder) -> None:
     with folder.events_file.open("a") as file:
         file.write(json.dumps(DONE) + "\n")
