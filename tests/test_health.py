@@ -17,10 +17,14 @@ from recsys_moe.heads import Heads
 from recsys_moe.health import Finding, Health, HealthConfig, Monitor, WatchedPlan, find_anomalies, measure, probe_rows
 from recsys_moe.models import MODELS
 from recsys_moe.models.adatt import AdaTTConfig
+from recsys_moe.models.aitm import AITMConfig
+from recsys_moe.models.esmm import ESMMConfig
 from recsys_moe.models.home import HoMEConfig
 from recsys_moe.models.mmoe import MMoE, MMoEConfig
 from recsys_moe.models.ple import PLE, PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
+from recsys_moe.models.single_task import SingleTaskConfig
+from recsys_moe.models.stem import STEMConfig
 from recsys_moe.pictures import draw_plan, drawing, render
 from recsys_moe.routing import NormRouter
 from recsys_moe.schema import BinaryTask, Categorical, Schema, load_schema
@@ -40,6 +44,16 @@ FAMILIES: dict[str, Any] = {
     "adatt": AdaTTConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(16,)),
     "home": HoMEConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(16,)),
     "shared_bottom": SharedBottomConfig(embedding_dim=4, bottom_dims=(8,), tower_dims=(16,)),
+    "single_task": SingleTaskConfig(embedding_dim=4, bottom_dims=(8,), tower_dims=(16,)),
+    "esmm": ESMMConfig(embedding_dim=4, conversions={"like": "click"}, bottom_dims=(8,), tower_dims=(16,)),
+    "aitm": AITMConfig(embedding_dim=4, chain=("click", "like"), bottom_dims=(8,), tower_dims=(16,)),
+    "stem": STEMConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(16,)),
+}
+# What names tasks, for those of `prepared_clicks`.
+OF_CLICKS: dict[str, Any] = {
+    "home": {"categories": {"click": "a", "buy": "b"}},
+    "esmm": {"conversions": {"buy": "click"}},
+    "aitm": {"chain": ("click", "buy")},
 }
 
 
@@ -60,8 +74,15 @@ def rows(tasks: int = len(TASKS), count: int = 50, width: int = 7) -> tuple[Tens
     return x, labels, (torch.rand(count, tasks, generator=random) < 0.8).float()
 
 
+def inputs_of(net: Any, x: Tensor, tasks: tuple[str, ...] = TASKS) -> Tensor:
+    """The rows as the family reads them: once for each of its embedding sets."""
+    sets = len(net.embedding_sets(dict.fromkeys(tasks, 1)))
+    return x if sets == 1 else x.unsqueeze(1).repeat(1, sets, 1)
+
+
 def looked_at(net: Any, tasks: tuple[str, ...] = TASKS) -> Health:
-    return measure(net, heads(tasks), *rows(len(tasks)))
+    x, labels, observed = rows(len(tasks))
+    return measure(net, heads(tasks), inputs_of(net, x, tasks), labels, observed)
 
 
 # ---- against naive mathematics -------------------------------------------------------------------------------------------
@@ -136,6 +157,7 @@ def test_no_family_is_left_out() -> None:
 def test_looking_changes_no_output_of_any_family(family: str) -> None:
     net = network(FAMILIES[family])
     x, labels, observed = rows()
+    x = inputs_of(net, x)
     with torch.no_grad():
         expected = net(x)[0]
     seen: list[Tensor] = []
@@ -382,8 +404,7 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_is_the_same_bit_for_bit_whoever_looks(family: str, prepared_clicks: PreparedData) -> None:
     model = replace(FAMILIES[family], dropout=0.3)
-    if family == "home":
-        model = replace(model, categories={"click": "a", "buy": "b"})
+    model = replace(model, **OF_CLICKS.get(family, {}))
     watched, events = train(prepared_clicks, model)
     alone, quiet = train(prepared_clicks, model, rows=0)
     looks = [e for e in events if e["kind"] == "health"]
