@@ -396,8 +396,8 @@ def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights
     x_bd = x_bd.detach().requires_grad_()
     with torch.enable_grad(), _watching(network) as made:
         outputs, returned = network(x_bd)
-        losses_bt = heads.losses(outputs, labels_bt)
-        means_t = (losses_bt * weights_bt).sum(0) / weights_bt.sum(0).clamp_min(1e-12)
+        losses_bt, trained_bt = network.objective(outputs, heads.losses(outputs, labels_bt), labels_bt, weights_bt)
+        means_t = (losses_bt * trained_bt).sum(0) / trained_bt.sum(0).clamp_min(1e-12)
     plans = {name: _watched(plan, made, len(x_bd)) for name, plan in returned.items()}
     mixed = [outputs_beh for plan in plans.values() for outputs_beh in plan.mixed]
     at_x, at_mixed = [], []
@@ -410,7 +410,7 @@ def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights
         gradient_te = torch.full((len(means_t), plan.num_experts), torch.nan, device=x_bd.device)
         if plan.mixed:
             gradient_te = torch.stack([torch.stack(next(squares)) for _ in plan.mixed]).sum(0).sqrt()
-        gradient_te[weights_bt.sum(0) == 0] = torch.nan  # no row observes the task: nobody knows
+        gradient_te[trained_bt.sum(0) == 0] = torch.nan  # no row observes the task: nobody knows
         found[name] = _plan_health(network.plan_names[name], plan, gradient_te)
     return Health(heads.tasks, _cosines(torch.stack(at_x)), found)
 

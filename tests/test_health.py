@@ -494,3 +494,17 @@ def test_probe_rows_are_spread_over_the_shards(
     assert probe_rows(data, "validation", 5000).numbers_b.tolist() == list(range(1000))
     several = probe_rows(data, "validation", 333, runs=7)
     assert len(set(several.numbers_b.tolist())) == len(several) == 333
+
+
+def test_a_familys_own_objective_is_what_its_gradients_are_of() -> None:
+    """ESMM trains a conversion through the product with its click: on rows without a click, too."""
+    net = network(FAMILIES["esmm"])
+    x, labels, observed = rows()
+    observed[:, 1] = observed[:, 0] * labels[:, 0]  # a conversion is observed after a click
+    found = measure(net, heads(), x, labels, observed).cosine
+    x = x.requires_grad_()
+    outputs = net(x)[0]
+    losses, weights = net.objective(outputs, heads().losses(outputs, labels), labels, observed)
+    assert weights[:, 1].sum() > observed[:, 1].sum()
+    at_x = [torch.autograd.grad((losses * weights)[:, t].sum() / weights[:, t].sum(), x, retain_graph=True)[0] for t in (0, 1)]
+    assert found[0, 1] == pytest.approx(F.cosine_similarity(*(g.flatten() for g in at_x), dim=0).item(), abs=1e-5)
