@@ -303,17 +303,28 @@ def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event
 
     from recsys_moe.pipelines.worker import train_worker
 
-    class InterruptibleTrainer(TorchTrainer):
-        """Ray's own handler of Ctrl-C ends in SystemExit or in an actor's error; without it, KeyboardInterrupt comes."""
+    class Fitter(TorchTrainer):
+        """Without what Ray Train does for others.
+
+        Its handler of Ctrl-C ends in SystemExit or in an actor's error; without it, KeyboardInterrupt comes. Its cleaner of
+        placement groups asks the dashboard whether the controller lives, and where there is none, as in a Ray of our own,
+        which goes with its command, ends ten seconds after training.
+        """
 
         def _register_sigint_handler(self, controller: Any) -> None:
             pass
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks: list[Any] = super()._create_default_callbacks()
+            if job.ray.address is not None:
+                return callbacks
+            return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
     folder.events_file.touch()
     workers = job.train.workers
     if isinstance(workers, tuple) and job.ray.address is None:  # this machine has room for as many as it has cores
         workers = (workers[0], max(workers[0], min(workers[1], os.cpu_count() or 1)))
-    trainer = InterruptibleTrainer(
+    trainer = Fitter(
         train_worker,
         train_loop_config={
             "prepared": str(data),
