@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from recsys_moe.health import HealthConfig
 from recsys_moe.labels import task_labels
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.process import keep_freed_memory, use_all_cores
@@ -29,6 +30,7 @@ from recsys_moe.typed import dump
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 VALUES, BATCH, BLOCK = 10_000, 4096, 100_000
+SETTINGS = TrainConfig(epochs=2, batch_size=BATCH, health=HealthConfig(rows=0))
 MIDDLE = {"rows": 200_000, "features": 40, "tasks": 4, "experts": 8, "embedding": 8}
 AXES = {
     "rows": (50_000, 200_000, 800_000, 3_200_000),
@@ -71,7 +73,7 @@ def microseconds(rows: int, features: int, tasks: int, experts: int, embedding: 
     """Training's cost of a sample, reading and optimizer included, in its second epoch: the first warms up."""
     config = MMoEConfig(embedding_dim=embedding, num_experts=experts, expert_dims=(64, 32), tower_dims=(32,))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(prepared(Path(folder), rows, features, tasks), config, TrainConfig(epochs=2, batch_size=BATCH))
+        trainer = Trainer(prepared(Path(folder), rows, features, tasks), config, SETTINGS)
         before = 0.0
         for _ in range(2):
             before = trainer.progress.seconds
