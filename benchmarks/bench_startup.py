@@ -24,7 +24,7 @@ def work():
     import ray.train
     ray.train.report({"loss": 0.0})
 
-ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 TorchTrainer(work, scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(storage_path=sys.argv[1])).fit()
 """
 
