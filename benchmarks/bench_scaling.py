@@ -30,6 +30,7 @@ from recsys_moe.typed import dump
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 VALUES, BATCH, BLOCK = 10_000, 4096, 100_000
+WIDTH = 16  # of the embeddings of a billion rows a day
 SETTINGS = TrainConfig(epochs=2, batch_size=BATCH, health=HealthConfig(rows=0))
 MIDDLE = {"rows": 200_000, "features": 40, "tasks": 4, "experts": 8, "embedding": 8}
 AXES = {
@@ -149,12 +150,12 @@ batches of {BATCH:,}, second epoch, reading and optimizer included. What is not 
 From {low:,} to {high:,}, {high / low:,.0f} times as many, a sample goes from {costs[low]:.1f} to {costs[high]:.1f} µs,
 {costs[high] / costs[low]:.1f} times as much.
 """
-    return text + a_billion(found["features"][MIDDLE["features"]], cores)
+    return text + a_billion(found["embedding"][WIDTH], cores)
 
 
 def a_billion(cost_us: float, cores: int) -> str:
-    """Workers, memory and network of a billion rows a day, by arithmetic from the measured cost of the middle."""
-    hours, width, features = 4, 16, MIDDLE["features"]
+    """Machines, memory and network of a billion rows a day, by arithmetic from the measured cost at `WIDTH` dimensions."""
+    hours, width, features = 4, WIDTH, MIDDLE["features"]
     machine_hours = 1e9 * cost_us / 3.6e9
     machines = int(np.ceil(machine_hours / hours))
     workers = 2 * machines
@@ -166,25 +167,24 @@ def a_billion(cost_us: float, cores: int) -> str:
     return f"""
 ## A billion rows a day
 
-Workers. At {cost_us:.1f} µs a sample on {cores} cores (the middle of the axes) a billion rows are {machine_hours:.1f} hours
-of this machine. To be done in {hours} hours, so that the model of the morning knows yesterday, takes {machines} such machine(s)
-if nothing is lost between them; plan twice as many, {workers} workers. Two workers on one machine were measured to take
-the steps of one; more
-machines were not measured. Preparation does 200,000 rows a second of 40 columns on two cores (docs/decisions.md):
-{1e9 / 2e5 / 60:.0f} minutes for one machine, and files are independent of each other.
+Arithmetic from the cost above, for embeddings of {width}; one worker a machine. More than two workers, and more than one
+machine, were not measured.
 
-Memory. Tables are what grows: a billion ids of {width} dimensions are {tables_gb:.0f} GB with the optimizer's one number a row,
-{tables_gb / workers:.0f} GB for each of {workers} workers that share them out; 50 million rows, hashed or with
-`collisions: none`, are 3.4 GB in one. Log rows are mapped from disk and take none, and what a worker needs besides stays
-below 1 GB.
+Workers. At {cost_us:.1f} µs a sample on {cores} cores a billion rows are {machine_hours:.1f} hours of this machine. To be done
+in {hours} hours, so that the model of the morning knows yesterday, takes {machines} if nothing is lost between them; plan twice
+as many, {workers}. The tables here have {VALUES:,} rows each and mostly stay in the caches: with tables that do not, a lookup
+costs more. What preparation costs is in docs/decisions.md; files are independent of each other.
+
+Memory. Tables are what grows: a billion ids of {width} dimensions are {tables_gb:.0f} GB with the optimizer's one number a row
+(with `collisions: none` 16 bytes a row more). Workers share out whole tables, so the largest has to fit into one; and the first
+worker gathers all of them for the bundle: today a model must fit into one machine's memory. Log rows are mapped from disk and
+take none.
 
 Network. With tables shared out, a row's ids go to the workers that hold them, vectors come back and gradients follow:
-{row_bytes / 1e3:.1f} kB a row for {features} features of {width} dimensions, {row_bytes * rate / 1e6:.0f} MB/s over all
-workers at {rate:,.0f}
-rows a second. The dense gradients ({dense_mb:.1f} MB) are summed once a step of {BATCH:,} rows a worker, {steps:,.0f}
-steps: {2 * dense_mb * steps / (hours * 3600):.0f} MB/s for each worker. Both fit a 10 Gbit/s network; what larger batches
-have to hide is the
-latency of a step's three exchanges.
+{row_bytes / 1e3:.1f} kB a row for {features} features of {width} dimensions, {row_bytes * rate / 1e6:.0f} MB/s over all workers
+at {rate:,.0f} rows a second. The dense gradients ({dense_mb:.1f} MB) are summed once a step of {BATCH:,} rows a worker,
+{steps:,.0f} steps: {2 * dense_mb * steps / (hours * 3600):.0f} MB/s for each worker. Both fit a 10 Gbit/s network; what larger
+batches have to hide is the latency of a step's three exchanges.
 """
 
 

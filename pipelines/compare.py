@@ -2,7 +2,7 @@
 
     runs/compare/NAME-DIGEST/
         comparison.json             what is compared, and MLflow's run
-        cells/MODEL-seedS-foldF/          cell.json once it is done, scores.npy: its test rows' scores; progress.json meanwhile
+        cells/MODEL-seedS-foldF/    cell.json once it is done, scores.npy: its test rows' scores; progress.json meanwhile
         result.json result.html     the outcome, beside its pictures
 
 A cell that is done is not done again, and one that was cut off goes on from its checkpoint: the same command resumes.
@@ -30,12 +30,10 @@ from recsys_moe.comparison import (
     Result,
     compare_results,
     cost_table,
-    draw_differences,
-    draw_pareto,
     page,
     table,
 )
-from recsys_moe.config import compose, options
+from recsys_moe.config import compose, options, plain_value
 from recsys_moe.costs import Budget, Cost, cost_of, to_budget
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.heads import Heads
@@ -103,8 +101,8 @@ def model_of(label: str) -> Any:
     """
     name, *settings = label.split("+")
     if name in BASELINES:
-        values = dict(setting.partition("=")[::2] for setting in settings)
-        return parse(BaselineConfig, {"name": name, **{key: json.loads(value) for key, value in values.items()}}, label)
+        values = {key: plain_value(key, text) for key, _, text in (setting.partition("=") for setting in settings)}
+        return parse(BaselineConfig, {"name": name, **values}, f"model {label!r}")
     if name not in options("model"):
         raise UserError(f"model {name!r} is unknown; {nearest(name, [*options('model'), *BASELINES])}")
     config = compose([f"model={name}", *(f"model.{setting}" for setting in settings)], needs_data=False)
@@ -169,11 +167,10 @@ def compare(
         with _parent_run(job, folder, data[0]) as run:
             cells = _cells(job, settings, data, folder, run)
             _run_cells(cells, job.compare.parallel, on_message, on_progress)
-            parts = [Part(d, "test") for d in data]
             comparison = compare_results(
                 job.data.name,
                 heads,
-                [FoldRows(part.labels, part.weights, part.groups) for part in parts],
+                [FoldRows.of(d) for d in data],
                 [_result(cell) for cell in cells],
                 costs,
                 job.baseline,
@@ -417,11 +414,14 @@ class _Watch:
 
 def _leave(comparison: Comparison, folder: Path, run: Run, summary: dict[str, Any]) -> None:
     """The outcome as files beside the cells, and in the parent's run: figures, tables and metrics of one name a model."""
-    figures = {"Quality against cost": draw_pareto(comparison), "Differences to the baseline": draw_differences(comparison)}
+    from recsys_moe.pictures import draw_differences, draw_pareto, drawing, render  # matplotlib, when all is done
+
     write_json(folder / "result.json", summary)
-    (folder / "result.html").write_text(page(comparison, figures))
-    for name, figure in zip(("pareto.png", "differences.png"), figures.values(), strict=True):
-        figure.savefig(folder / name, dpi=120)
+    with drawing():
+        figures = {"Quality against cost": draw_pareto(comparison), "Differences to the baseline": draw_differences(comparison)}
+        (folder / "result.html").write_text(page(comparison, figures))
+        for name, figure in zip(("pareto.png", "differences.png"), figures.values(), strict=True):
+            (folder / name).write_bytes(render(figure))
     tables = {"comparison.json": table(comparison), "costs.json": cost_table(comparison)}
     metrics: dict[str, float | None] = {
         f"{line.task}.{line.metric}.{line.model}": line.score.value for line in comparison.lines

@@ -361,7 +361,8 @@ def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event
 def _training_failed(error: Exception, folder: RunFolder) -> UserError:
     """What is said when workers are lost more often than `train.max_failures` allows; the traceback goes into a file."""
     log = folder.path / "failure.txt"
-    log.write_text(str(error))
+    with suppress(OSError):  # the disk may be what is full
+        log.write_text(str(error))
     last = [line for line in str(error).splitlines() if line.strip()][-1].strip()
     return UserError(
         f"training failed once more than train.max_failures allows ({last[:300]}; the whole of it is in {str(log)!r}); mend "

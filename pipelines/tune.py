@@ -37,7 +37,7 @@ from recsys_moe.heads import mean_quality
 from recsys_moe.models import ModelConfig
 from recsys_moe.pipelines.cluster import RayConfig, ray_cluster
 from recsys_moe.pipelines.prepare import Progress, prepare
-from recsys_moe.pipelines.tracking import TrackingConfig, describe_data, flatten, open_client, open_run
+from recsys_moe.pipelines.tracking import TrackingConfig, TrackingLost, describe_data, flatten, open_client, open_run
 from recsys_moe.pipelines.train import TrainJob, settle_model
 from recsys_moe.process import keep_freed_memory, use_all_cores
 from recsys_moe.shards import PreparedData, write_json
@@ -245,6 +245,8 @@ class Keep(ray_tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         ended = {key: trial.last_result.get(key) for key in ("quality", "epoch", "error", "run_id")}
+        if ended["quality"] is None:  # the time was over before its first epoch
+            return
         name = f"{time.time_ns()}-{trial.trial_id}.json"
         write_json(self.folder / "trials" / name, plain({"settings": _values(trial.config, self.chosen), **ended}))
         self.on_progress("trials", len(_ended(self.folder)), self.trials)
@@ -305,11 +307,13 @@ def run_trial(told: Trial, settings: dict[str, Any]) -> None:
 
         try:
             _fit(model, train, data, report)
+        except TrackingLost:
+            raise
         except UserError as error:  # a loss that is not finite is an answer
             ray_tune.report({"quality": WORTHLESS, "epoch": epochs + 1, "error": str(error), "run_id": run.run_id})
         except SystemExit:  # Ray Tune's way to stop a trial
             stopped = True
-        run.client.set_tag(run.run_id, "stopped_by", "ASHA" if stopped else "itself")
+        run.client.set_tag(run.run_id, "stopped_early", str(stopped).lower())
     if stopped:
         raise SystemExit(0)
 

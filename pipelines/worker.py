@@ -1,12 +1,14 @@
 """What Ray Train runs in each training worker: the plain trainer; the first worker writes events and the bundle."""
 
+import errno
 import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
@@ -25,26 +27,53 @@ Tell = Callable[[dict[str, Any]], None]
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train; a user's mistake, which all workers meet alike, ends the event log instead of a traceback."""
-    with Path(config["events"] if rank() == 0 else os.devnull).open("a+", buffering=1) as log:
-        _end_line(log)
-
-        def tell(event: dict[str, Any]) -> None:
-            log.write(json.dumps(plain(event | {"time": time.time()})) + "\n")
-
+    with EventLog(Path(config["events"] if rank() == 0 else os.devnull)) as log:
         with peak_memory() as peak:
-            last = _train(config, tell)
+            last = _train(config, log.tell)
         if last["kind"] == "done":
             last["train"]["peak_anon_mb"] = round(peak.mb, 1)
-        tell(last)
+        log.tell(last)
 
 
-def _end_line(log: TextIO) -> None:
-    """Close the line that a worker before was writing when it was killed."""
-    end = log.tell()
-    if end:
-        log.seek(end - 1)
-        if log.read() != "\n":
-            log.write("\n")
+class EventLog:
+    """`events.jsonl`, a line an event. While the disk is full events wait, in their order, until there is room.
+
+    Raises:
+        OSError: at the end of the block, if there is still none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._end = self._file.tell()
+        self._waiting = b"" if _ends_a_line(path, self._end) else b"\n"  # a worker before was killed within a line
+
+    def __enter__(self) -> "EventLog":
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        with self._file:
+            if kind is None and self._waiting:
+                self._write()
+
+    def tell(self, event: dict[str, Any]) -> None:
+        self._waiting += (json.dumps(plain(event | {"time": time.time()})) + "\n").encode()
+        with suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
+        written = self._file.write(self._waiting)
+        if written < len(self._waiting):
+            self._file.truncate(self._end)  # half a line is no event
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._end, self._waiting = self._end + written, b""
+
+
+def _ends_a_line(path: Path, size: int) -> bool:
+    if not size:
+        return True
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read() == b"\n"
 
 
 def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:

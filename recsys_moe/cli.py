@@ -200,7 +200,7 @@ def tune(overrides: Overrides = None, json: Json = False) -> None:
     import shlex
     from json import dumps as json_text
 
-    from recsys_moe.config import options
+    from recsys_moe.config import options, plain_value
     from recsys_moe.console import PhaseProgress, print_json, progress, stdout
     from recsys_moe.pipelines.compare import model_of
     from recsys_moe.pipelines.tune import TuneConfig, TuneJob, default_space, parse_space
@@ -211,7 +211,8 @@ def tune(overrides: Overrides = None, json: Json = False) -> None:
     label = next((o.removeprefix("model=") for o in rest if o.startswith("model=")), "mmoe")
     model = model_of(label)
     searched = {o.partition("=")[0].removeprefix("search."): o.partition("=")[2] for o in rest if o.startswith("search.")}
-    space = parse_space(default_space(model.name) | {key: _yaml(f"search.{key}", value) for key, value in searched.items()})
+    changed = {key: plain_value(f"search.{key}", value) for key, value in searched.items()}
+    space = parse_space(default_space(model.name) | changed)
     config = _compose([o for o in rest if not o.startswith(("model=", "search."))])
     parts = {key: config[key] for key in ("data", "train", "tracking", "ray", "runs_dir")}
     parts |= {"model": dump(model), "space": dump(space), "tune": own}
@@ -601,19 +602,12 @@ def _own_keys(overrides: list[str] | None, kind: Any) -> tuple[dict[str, Any], l
     """What of `key=value` is a field of `kind`, with numbers as numbers, and the rest."""
     from dataclasses import fields
 
+    from recsys_moe.config import plain_value
+
     names = {field.name for field in fields(kind)}
     pairs = [(override, *override.partition("=")[::2]) for override in overrides or []]
-    own = {key: _yaml(key, value) for override, key, value in pairs if key in names and "=" in override}
+    own = {key: plain_value(key, value) for override, key, value in pairs if key in names and "=" in override}
     return own, [override for override, key, _ in pairs if key not in own]
-
-
-def _yaml(key: str, text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key} is {text!r}, which is no value; close what is open, or quote it for the shell") from None
 
 
 def _job(config: dict[str, Any]) -> Any:

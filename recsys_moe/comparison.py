@@ -1,11 +1,9 @@
-"""What a grid of trained models says: means with intervals, paired differences, costs; as a table, pictures and a page.
+"""What a grid of trained models says: means with intervals, paired differences, costs; as a table and a page.
 
 Every figure is of the test part, which has chosen nothing. Shapes: N test rows, S scores, T tasks.
 """
 
-import base64
 import html
-import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from recsys_moe.batches import ordered_rows
 from recsys_moe.columns import signed_log1p
 from recsys_moe.console import number
 from recsys_moe.costs import Cost
@@ -31,6 +30,8 @@ from recsys_moe.intervals import (
     r2_of,
     seed_interval,
 )
+from recsys_moe.shards import PreparedData
+from recsys_moe.webpage import web_image, web_page, web_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,6 +60,14 @@ class FoldRows:
     labels: Array
     weights: Array
     groups: Array | None = None
+
+    @classmethod
+    def of(cls, data: PreparedData) -> "FoldRows":
+        """Those of prepared data, without the inputs that come with them."""
+        rows = [(r.labels, r.weights, r.groups) for r in ordered_rows(data, "test")]
+        labels, weights = (np.concatenate([r[i] for r in rows], 1) for i in (0, 1))
+        groups = [r[2] for r in rows if r[2] is not None]
+        return cls(labels, weights, np.concatenate(groups) if groups else None)
 
 
 @dataclass(frozen=True)
@@ -253,125 +262,18 @@ def quality_metric(comparison: Comparison) -> tuple[str, str]:
     return comparison.lines[0].task, comparison.lines[0].metric
 
 
-def draw_pareto(comparison: Comparison) -> "Figure":
-    """Quality against cost, with the front of what nothing beats on both."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    task, metric = quality_metric(comparison)
-    lines = {model: comparison.of(model, task, metric) for model in comparison.models}
-    networks = [m for m, cost in comparison.costs.items() if cost is not None]
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
-    rated = [m for m in networks if comparison.samples_per_s[m]]
-    flops = {m: float(comparison.costs[m].flops) for m in networks}  # type: ignore[union-attr]
-    _scatter(axes[0], networks, flops, lines, cheaper_is=-1)
-    _scatter(axes[1], rated, {m: comparison.samples_per_s[m] for m in rated}, lines, cheaper_is=1)
-    axes[0].set_xlabel("FLOPs a sample in scoring (dense part)")
-    axes[1].set_xlabel("samples/s in training")
-    axes[0].set_ylabel(f"{'mean ' if task == MEAN else task + ' '}{metric.upper()}, test part")
-    for axis in axes:
-        for model in comparison.models:
-            line = lines[model]
-            if model not in networks and line is not None:
-                axis.axhline(line.score.value, color="0.5", linewidth=1, linestyle="--")
-                axis.annotate(
-                    model, (0.01, line.score.value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color="0.35"
-                )
-        axis.grid(alpha=0.3)
-    figure.suptitle(f"{comparison.data}: quality against cost (bars: 95 % over seeds; line: not beaten on both)")
-    return figure
-
-
-def _scatter(
-    axis: Any, models: Sequence[str], xs: Mapping[str, Any], lines: Mapping[str, Line | None], cheaper_is: int
-) -> None:
-    points = {m: line.score for m in models if (line := lines[m]) is not None}
-    for n, (model, score) in enumerate(points.items()):
-        half = 0 if math.isnan(score.high) else (score.high - score.low) / 2
-        axis.errorbar(xs[model], score.value, yerr=half, fmt="o", color=f"C{n % 10}", capsize=3)
-        axis.annotate(model, (xs[model], score.value), xytext=(6, 5), textcoords="offset points", fontsize=9)
-    front = [
-        m for m in points
-        if not any(points[o].value >= points[m].value and cheaper_is * (xs[o] - xs[m]) > 0 for o in points)
-    ]  # fmt: skip
-    front.sort(key=lambda m: xs[m])
-    axis.plot([xs[m] for m in front], [points[m].value for m in front], color="0.6", linewidth=1, zorder=0)
-    if len(points) > 1:
-        axis.set_xscale("log")
-        axis.margins(x=0.35)
-
-
-def draw_differences(comparison: Comparison) -> "Figure":
-    """A forest plot: each model's difference to the baseline by task, with its interval; clear ones are filled."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    _, metric = quality_metric(comparison)
-    first = {line.task: line.metric for line in reversed(comparison.lines)}
-    wanted = [(t, metric if comparison.of(comparison.baseline, t, metric) else first[t]) for t in dict.fromkeys(first)]
-    wanted.reverse()
-    others = [m for m in comparison.models if m != comparison.baseline]
-    height = max(2.5, 0.32 * len(wanted) * max(len(others), 1) + 1.4)
-    figure, axis = plt.subplots(figsize=(9, height), layout="constrained")
-    for n, model in enumerate(others):
-        for row, (task, name) in enumerate(wanted):
-            line = comparison.of(model, task, name)
-            if line is None or line.gap is None:
-                continue
-            y = row + (n + 0.5) / len(others) * 0.8 - 0.4
-            axis.plot([line.gap.low, line.gap.high], [y, y], color=f"C{n % 10}", linewidth=2)
-            face = f"C{n % 10}" if line.gap.clear else "white"
-            axis.plot(line.gap.value, y, "o", color=f"C{n % 10}", markerfacecolor=face, label=model if row == 0 else None)
-    axis.axvline(0, color="0.4", linewidth=1)
-    axis.set_yticks(range(len(wanted)), [f"{task} ({name})" for task, name in wanted])
-    axis.invert_yaxis()
-    axis.set_xlabel(
-        f"difference to {comparison.baseline}, test part (95 %, bootstrap over rows and seeds; filled: 0 lies outside)"
-    )
-    axis.grid(alpha=0.3, axis="x")
-    if others:
-        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    return figure
-
-
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c;background:#fff}}
-table{{border-collapse:collapse;margin:1rem 0}}th,td{{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}}
-th{{border-bottom:2px solid #888}}td:nth-child(-n+3),th:nth-child(-n+3){{text-align:left}}.cost td:nth-child(n+2),
-.cost th:nth-child(n+2){{text-align:right}}img{{max-width:100%}}.ahead{{color:#0a6b2d;font-weight:600}}
-.behind{{color:#a3200d;font-weight:600}}.level,.baseline{{color:#666}}
-</style></head><body><h1>{title}</h1><p>{intro}</p>{body}</body></html>
-"""
-
-
 def page(comparison: Comparison, figures: Mapping[str, "Figure"]) -> str:
-    """One HTML page that needs nothing but itself."""
+    """One HTML page that needs nothing but itself; call it inside of `pictures.drawing`."""
     unit = "whole groups of rows" if comparison.by_group else "rows"
     folds = f" in {comparison.folds} folds" if comparison.folds > 1 else ""
-    intro = (
-        f"{comparison.rows:,} test rows{folds}. Means over seeds with Student's 95 % interval; differences to "
-        f"<b>{html.escape(comparison.baseline)}</b> on the same rows with the 95 % interval of {comparison.draws:,} bootstrap "
-        f"draws of {unit} and of seeds. <i>level</i>: the interval holds 0."
-    )
-    body = [_html_table(*table(comparison)), "<h2>Cost</h2>", _html_table(*cost_table(comparison), kind="cost")]
+    body = [
+        f"<p>{comparison.rows:,} test rows{folds}. Means over seeds with Student's 95 % interval; differences to "
+        f"{html.escape(comparison.baseline)} on the same rows with the 95 % interval of {comparison.draws:,} bootstrap draws "
+        f"of {unit} and of seeds. <i>level</i>: the interval holds 0.</p>",
+        web_table(*table(comparison)),
+        "<h2>Cost</h2>",
+        web_table(*cost_table(comparison)),
+    ]
     for caption, figure in figures.items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=110)
-        coded = base64.b64encode(png.getvalue()).decode()
-        body.append(f'<h2>{html.escape(caption)}</h2><img alt="{html.escape(caption)}" src="data:image/png;base64,{coded}">')
-    return PAGE.format(title=f"Comparison on {html.escape(comparison.data)}", intro=intro, body="".join(body))
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "lines") -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    verdicts = ("ahead", "behind", "level", "baseline")
-
-    def cell(text: str) -> str:
-        return f'<td class="{text}">{text}</td>' if text in verdicts else f"<td>{html.escape(text)}</td>"
-
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f'<table class="{kind}"><tr>{head}</tr>{body}</table>'
+        body.append(f"<h2>{html.escape(caption)}</h2>{web_image(figure, caption)}")
+    return web_page(f"Comparison on {comparison.data}", "\n".join(body))

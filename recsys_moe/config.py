@@ -84,6 +84,21 @@ def sections() -> list[str]:
     return [name for name in (*GROUPS, *root) if name not in ("experiment", "defaults")]
 
 
+def plain_value(key: str, text: str) -> Any:
+    """A value as YAML has it: a number, `true`, `null`, a `[list]`, a `{dictionary: 1}`, or text.
+
+    >>> plain_value("leaves", "7"), plain_value("c", "[0.1, 1]")
+    (7, [0.1, 1])
+
+    Raises:
+        UserError: a list or the like that is not closed.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key} is {text!r}, which is no value; close what is open, or quote it for the shell") from None
+
+
 def _value(key: str, text: str) -> str:
     """A value in Hydra's grammar: numbers, lists and the like as they stand, any other text quoted.
 

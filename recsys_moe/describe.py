@@ -186,7 +186,7 @@ def _group(looks: list[Column]) -> str | None:
 
 def _time(looks: list[Column], sample: pa.Table) -> str | None:
     """The finest time that rows can be sorted by."""
-    times = [c for c in looks if c.note.startswith("a time") and not c.missing and c.use == "left out"]
+    times = [c for c in looks if c.is_time and not c.missing and c.use == "left out"]
     return (
         max(times, key=lambda c: (c.distinct or 0, pa.types.is_temporal(sample[c.name].type)), default=Column("", "")).name
         or None

@@ -79,7 +79,7 @@ class Expression:
                 )
         try:
             value = self._evaluate(self._tree, table)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OverflowError) as error:
             kinds = ", ".join(f"{c} is {table.schema.field(c).type}" for c in self.columns)
             reason = str(error).split("\n")[0]
             raise UserError(

@@ -181,7 +181,7 @@ class OrdinalHead:
 
     def losses(self, outputs_bnw: Tensor, labels_bn: Tensor) -> Tensor:
         logits_bnw = torch.stack(self._logits(outputs_bnw, F.softplus), 2)
-        above_bnw = (labels_bn.unsqueeze(2) > torch.arange(self.outputs)).float()
+        above_bnw = (labels_bn.unsqueeze(2) > torch.arange(self.outputs, device=labels_bn.device)).float()
         return F.binary_cross_entropy_with_logits(logits_bnw, above_bnw, reduction="none").mean(2)
 
     def scores(self, outputs_bnw: Tensor) -> Tensor:

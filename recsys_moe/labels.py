@@ -58,10 +58,16 @@ def task_labels(table: pa.Table, schema: Schema) -> tuple[npt.NDArray[np.float32
 
 
 def group_ids(table: pa.Table, schema: Schema) -> npt.NDArray[np.int64] | None:
-    """A whole number for each row's group (GAUC), equal for equal values in every chunk; None without a group column."""
+    """A whole number for each row's group (GAUC), equal for equal values in every chunk; None without a group column.
+
+    Raises:
+        UserError: a column of lists or the like.
+    """
     if schema.group is None:
         return None
     column = table[schema.group]
+    if pa.types.is_nested(column.type):
+        raise UserError(f"group column {schema.group!r} is {column.type}, which names no group; name a column of ids")
     if pa.types.is_integer(column.type):
         # Nulls are one more group; whether a chunk has any must not change what the others are called.
         numbers = pc.fill_null(pc.cast(column, pa.int64(), safe=False), np.iinfo(np.int64).min)

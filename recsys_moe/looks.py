@@ -43,7 +43,8 @@ class Column:
     """What was found in a column of the sample, and what it is proposed for.
 
     `use`: feature, label, suspected label, outcome (known too late, or a leak) or left out; `feature` is its line in the
-    schema; `task` the one that it makes as a label, but for the name; `rate` belongs to columns of two values.
+    schema; `task` the one that it makes as a label, but for the name; `rate` belongs to columns of two values; `is_time`: rows
+    can be sorted by it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Column:
     feature: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
     rate: float | None = None
+    is_time: bool = False
     same_as: str | None = None
 
 
@@ -80,7 +82,7 @@ def look_at(name: str, column: pa.ChunkedArray, rows: int) -> Column:
     if distinct == 1 and not missing:
         return replace(look, use="left out", note="the same in every row")
     if time := _time_note(name, present):
-        return replace(look, use="left out", note=time)
+        return replace(look, use="left out", note=time, is_time=True)
     if distinct == 2:
         look = replace(look, **_two_values(name, present))
     elif distinct > 2 and is_a_word(name):
@@ -142,7 +144,7 @@ def _time_note(name: str, present: pa.Array) -> str:
     if pa.types.is_timestamp(present.type) or pa.types.is_date(present.type):
         return "a time"
     if _is_text(present.type):
-        texts = present[:1000].cast(pa.string())
+        texts = present.cast(pa.string())
         return "a time (as text)" if any(casts(texts, pa.timestamp("us", zone)) for zone in (None, "UTC")) else ""
     if pa.types.is_integer(present.type) and _TIME.search("_".join(words(name))):
         low, high = pc.min_max(present).as_py().values()
@@ -190,7 +192,7 @@ def _two_values(name: str, present: pa.Array) -> dict[str, Any]:
     if isinstance(value, bool):
         return {"rate": rate, "task": {"label": name if value else f"not {name}"}}
     if is_plain_number(present.type):
-        value = int(value) if float(value).is_integer() else float(value)
+        value = int(value) if float(value).is_integer() and abs(value) < 2**53 else float(value)
     shown = value if isinstance(value, int | float) else repr(str(value))
     return {"rate": rate, "task": {"label": f"{name} == {shown}"}}
 

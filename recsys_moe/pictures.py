@@ -1,4 +1,4 @@
-"""Pictures of a model: its experts' health, and how its scores and features do. matplotlib, without a screen.
+"""Pictures of a model: its experts' health, how its scores and features do, how it compares. matplotlib, without a screen.
 
 Colours are told apart by the colour-blind too (cividis, PuOr, Okabe and Ito's palette); names from a schema are drawn as they
 are, never read as formulas.
@@ -8,8 +8,9 @@ Shapes: T tasks, G gates, E experts.
 
 import csv
 import io
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from recsys_moe.health import Bools, Floats, Health, PlanHealth
 
 if TYPE_CHECKING:
+    from recsys_moe.comparison import Comparison, Line
     from recsys_moe.report import TaskCurve
 
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#767676"
@@ -279,6 +281,87 @@ def draw_importance(features: Sequence[str], tasks: Sequence[str], qualities: Se
         value = values[row, column]
         colour = "black" if norm(value) > 0.55 else "white"
         axis.text(column, row, f"{round(value, 1) + 0:.1f}", ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def draw_pareto(comparison: "Comparison") -> Figure:
+    """Quality against cost, with the front of what nothing beats on both."""
+    from recsys_moe.comparison import MEAN, quality_metric
+
+    task, metric = quality_metric(comparison)
+    lines = {model: comparison.of(model, task, metric) for model in comparison.models}
+    networks = [m for m, cost in comparison.costs.items() if cost is not None]
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    rated = [m for m in networks if comparison.samples_per_s[m]]
+    flops = {m: float(comparison.costs[m].flops) for m in networks}  # type: ignore[union-attr]
+    _scatter(axes[0], networks, flops, lines, cheaper_is=-1)
+    _scatter(axes[1], rated, {m: comparison.samples_per_s[m] for m in rated}, lines, cheaper_is=1)
+    axes[0].set_xlabel("FLOPs a sample in scoring (dense part)")
+    axes[1].set_xlabel("samples/s in training")
+    axes[0].set_ylabel(f"{'mean ' if task == MEAN else task + ' '}{metric.upper()}, test part")
+    for axis in axes:
+        for model in comparison.models:
+            line = lines[model]
+            if model not in networks and line is not None:
+                axis.axhline(line.score.value, color="0.5", linewidth=1, linestyle="--")
+                axis.annotate(
+                    model, (0.01, line.score.value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color="0.35"
+                )
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{comparison.data}: quality against cost (bars: 95 % over seeds; line: not beaten on both)")
+    return figure
+
+
+def _scatter(
+    axis: Any, models: Sequence[str], xs: Mapping[str, Any], lines: Mapping[str, "Line | None"], cheaper_is: int
+) -> None:
+    points = {m: line.score for m in models if (line := lines[m]) is not None}
+    for n, (model, score) in enumerate(points.items()):
+        half = 0 if math.isnan(score.high) else (score.high - score.low) / 2
+        axis.errorbar(xs[model], score.value, yerr=half, fmt="o", color=f"C{n % 10}", capsize=3)
+        axis.annotate(model, (xs[model], score.value), xytext=(6, 5), textcoords="offset points", fontsize=9)
+    front = [
+        m for m in points
+        if not any(points[o].value >= points[m].value and cheaper_is * (xs[o] - xs[m]) > 0 for o in points)
+    ]  # fmt: skip
+    front.sort(key=lambda m: xs[m])
+    axis.plot([xs[m] for m in front], [points[m].value for m in front], color="0.6", linewidth=1, zorder=0)
+    if len(points) > 1:
+        axis.set_xscale("log")
+        axis.margins(x=0.35)
+
+
+def draw_differences(comparison: "Comparison") -> Figure:
+    """A forest plot: each model's difference to the baseline by task, with its interval; clear ones are filled."""
+    from recsys_moe.comparison import quality_metric
+
+    _, metric = quality_metric(comparison)
+    first = {line.task: line.metric for line in reversed(comparison.lines)}
+    wanted = [(t, metric if comparison.of(comparison.baseline, t, metric) else first[t]) for t in dict.fromkeys(first)]
+    wanted.reverse()
+    others = [m for m in comparison.models if m != comparison.baseline]
+    height = max(2.5, 0.32 * len(wanted) * max(len(others), 1) + 1.4)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axis = figure.subplots()
+    for n, model in enumerate(others):
+        for row, (task, name) in enumerate(wanted):
+            line = comparison.of(model, task, name)
+            if line is None or line.gap is None:
+                continue
+            y = row + (n + 0.5) / len(others) * 0.8 - 0.4
+            axis.plot([line.gap.low, line.gap.high], [y, y], color=f"C{n % 10}", linewidth=2)
+            face = f"C{n % 10}" if line.gap.clear else "white"
+            axis.plot(line.gap.value, y, "o", color=f"C{n % 10}", markerfacecolor=face, label=model if row == 0 else None)
+    axis.axvline(0, color="0.4", linewidth=1)
+    axis.set_yticks(range(len(wanted)), [f"{task} ({name})" for task, name in wanted])
+    axis.invert_yaxis()
+    axis.set_xlabel(
+        f"difference to {comparison.baseline}, test part (95 %, bootstrap over rows and seeds; filled: 0 lies outside)"
+    )
+    axis.grid(alpha=0.3, axis="x")
+    if others:
+        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     return figure
 
 

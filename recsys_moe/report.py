@@ -6,11 +6,10 @@ The rows are read once, as a stream: scores and labels are counted in bins of fi
 Shapes: N rows, T tasks, S scores, E experts.
 """
 
-import base64
 import html
 import math
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from recsys_moe.predictor import Predictor
 from recsys_moe.schema import Cross
 from recsys_moe.shards import Rows
 from recsys_moe.typed import plain
+from recsys_moe.webpage import web_image, web_page, web_table
 
 HEALTH_ROWS = 4096
 """As many rows of the sample are enough for the experts' health, and each task's gradient at each expert fits into memory."""
@@ -321,24 +321,6 @@ def permutation_importance(
 
 # ---- the page ------------------------------------------------------------------------------------------------------------
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1200px; margin: 0 auto;
-       padding: 1rem 1.5rem 4rem }
-h1 { font-size: 1.6rem; overflow-wrap: anywhere }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc }
-nav a { margin-right: 1.2em }
-p { max-width: 52rem }
-figure { margin: 1rem 0 }
-img { max-width: 100%; height: auto }
-summary { cursor: pointer; margin: .6rem 0 }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
-th { border-bottom: 2px solid #888; vertical-align: bottom }
-th:first-child, td:first-child { text-align: left }
-.warning { border-left: .3rem solid #d55e00; background: #fdf1e8; padding: .5rem 1rem; margin: .5rem 0 }
-.well { border-left: .3rem solid #009e73; background: #eaf6f2; padding: .5rem 1rem }
-"""
 _WELL = "No anomaly: no expert has collapsed, none is held by one task, no task leaves its own experts aside."
 
 
@@ -363,21 +345,17 @@ def page_of(inspection: Inspection) -> str:
     """The whole page: pictures inside, no script, nothing from elsewhere."""
     from recsys_moe import pictures  # matplotlib
 
-    def image(figure: Any, says: str) -> str:
-        data = base64.b64encode(pictures.render(figure)).decode()
-        return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(says)}"></figure>'
-
     i = inspection
     text = html.escape
     with pictures.drawing():
         health = []
         if len(i.health.tasks) > 1:
-            health.append(image(pictures.draw_cosines(i.health), "Cosines of the tasks' gradients"))
+            health.append(web_image(pictures.draw_cosines(i.health), "Cosines of the tasks' gradients"))
         for name, plan in i.health.plans.items():
-            health.append(image(pictures.draw_plan(name, plan, i.health.tasks), f"Health of the experts of {name}"))
-        reliability = image(pictures.draw_reliability(i.curves), "Reliability curve of each task")
-        histograms = image(pictures.draw_scores(i.curves), "Histogram of each task's scores")
-        importance = image(
+            health.append(web_image(pictures.draw_plan(name, plan, i.health.tasks), f"Health of the experts of {name}"))
+        reliability = web_image(pictures.draw_reliability(i.curves), "Reliability curve of each task")
+        histograms = web_image(pictures.draw_scores(i.curves), "Histogram of each task's scores")
+        importance = web_image(
             pictures.draw_importance(i.importance.features, list(i.metrics), i.quality_names, i.importance.mean),
             "Permutation importance of each feature for each task",
         )
@@ -390,18 +368,8 @@ def page_of(inspection: Inspection) -> str:
         [feature, *(_figure(m, s) for m, s in zip(i.importance.mean[f], spread[f], strict=True))]
         for f, feature in enumerate(i.importance.features)
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{text(i.model)} on {text(i.data)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{text(i.model)} on {text(i.data)}</h1>
-<p>{i.rows:,} rows scored. Metrics and importance are of {sample}, the experts' health is of up to {HEALTH_ROWS:,} of them.</p>
+    body = f"""<p>{i.rows:,} rows scored. Metrics and importance are of {sample}, the experts' health is of up to
+{HEALTH_ROWS:,} of them.</p>
 <nav><a href="#tasks">Tasks</a> <a href="#experts">Experts</a> <a href="#reliability">Reliability</a>
 <a href="#scores">Scores</a> <a href="#importance">Importance</a></nav>
 <h2 id="tasks">Tasks</h2>
@@ -409,7 +377,7 @@ def page_of(inspection: Inspection) -> str:
 <h2 id="experts">Experts</h2>
 {anomalies}
 {"".join(health)}
-<details><summary>Every expert's figures</summary>{_table(*i.health.table()) if i.health.plans else ""}</details>
+<details><summary>Every expert's figures</summary>{web_table(*i.health.table()) if i.health.plans else ""}</details>
 <h2 id="reliability">Reliability</h2>
 <p>Rows of about the same score, about as many a point, and what became of them: a calibrated model's points lie on the
 diagonal. Bars are 95 % intervals.</p>
@@ -421,10 +389,9 @@ diagonal. Bars are 95 % intervals.</p>
 <p>What a task loses of its quality when a feature's values are shuffled among the rows, {REPEATS} times over. Of two features
 that say the same, each alone costs little; a cross of features moves with them.</p>
 {importance}
-<details><summary>Every feature's loss, ± its standard deviation</summary>{_table(["feature", *i.metrics], lost)}</details>
-</body>
-</html>
-"""
+<details><summary>Every feature's loss, ± its standard deviation</summary>
+{web_table(["feature", *i.metrics], lost)}</details>"""
+    return web_page(f"{i.model} on {i.data}", body)
 
 
 def _metric_tables(metrics: dict[str, dict[str, Any]]) -> str:
@@ -434,7 +401,7 @@ def _metric_tables(metrics: dict[str, dict[str, Any]]) -> str:
     for task, values in metrics.items():
         shown = {name: value for name, value in values.items() if grouped or not name.startswith("gauc")}
         kinds.setdefault(tuple(shown), []).append([task, *map(_cell, shown.values())])
-    return "".join(_table(["task", *names], rows) for names, rows in kinds.items())
+    return "".join(web_table(["task", *names], rows) for names, rows in kinds.items())
 
 
 def _cell(value: Any) -> str:
@@ -443,11 +410,3 @@ def _cell(value: Any) -> str:
 
 def _figure(mean: float, spread: float) -> str:
     return "–" if math.isnan(mean) else f"{mean:.4f} ± {spread:.4f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
-    return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'

@@ -1,6 +1,7 @@
 """What may be learnt from somebody's log rows: the tasks of named labels, suspected labels, and what gives a label away."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -99,7 +100,12 @@ def _task(column: Column, looks: list[Column]) -> Task:
     short = column.name.removeprefix("is_")
     taken = short in {c.name for c in looks} or not short.isidentifier()
     rate = {} if column.rate is None else {"rate": column.rate}
-    return {"name": column.name if taken else short, "column": column.name, "columns": (column.name,)} | column.task | rate
+    plain = unicodedata.normalize("NFKD", column.name if taken else short).encode("ascii", "ignore").decode()
+    return (
+        {"name": plain if plain.isidentifier() else "label", "column": column.name, "columns": (column.name,)}
+        | column.task
+        | rate
+    )
 
 
 def mark_labels(looks: list[Column], named: list[Task]) -> list[Column]:

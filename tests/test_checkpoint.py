@@ -199,21 +199,30 @@ import sys
 sys.argv = ["", {data!r}, {state!r}]
 import runpy
 here = runpy.run_path({file!r})
-told = []
-mine = here["trainer"](here["PreparedData"](here["Path"]({data!r})), here["Path"]({state!r}), told.append)
+from recsys_moe.pipelines.worker import EventLog
+disk = here["Path"]({state!r}).parent
+log = EventLog(disk / "events.jsonl")  # on the same disk
+mine = here["trainer"](here["PreparedData"](here["Path"]({data!r})), here["Path"]({state!r}), log.tell)
 step = mine._train_step
 def stepping(batch):
     if mine.step == 12:  # all but a few kilobytes are taken by somebody else
         import shutil, pathlib
         free = shutil.disk_usage({state!r}).free
-        pathlib.Path({state!r}).parent.joinpath("other").write_bytes(bytes(max(0, free - 8192)))
+        (disk / "other").write_bytes(bytes(max(0, free - 8192)))
+        with (disk / "rest").open("wb", buffering=0) as rest:
+            rest.write(bytes(2**20))  # as much as there is room for
     return step(batch)
 mine._train_step = stepping
 mine.fit()
+(disk / "rest").unlink()
+with log:
+    pass
+import json
+told = [json.loads(line) for line in (disk / "events.jsonl").read_text().splitlines()]
 print([e["message"] for e in told if e["kind"] == "warning"])
 import pathlib
 print(sorted(p.name for p in pathlib.Path({state!r}).iterdir()))
-again = here["trainer"](here["PreparedData"](here["Path"]({data!r})), here["Path"]({state!r}), told.append)
+again = here["trainer"](here["PreparedData"](here["Path"]({data!r})), here["Path"]({state!r}))
 print(again.step)
 """
 

@@ -31,6 +31,9 @@ def test_labels_name_models_and_their_settings() -> None:
         ("mmeo", "did you mean 'mmoe'"),
         ("home+gates=1", "unknown key 'gates'"),
         ("trees+leafs=7", "'leaves'"),
+        ("trees+leaves=x", "'leaves' is 'x'"),
+        ("trees+leaves", "'leaves' is None"),
+        ("trees+leaves=[1", "which is no value"),
     ]:
         with pytest.raises(UserError, match=told):
             model_of(label)

@@ -14,14 +14,13 @@ from recsys_moe.comparison import (
     Result,
     compare_results,
     cost_table,
-    draw_differences,
-    draw_pareto,
     page,
     quality_metric,
     table,
 )
 from recsys_moe.costs import Cost
 from recsys_moe.heads import Heads
+from recsys_moe.pictures import draw_differences, draw_pareto, drawing
 from recsys_moe.schema import Schema
 from recsys_moe.transforms import Statistics
 from recsys_moe.typed import parse, plain
@@ -104,11 +103,14 @@ def test_what_people_are_shown(compared: Comparison) -> None:
     assert rows[0][:3] == ["click", "auc", "good"]
     assert rows[1][:3] == ["", "", "<b>bad</b>"]
     assert cost_table(compared)[1][2] == ["trees", "–", "–", "–"]
-    text = page(compared, {"Cost": draw_pareto(compared), "Gaps": draw_differences(compared)})
+    with drawing():
+        text = page(compared, {"Cost": draw_pareto(compared), "Gaps": draw_differences(compared)})
     assert "&lt;b&gt;bad&lt;/b&gt;" in text
     assert "<b>bad</b>" not in text
     assert text.count("data:image/png;base64,") == 2
-    assert "http" not in text
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "<script" not in text
     json.dumps(plain(compared.to_json()), allow_nan=False)
 
 

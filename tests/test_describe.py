@@ -647,3 +647,42 @@ def test_a_file_without_anything_like_a_label(tmp_path: Path, cli: Any) -> None:
     assert done.returncode == 0
     assert "no column looks like a label: name one with --label" in done.stderr
     assert "--label COLUMN" in done.stderr
+
+
+def test_durations_are_no_time_to_split_by(tmp_path: Path) -> None:
+    """They were once: the printed command tested on the longest sessions."""
+    n = 200
+    table = pa.table(
+        {
+            "length": pa.array(np.arange(n) * 1000, pa.int64()).cast(pa.duration("ms")),
+            "of_day": pa.array(np.arange(n) % 24 * 3600, pa.int32()).cast(pa.time32("s")),
+            "colour": ["red", "blue"] * (n // 2),
+            "is_click": np.arange(n) % 3 == 0,
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = describe(tmp_path / "a.parquet", [])
+    assert found.time is None
+    assert "split" not in found.train_command(None)
+
+
+def test_a_late_value_that_is_no_time_is_seen(tmp_path: Path) -> None:
+    times = [f"2024-01-01 00:{i // 60 % 60:02d}:{i % 60:02d}" for i in range(2500)]
+    times[2000] = "unknown"
+    pq.write_table(
+        pa.table({"at": times, "colour": ["red", "blue"] * 1250, "is_click": np.arange(2500) % 3 == 0}), tmp_path / "a.parquet"
+    )
+    assert describe(tmp_path / "a.parquet", []).time is None
+
+
+@pytest.mark.parametrize(("name", "values", "task"), [("Été", [0, 1], "Ete"), ("is_big", [1e30, 3e30], "big")])
+def test_labels_of_odd_names_and_huge_values_are_proposed_as_they_can_be_read(
+    name: str, values: list[float], task: str, tmp_path: Path
+) -> None:
+    column = np.where(np.arange(300) % 3 == 0, values[1], values[0])
+    pq.write_table(pa.table({"colour": ["red", "blue"] * 150, name: column}), tmp_path / "a.parquet")
+    found = describe(tmp_path / "a.parquet", [name])
+    schema = parse(Schema, yaml.safe_load(found.schema), "proposed")
+    assert schema.task_names == (task,)
+    labels, _ = task_labels(pq.read_table(tmp_path / "a.parquet"), schema)
+    assert 0 < labels.mean() < 1

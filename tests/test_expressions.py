@@ -153,3 +153,8 @@ def test_evaluation_errors_name_the_column_and_its_type(text: str, sentence: str
 def test_in_a_list_with_a_value_that_the_column_cannot_hold() -> None:
     # 17 == 1.5 is false, not an error: so is 17 in [1.5].
     assert value("age in [17, 1.5]") == [True, False, False, None]
+
+
+def test_a_number_that_no_column_holds_is_told() -> None:
+    with pytest.raises(UserError, match="can't be evaluated, since y is int64"):
+        Expression("y > 99999999999999999999")(pa.table({"y": [1, 2]}))

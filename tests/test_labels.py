@@ -185,3 +185,10 @@ def test_a_label_that_its_kind_cannot_have(task: dict[str, Any], values: list[An
     with pytest.raises(UserError, match=sentence) as caught:
         labels(task, y=pa.array(values, from_pandas=False))
     assert "\n" not in str(caught.value)
+
+
+def test_a_group_of_lists_is_refused() -> None:
+    features, tasks = [{"name": "c", "kind": "categorical"}], [{"name": "y", "label": "y"}]
+    schema = parse(Schema, {"features": features, "tasks": tasks, "group": "g"}, "schema")
+    with pytest.raises(UserError, match=r"group column 'g' is list.*which names no group"):
+        group_ids(pa.table({"g": [[1], [2, 3]]}), schema)

@@ -12,7 +12,7 @@ from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.pipelines.runs import RunBusy, RunFolder, all_runs, find_run
 from recsys_moe.pipelines.tracking import TrackingConfig, open_client, open_run
 from recsys_moe.pipelines.train import TrainJob, resume, sync
-from recsys_moe.pipelines.worker import _end_line
+from recsys_moe.pipelines.worker import EventLog
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig
 from recsys_moe.typed import dump
@@ -117,13 +117,12 @@ def test_a_line_that_a_killed_worker_left_half_written_is_no_event(folder: RunFo
     with folder.events_file.open("a") as file:
         file.write('{"kind": "ep')
     assert folder.events() == EVENTS
-    with folder.events_file.open("a+") as file:
-        _end_line(file)
-        file.write(json.dumps(DONE) + "\n")
-    assert folder.events() == [*EVENTS, DONE]
+    with EventLog(folder.events_file) as log:
+        log.tell(DONE)
+    assert [event | {"time": 0} for event in folder.events()] == [event | {"time": 0} for event in (*EVENTS, DONE)]
     size = os.path.getsize(folder.events_file)
-    with folder.events_file.open("a+") as file:
-        _end_line(file)
+    with EventLog(folder.events_file):
+        pass
     assert os.path.getsize(folder.events_file) == size
 
 
@@ -191,3 +190,43 @@ def test_a_run_that_has_finished_is_not_resumed(folder: RunFolder) -> None:
 def test_two_bounds_of_workers_have_an_order() -> None:
     with pytest.raises(ValueError, match=r"train.workers is \[4, 2\]: write the smaller bound first"):
         TrainConfig(workers=(4, 2))
+
+
+class Full:
+    """A file that takes so many bytes more."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        taken = data[: self.room]
+        self.room -= len(taken)
+        return int(self.file.write(taken))
+
+    def truncate(self, size: int) -> None:
+        self.file.truncate(size)
+
+    def __enter__(self) -> None:
+        self.file.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+
+def test_events_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = tmp_path / "events.jsonl"
+    log = EventLog(events)
+    log.tell({"kind": "start"})
+    full = Full(log._file, room=10)
+    monkeypatch.setattr(log, "_file", full)
+    log.tell({"kind": "step"})
+    log.tell({"kind": "epoch"})
+    assert len(events.read_text().splitlines()) == 1  # and no half line behind it
+    full.room = 10**6
+    with log:
+        log.tell({"kind": "done"})
+    assert [json.loads(line)["kind"] for line in events.read_text().splitlines()] == ["start", "step", "epoch", "done"]
+    log = EventLog(events)
+    monkeypatch.setattr(log, "_file", Full(log._file, room=0))
+    with pytest.raises(OSError, match="No space left"), log:
+        log.tell({"kind": "done"})
