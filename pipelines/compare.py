@@ -44,7 +44,7 @@ from recsys_moe.pipelines.runs import all_runs
 from recsys_moe.pipelines.tracking import Run, TrackingConfig, describe_data, flatten, open_client, open_run
 from recsys_moe.pipelines.train import TrainJob, resume, settle_model, train
 from recsys_moe.pipelines.tune import TuneConfig, TuneJob, default_space, parse_space, tune, with_settings
-from recsys_moe.process import use_all_cores
+from recsys_moe.process import keep_freed_memory, use_all_cores
 from recsys_moe.shards import PreparedData, write_json
 from recsys_moe.sources import DataConfig
 from recsys_moe.storage import locate
@@ -123,6 +123,7 @@ class Cell:
     parent: str
     uri: str
     tracking: dict[str, Any]
+    parallel: int
 
     @property
     def path(self) -> Path:
@@ -263,7 +264,7 @@ def _parent_run(job: CompareJob, folder: Path, data: PreparedData) -> Iterator[R
 
 def _cells(job: CompareJob, settings: list[Settings], data: list[PreparedData], folder: Path, run: Run) -> list[Cell]:
     """Seed by seed, so that all models have something to show early. What no seed changes is fitted once."""
-    told = {"parent": run.run_id, "uri": run.uri, "tracking": dump(job.tracking)}
+    told = {"parent": run.run_id, "uri": run.uri, "tracking": dump(job.tracking), "parallel": job.compare.parallel}
     sources = _folds(job.data, len(data))
     cells = []
     for seed, fold, label in itertools.product(range(job.compare.seeds), range(len(data)), job.models):
@@ -344,7 +345,8 @@ def _result(cell: Cell) -> Result:
 
 def run_cell(cell: Cell) -> str | None:
     """Train or fit one cell and keep its test rows' scores; returns a user's mistake, which is told once for all."""
-    use_all_cores()
+    use_all_cores(cell.parallel)
+    keep_freed_memory()
     cell.path.mkdir(parents=True, exist_ok=True)
     try:
         done = _fit_baseline(cell) if cell.job is None else _train(cell)
@@ -355,16 +357,20 @@ def run_cell(cell: Cell) -> str | None:
 
 
 def _train(cell: Cell) -> dict[str, Any]:
-    """Through the same road as `recsys-moe train`; a run that was cut off goes on."""
+    """Through the same road as `recsys-moe train`; a run that was cut off goes on.
+
+    One worker trains in this process: starting Ray Train's for each of hundreds of short runs would take longer than they do.
+    """
     job: TrainJob = parse(TrainJob, cell.job, cell.name)
+    here = job.train.workers == 1
     on_event = _Watch(cell).on_event
     run = next((run for run in all_runs(Path(job.runs_dir)) if run.record.tags == cell.tags), None)
     if run is None:
-        summary = train(job, on_event, name=cell.name, tags=cell.tags)
+        summary = train(job, on_event, name=cell.name, tags=cell.tags, here=here)
     elif run.record.status == "FINISHED":  # trained, but MLflow or this task was lost before it was told
         summary = {"bundle": str(run.bundle), **json.loads((run.bundle / "metrics.json").read_text())}
     else:
-        _, summary = resume(str(run.path), Path(job.runs_dir), {}, on_event)
+        _, summary = resume(str(run.path), Path(job.runs_dir), {}, on_event, here=here)
     bundle = Bundle(Path(summary["bundle"]))
     _keep_scores(cell, score_part(bundle.model, PreparedData(Path(cell.prepared), verify=False), "test").scores)
     return {"bundle": summary["bundle"], "test": summary["test"], "samples_per_s": summary["train"]["samples_per_s"]}

@@ -37,6 +37,7 @@ from recsys_moe.pipelines.tracking import (
     pinned,
     resolve_model,
 )
+from recsys_moe.pipelines.worker import run_training, train_worker
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
 from recsys_moe.storage import locate
@@ -65,8 +66,12 @@ def train(
     on_prepare: Progress = lambda phase, done, total: None,
     name: str | None = None,
     tags: dict[str, str] | None = None,
+    here: bool = False,
 ) -> dict[str, Any]:
     """Run a job; returns its summary (the JSON of `recsys-moe train --json`). `name` and `tags` are for its run in MLflow.
+
+    `here` trains in this process, which is a Ray worker already, rather than in new ones behind Ray Train: one worker only,
+    and who is lost with it goes on by `resume`.
 
     Raises:
         UserError: a mistake in what was given; training failed, or MLflow is lost, in which cases the message says what is
@@ -83,7 +88,7 @@ def train(
     except OSError as error:
         raise UserError(f"runs_dir {job.runs_dir!r} can't be written ({error.strerror}); choose another folder") from None
     try:
-        return _run(settled, folder, on_event, on_prepare)
+        return _run(settled, folder, on_event, on_prepare, here)
     except BaseException:
         # A run that has nothing to go on from goes again.
         if not any(event["kind"] in ("epoch", "checkpoint") for event in folder.events()):
@@ -114,6 +119,7 @@ def resume(
     changes: dict[str, dict[str, Any]],
     on_event: Callable[[Event], None] = lambda event: None,
     on_prepare: Progress = lambda phase, done, total: None,
+    here: bool = False,
 ) -> tuple[TrainJob, dict[str, Any]]:
     """Go on with a run that was stopped, killed or lost, from its last checkpoint; returns its job and its summary.
 
@@ -128,10 +134,12 @@ def resume(
     if folder.record.status == "FINISHED":
         later = "" if folder.record.synced else "; tell MLflow of it with `recsys-moe runs sync`"
         raise UserError(f"run {folder.path.name!r} has finished, its bundle is {str(folder.bundle)!r}{later}")
-    return job, _run(job, folder, on_event, on_prepare)
+    return job, _run(job, folder, on_event, on_prepare, here)
 
 
-def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on_prepare: Progress) -> dict[str, Any]:
+def _run(
+    job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on_prepare: Progress, here: bool
+) -> dict[str, Any]:
     with folder.locked(), _status_kept(folder), ThreadPoolExecutor(1) as pool:
         # Before the thread: two that import MLflow at once fail on each other's half-made modules.
         job, start = _fetch_start(job, folder)
@@ -145,14 +153,14 @@ def _run(job: TrainJob, folder: RunFolder, on_event: Callable[[Event], None], on
             summary = None
             try:
                 with _tracked(opening.result(), job, folder) as run:
-                    summary = _fit(job, folder, data.folder, on_event, run)
+                    summary = _fit(job, folder, data.folder, on_event, run, here)
                     _tell_rest(run, folder)
                     _tell_bundle(run, job, folder, summary)
                     _tell_health(run, folder)
             except TrackingLost as lost:
                 if summary is None:
                     on_event({"kind": "warning", "message": f"{lost}. Training goes on without it."})
-                    summary = _fit(job, folder, data.folder, on_event, None)
+                    summary = _fit(job, folder, data.folder, on_event, None, here)
                 folder.update(status="FINISHED", ended=time.time())
                 raise UserError(
                     f"{lost}; once it answers, `recsys-moe runs sync` tells it all; the trained bundle is kept in "
@@ -292,16 +300,50 @@ def _sync(folder: RunFolder) -> dict[str, Any]:
     return {"run": str(folder.path), "run_id": record.run_id, "version": record.version, "status": status}
 
 
-def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event], None], run: Run | None) -> dict[str, Any]:
-    """Train through Ray; returns the bundle's place, its metrics and the training's own figures.
+def _fit(
+    job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event], None], run: Run | None, here: bool
+) -> dict[str, Any]:
+    """Train; returns the bundle's place, its metrics and the training's own figures.
 
     Raises:
         UserError: training failed; says what there is to go on from, or names the bundle of the best epoch before.
     """
+    told = {
+        "prepared": str(data),
+        "data": dump(job.data),
+        "model": dump(job.model),
+        "train": dump(job.train),
+        "events": str(folder.events_file),
+        "state": str(folder.state),
+        "bundle": str(folder.bundle),
+        "start": str(folder.start) if job.start else None,
+    }
+    folder.events_file.touch()
+    with _following(folder.events_file, lambda event: _tell(event, on_event, run)):
+        if here:
+            run_training(told)
+        else:
+            _fit_behind_ray(job, folder, told)
+    final = folder.events()[-1]
+    if final["kind"] == "error":
+        if not any(folder.state.glob("step-*.json")):  # nothing to go on from: the best weights are in the bundle
+            shutil.rmtree(folder.state, ignore_errors=True)
+        kept = f"; the bundle of the best epoch before is kept in {str(folder.bundle)!r}" if final["bundle"] else ""
+        raise UserError(f"{final['message']}{kept}")
+    measured = {key: final[key] for key in ("validation", "test", "train")}
+    write_json(folder.bundle / "metrics.json", measured)
+    shutil.rmtree(folder.state, ignore_errors=True)
+    return {"bundle": str(folder.bundle), **measured, "anomalies": _anomalies(folder.events())}
+
+
+def _fit_behind_ray(job: TrainJob, folder: RunFolder, told: dict[str, Any]) -> None:
+    """Let Ray Train's workers train, anew when one is lost.
+
+    Raises:
+        UserError: they were lost too often.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
-
-    from recsys_moe.pipelines.worker import train_worker
 
     class Fitter(TorchTrainer):
         """Without what Ray Train does for others.
@@ -320,42 +362,21 @@ def _fit(job: TrainJob, folder: RunFolder, data: Path, on_event: Callable[[Event
                 return callbacks
             return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
-    folder.events_file.touch()
     workers = job.train.workers
     if isinstance(workers, tuple) and job.ray.address is None:  # this machine has room for as many as it has cores
         workers = (workers[0], max(workers[0], min(workers[1], os.cpu_count() or 1)))
     trainer = Fitter(
         train_worker,
-        train_loop_config={
-            "prepared": str(data),
-            "data": dump(job.data),
-            "model": dump(job.model),
-            "train": dump(job.train),
-            "events": str(folder.events_file),
-            "state": str(folder.state),
-            "bundle": str(folder.bundle),
-            "start": str(folder.start) if job.start else None,
-        },
+        train_loop_config=told,
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=job.train.device == "cuda", resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
             storage_path=str(folder.path), name="ray", failure_config=FailureConfig(max_failures=job.train.max_failures)
         ),
     )
-    with _following(folder.events_file, lambda event: _tell(event, on_event, run)):
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _training_failed(error, folder) from None
-    final = folder.events()[-1]
-    if final["kind"] == "error":
-        if not any(folder.state.glob("step-*.json")):  # nothing to go on from: the best weights are in the bundle
-            shutil.rmtree(folder.state, ignore_errors=True)
-        kept = f"; the bundle of the best epoch before is kept in {str(folder.bundle)!r}" if final["bundle"] else ""
-        raise UserError(f"{final['message']}{kept}")
-    measured = {key: final[key] for key in ("validation", "test", "train")}
-    write_json(folder.bundle / "metrics.json", measured)
-    shutil.rmtree(folder.state, ignore_errors=True)
-    return {"bundle": str(folder.bundle), **measured, "anomalies": _anomalies(folder.events())}
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _training_failed(error, folder) from None
 
 
 def _training_failed(error: Exception, folder: RunFolder) -> UserError:

@@ -26,6 +26,13 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 def train_worker(config: dict[str, Any]) -> None:
+    """What each of Ray Train's workers does."""
+    use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    keep_freed_memory()
+    run_training(config)
+
+
+def run_training(config: dict[str, Any]) -> None:
     """Train; a user's mistake, which all workers meet alike, ends the event log instead of a traceback."""
     with EventLog(Path(config["events"] if rank() == 0 else os.devnull)) as log:
         with peak_memory() as peak:
@@ -78,8 +85,6 @@ def _ends_a_line(path: Path, size: int) -> bool:
 
 def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """The last event: what was reached, or why nothing was."""
-    use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    keep_freed_memory()
     # The driver has verified the checksums when it opened or wrote the data.
     data = PreparedData(Path(config["prepared"]), verify=False)
     model_config = parse(ModelConfig, config["model"], "model")
