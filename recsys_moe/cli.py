@@ -675,7 +675,7 @@ SECTIONS: dict[str, Any] = {
     "data": "recsys_moe.sources:DataConfig",
     "model": "recsys_moe.models:ModelConfig",
     "train": "recsys_moe.trainer:TrainConfig",
-    "serve": "recsys_moe.serving.app:ServeConfig",
+    "serve": "recsys_moe.serving.config:ServeConfig",
     "tracking": "recsys_moe.pipelines.tracking:TrackingConfig",
     "ray": "recsys_moe.pipelines.cluster:RayConfig",
     "runs_dir": str,
