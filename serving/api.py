@@ -53,6 +53,7 @@ def build_api(served: Path, config: ServeConfig) -> FastAPI:
         description="Scores and ranks with trained multi-task models.",
         lifespan=lifespan,
     )
+    api.state.service = service
     api.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 2**20))
     api.add_middleware(AnswerFailures)  # the last one added is the outermost
 

@@ -125,7 +125,7 @@ class Models:
 
     def _choices(self) -> dict[str, tuple[Choice, ...]]:
         if self._served.is_dir():
-            return {self._served.name: (Choice("0", str(self._served)),)}
+            return {self._served.name: (Choice("local", str(self._served)),)}
         found: dict[str, tuple[Choice, ...]] = parse(
             dict[str, tuple[Choice, ...]], json.loads(self._served.read_text()), str(self._served)
         )

@@ -76,7 +76,7 @@ def test_a_damaged_one_is_told(bundle: Path, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"junk" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="can't be read .*; fetch the bundle again"):
+        with pytest.raises(UserError, match=r"can't be read .*; fetch the bundle again"):
             check(Predictor(bundle))
     shutil.copy(bundle / "model.safetensors", path)
     with pytest.raises(UserError, match="can't be read"):
