@@ -11,19 +11,33 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from recsys_moe import __version__
 from recsys_moe.errors import UserError
+from recsys_moe.serving import arrow
 from recsys_moe.serving.config import ServeConfig
 from recsys_moe.serving.limits import AnswerFailures, LimitBody, refuse
-from recsys_moe.serving.requests import ErrorResponse, RankRequest, RankResponse, ScoreRequest, ScoreResponse, sentence
+from recsys_moe.serving.observe import Observe
+from recsys_moe.serving.requests import (
+    ErrorResponse,
+    RankRequest,
+    RankResponse,
+    ScoreRequest,
+    ScoreResponse,
+    parse_rank,
+    sentence,
+)
 from recsys_moe.serving.service import Service
 from recsys_moe.serving.watch import refreshing
 
 LOOK_SECONDS = 1.0
 """How often a replica looks whether the files that it serves from have changed."""
+
+JSON = "application/json"
+PARSERS = {JSON: parse_rank, arrow.MEDIA_TYPE: arrow.parse_rank}
 
 T = TypeVar("T")
 
@@ -55,7 +69,8 @@ def build_api(served: Path, config: ServeConfig) -> FastAPI:
     )
     api.state.service = service
     api.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 2**20))
-    api.add_middleware(AnswerFailures)  # the last one added is the outermost
+    api.add_middleware(AnswerFailures)
+    api.add_middleware(Observe, answered=service.metrics.answered)  # the last one added is the outermost
 
     @api.exception_handler(UserError)
     async def user_error(request: Request, error: UserError) -> Response:
@@ -80,7 +95,9 @@ def build_api(served: Path, config: ServeConfig) -> FastAPI:
         return ScoreResponse(**await in_turn(lambda: service.score(request)))
 
     # Read by pydantic's own parser, outside the event loop: thousands of candidates would hold it up.
-    body = {"required": True, "content": {"application/json": {"schema": _inline(RankRequest.model_json_schema())}}}
+    stream = {"type": "string", "format": "binary", "description": arrow.__doc__}
+    forms = {JSON: {"schema": _inline(RankRequest.model_json_schema())}, arrow.MEDIA_TYPE: {"schema": stream}}
+    body = {"required": True, "content": forms}
 
     @api.post(
         "/v1/rank",
@@ -89,8 +106,18 @@ def build_api(served: Path, config: ServeConfig) -> FastAPI:
         openapi_extra={"requestBody": body},
     )
     async def rank(request: Request) -> Response:
-        content = await request.body()
-        return Response(await in_turn(lambda: to_json(service.rank(content))), media_type="application/json")
+        sent = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+        if sent not in PARSERS:
+            return refuse(415, f"the body's Content-Type {sent[:60]!r} is unknown; send {' or '.join(PARSERS)}")
+        content, as_arrow = await request.body(), arrow.MEDIA_TYPE in request.headers.get("accept", "")
+
+        def work() -> bytes:
+            result = service.rank(content, PARSERS[sent])
+            told = {"request_id": result["request_id"], "model": result["model"]["name"], "version": result["model"]["version"]}
+            request.scope["told"].update(told, candidates=result["candidates"])
+            return arrow.answer(result) if as_arrow else to_json(result)
+
+        return Response(await in_turn(work), media_type=arrow.MEDIA_TYPE if as_arrow else JSON)
 
     @api.get("/v1/model", summary="What is served: tasks, features, metrics")
     async def model(name: str | None = None) -> dict[str, Any]:
@@ -99,6 +126,10 @@ def build_api(served: Path, config: ServeConfig) -> FastAPI:
     @api.get("/v1/models", summary="All models with their versions, and what was refused")
     async def models() -> dict[str, Any]:
         return service.status()
+
+    @api.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.metrics_page(), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/healthz", summary="Liveness")
     async def healthz() -> dict[str, str]:

@@ -42,7 +42,7 @@ class ServeConfig:
 
     `item_key` and `user_key` are the features that a candidate's id and a request's `user_id` stand for, and the key
     columns of `item_features` and `user_features`: Arrow IPC files (uncompressed ones are mapped, not read) that requests
-    need not repeat. `feature_log` is a folder that a `feature_log_share` of the requests is written to, as they were scored.
+    need not repeat, read again when they are replaced.
     """
 
     host: str = "127.0.0.1"
@@ -56,3 +56,12 @@ class ServeConfig:
     request_formula: bool = False
     canary: CanaryConfig | None = None
     shadow: CanaryConfig | None = None
+    item_key: str | None = None
+    user_key: str | None = None
+    item_features: str | None = None
+    user_features: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, file in ((self.item_key, self.item_features), (self.user_key, self.user_features)):
+            if file is not None and key is None:
+                raise ValueError(f"{file!r} needs a key column; set serve.item_key for items, serve.user_key for users")

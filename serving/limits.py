@@ -46,7 +46,7 @@ class LimitBody:
                 return
             whole = unpacked
             kept = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
-            scope = {**scope, "headers": [*kept, (b"content-length", str(len(whole)).encode())]}
+            scope["headers"] = [*kept, (b"content-length", str(len(whole)).encode())]
         sent = False
 
         async def replay() -> Message:

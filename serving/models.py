@@ -37,7 +37,7 @@ class Choice:
     folder: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one that is loaded again is another one
 class Model:
     """A loaded bundle under the name that requests have for it; `digest` is its family and a digest of its weights."""
 

@@ -1,6 +1,7 @@
 """A ranking request, from its columns to its answer. Nothing here runs once for each candidate."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,21 +9,33 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from recsys_moe.columns import as_category
 from recsys_moe.errors import UserError, nearest
-from recsys_moe.schema import Cross
+from recsys_moe.schema import Categorical, Cross
 from recsys_moe.serving.config import FormulaConfig, ServeConfig
+from recsys_moe.serving.features import FeatureTable
 from recsys_moe.serving.fuse import Formula
 from recsys_moe.serving.models import Model
-from recsys_moe.serving.requests import RankRequest, to_column
+from recsys_moe.serving.requests import Items, RankHead, to_column
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The feature files, as they are while one request is answered."""
+
+    items: FeatureTable | None = None
+    user: FeatureTable | None = None
 
 
 @dataclass
 class Gathered:
-    """A request's feature columns: of one value where it holds for all `rows`. `ignored` are names that are no features."""
+    """A request's feature columns: of one value where it holds for all `rows`. `ignored` are names that are no features,
+    `unknown` how many ids (the candidates' and the user's) the feature files lack."""
 
     columns: dict[str, pa.ChunkedArray]
     rows: int
     ignored: list[str]
+    unknown: int
 
 
 @dataclass
@@ -38,13 +51,13 @@ class Timer:
         self._last = now
 
 
-def gather(request: RankRequest, model: Model, config: ServeConfig) -> Gathered:
+def gather(request: RankHead, items: Items, model: Model, config: ServeConfig, stores: Stores) -> Gathered:
     """The columns of the model's features.
 
     Raises:
         UserError: a feature that is nowhere, a list of another length than `ids`, a value of the wrong kind; names it.
     """
-    ids, given = request.candidates.ids, request.candidates.features
+    ids, given = items.ids, items.features
     if len(ids) > config.max_candidates:
         raise UserError(
             f"candidates.ids has {len(ids):,} candidates, more than serve.max_candidates = {config.max_candidates:,}; "
@@ -56,29 +69,62 @@ def gather(request: RankRequest, model: Model, config: ServeConfig) -> Gathered:
                 f"candidates.features.{name} has {len(values):,} values for {len(ids):,} candidates; send one for each, or null"
             )
     columns, schema = dict[str, pa.ChunkedArray](), model.predictor.bundle.schema
+    of_items = _Lookup(stores.items, ids, config.item_key, "candidate {}")
+    of_user = _Lookup(stores.user, [request.user_id], config.user_key, "user_id")
     for feature in schema.features:
         name = feature.name
         if isinstance(feature, Cross):  # of columns that others read
             continue
         if name in given:
-            column = to_column(given[name], feature, "candidate {}")
+            values = given[name]
+            column = values if isinstance(values, pa.ChunkedArray) else to_column(values, feature, "candidate {}")
         elif name in request.context:
             column = to_column([request.context[name]], feature, "context")
         elif name in request.user:
             column = to_column([request.user[name]], feature, "user")
+        elif name == config.item_key:
+            column = to_column(ids, feature, "candidate {}")
+        elif name == config.user_key:
+            column = to_column([request.user_id], feature, "user_id")
+        elif name in of_items:
+            column = of_items.column(name)
+        elif name in of_user:
+            column = of_user.column(name)
         else:
-            raise _missing(name, request)
-        columns[name] = pa.chunked_array([column])
+            raise _missing(name, [*given, *request.context, *request.user])
+        columns[name] = column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column])
     sent = dict.fromkeys([*given, *request.context, *request.user])
-    return Gathered(columns, len(ids), [name for name in sent if name not in columns])
+    return Gathered(columns, len(ids), [n for n in sent if n not in columns], of_items.unknown + of_user.unknown)
 
 
-def _missing(name: str, request: RankRequest) -> UserError:
-    sent = [*request.candidates.features, *request.context, *request.user]
+class _Lookup:
+    """The columns of a feature file for some ids, which are looked up when the first column is asked for."""
+
+    def __init__(self, table: FeatureTable | None, ids: Sequence[Any], key: str | None, whose: str) -> None:
+        self._table, self._ids, self._key, self._whose = table, ids, key or "", whose
+        self._rows: npt.NDArray[np.int32] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return self._table is not None and name in self._table.names
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        assert self._table is not None
+        if self._rows is None:
+            ids = to_column(self._ids, Categorical(self._key, "categorical"), self._whose)
+            self._rows = self._table.find(as_category(ids, self._key))
+        return self._table.take(name, self._rows)
+
+    @property
+    def unknown(self) -> int:
+        return 0 if self._rows is None else int((self._rows < 0).sum())
+
+
+def _missing(name: str, sent: list[str]) -> UserError:
     close = nearest(name, sent)
     hint = f" ({close})" if close.startswith("did you mean") else ""
     return UserError(
-        f"feature {name!r} is in none of candidates.features, context and user{hint}; add it, or null if it is not known"
+        f"feature {name!r} is in none of candidates.features, context and user{hint}, nor in a feature file; add it, or null "
+        "if it is not known"
     )
 
 
@@ -92,7 +138,7 @@ def score(gathered: Gathered, model: Model) -> npt.NDArray[np.float32]:
     return predictor.score_inputs(predictor.bundle.transform.of_columns(gathered.columns, gathered.rows))
 
 
-def wanted_scores(request: RankRequest, model: Model) -> list[str]:
+def wanted_scores(request: RankHead, model: Model) -> list[str]:
     """The names of the scores that a request asks for.
 
     Raises:
@@ -106,7 +152,7 @@ def wanted_scores(request: RankRequest, model: Model) -> list[str]:
     return [name for task, head in pairs if task in (request.tasks or tasks) for name in head.score_names(task)]
 
 
-def formula_of(request: RankRequest, model: Model, configured: FormulaConfig, config: ServeConfig) -> Formula:
+def formula_of(request: RankHead, model: Model, configured: FormulaConfig, config: ServeConfig) -> Formula:
     """The formula that fuses a request's scores.
 
     Raises:
@@ -118,11 +164,11 @@ def formula_of(request: RankRequest, model: Model, configured: FormulaConfig, co
 
 
 def answer(
-    request: RankRequest, model: Model, scores_sn: npt.NDArray[np.float32], fused_n: npt.NDArray[np.float64]
+    request: RankHead, items: Items, model: Model, scores_sn: npt.NDArray[np.float32], fused_n: npt.NDArray[np.float64]
 ) -> dict[str, Any]:
     """The candidates in their order: everything of a response that the scores decide."""
     order = np.argsort(-fused_n, kind="stable")[: request.top_n]
-    places, ids = order.tolist(), request.candidates.ids
+    places, ids = order.tolist(), items.ids
     row = {name: number for number, name in enumerate(model.predictor.score_names)}
     return {
         "model": model.described,

@@ -2,9 +2,10 @@
 
 import math
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
@@ -18,6 +19,7 @@ from recsys_moe.serving.config import FormulaConfig
 
 Value = str | float | int | bool | None
 Id = StrictStr | StrictInt
+Form = TypeVar("Form", bound=BaseModel)
 
 
 class ScoreRequest(BaseModel):
@@ -52,13 +54,8 @@ class Candidates(BaseModel):
     features: dict[str, list[Any]] = {}
 
 
-class RankRequest(BaseModel):
-    """A user, a context and candidates to rank for them.
-
-    A feature is taken from `candidates.features`, `context`, `user`, the ids (`serve.item_key`, `serve.user_key`) or the
-    service's feature files, whichever has it first; null stands for a missing value. Names that are no features of the model
-    are told back as `ignored`. `tasks` says whose scores are returned (all), `top_n` how many candidates (all).
-    """
+class RankHead(BaseModel):
+    """A ranking request without its candidates."""
 
     model_config = ConfigDict(extra="forbid")
     request_id: Annotated[str, Field(max_length=200)] | None = None
@@ -66,10 +63,20 @@ class RankRequest(BaseModel):
     user_id: Id | None = None
     user: dict[str, Any] = {}
     context: dict[str, Any] = {}
-    candidates: Candidates
     tasks: Annotated[list[str], Field(min_length=1)] | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     formula: FormulaConfig | None = None
+
+
+class RankRequest(RankHead):
+    """A user, a context and candidates to rank for them.
+
+    A feature is taken from `candidates.features`, `context`, `user`, the ids (`serve.item_key`, `serve.user_key`) or the
+    service's feature files, whichever has it first; null stands for a missing value. Names that are no features of the model
+    are told back as `ignored`. `tasks` says whose scores are returned (all), `top_n` how many candidates (all).
+    """
+
+    candidates: Candidates
 
 
 class ServedModel(BaseModel):
@@ -90,19 +97,38 @@ class RankResponse(BaseModel):
     positions: list[int]
     fused: list[float]
     scores: dict[str, list[float]]
+    candidates: int
     ignored: list[str]
     unknown_ids: int
     timings_ms: dict[str, float]
 
 
-def parse_rank(body: bytes) -> RankRequest:
+@dataclass(frozen=True)
+class Items:
+    """Candidates in whatever form they came: their ids, and feature columns as JSON values or as Arrow has them."""
+
+    ids: list[Id]
+    features: Mapping[str, list[Any] | pa.ChunkedArray]
+
+
+def parse_rank(body: bytes) -> tuple[RankHead, Items]:
     """The request in a JSON body.
 
     Raises:
         UserError: no JSON, or not a request; names the field and the value.
     """
+    request = parse_json(RankRequest, body)
+    return request, Items(request.candidates.ids, request.candidates.features)
+
+
+def parse_json(kind: type[Form], body: bytes | str) -> Form:
+    """A request of that form in JSON.
+
+    Raises:
+        UserError: no JSON, or not of that form; names the field and the value.
+    """
     try:
-        return RankRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         raise UserError(sentence(error.errors()[0])) from None
 

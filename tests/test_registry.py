@@ -236,7 +236,7 @@ def test_a_formula_file_is_read_again_and_a_bad_one_is_not_taken(bundles: list[P
         for bad in ("weights: {like: 1.0}", "weights: [", "form: max"):
             file.write_text(bad)
             assert fused_is("buy")
-            assert client.get("/v1/models").json()["formula_refused"]
+            assert client.get("/v1/models").json()["refused"]
         file.write_text("weights: {click: 1.0}  # again")
         assert fused_is("click")
-        assert client.get("/v1/models").json()["formula_refused"] is None
+        assert client.get("/v1/models").json()["refused"] == []
