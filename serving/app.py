@@ -7,7 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import chdir
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -17,6 +19,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.process import keep_freed_memory, local_ray_options, neutral_directory, use_all_cores
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.config import ServeConfig
+from recsys_moe.serving.observe import log_as_json
 from recsys_moe.serving.service import Service
 from recsys_moe.serving.watch import refreshing
 
@@ -27,6 +30,7 @@ def build_app(served: Path, config: ServeConfig) -> serve.Application:
     def api() -> FastAPI:
         use_all_cores()
         keep_freed_memory()
+        log_as_json(config.log_file)
         return build_api(served, config)
 
     @serve.ingress(api)
@@ -51,6 +55,7 @@ def serve_forever(
     Raises:
         UserError: a model that can't be served, or the port is taken.
     """
+    config = _with_whole_paths(config)  # replicas stand elsewhere
     Service(served, config)  # a mistake is told here, not by a replica that keeps on dying
     port = _free_port(config)
     with neutral_directory() as neutral:
@@ -71,6 +76,13 @@ def serve_forever(
         finally:
             serve.shutdown()
             ray.shutdown()
+
+
+def _with_whole_paths(config: ServeConfig) -> ServeConfig:
+    names = ("formula_file", "log_file", "item_features", "user_features")
+    given = {name: getattr(config, name) for name in names}
+    whole: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in given.items() if path}
+    return replace(config, **whole)
 
 
 def _free_port(config: ServeConfig) -> int:

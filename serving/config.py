@@ -40,6 +40,8 @@ class ServeConfig:
     same keys, is used instead and read again when it changes, and a request may bring its own if `request_formula`. `canary`
     diverts some users to another model, `shadow` scores a share of the requests with one whose scores are only logged.
 
+    `log_file` takes the log, a line of JSON for each request; without it, standard error does.
+
     `item_key` and `user_key` are the features that a candidate's id and a request's `user_id` stand for, and the key
     columns of `item_features` and `user_features`: Arrow IPC files (uncompressed ones are mapped, not read) that requests
     need not repeat, read again when they are replaced.
@@ -56,6 +58,7 @@ class ServeConfig:
     request_formula: bool = False
     canary: CanaryConfig | None = None
     shadow: CanaryConfig | None = None
+    log_file: str | None = None
     item_key: str | None = None
     user_key: str | None = None
     item_features: str | None = None

@@ -10,6 +10,7 @@ each share counted from half a row upwards. Below 0.1 is little, above 0.25 much
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +62,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        named = {"namespace": "recsys_moe", "registry": self._registry}
+        named: Any = {"namespace": "recsys_moe", "registry": self._registry}
         self._requests = Counter("requests", "Answered requests", ["route", "status"], **named)
         self._seconds = Histogram(
             "request_seconds", "From the body's last byte to the answer", ["route"], buckets=LATENCIES, **named

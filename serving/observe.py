@@ -5,6 +5,8 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,6 +14,34 @@ log = logging.getLogger("recsys_moe.requests")
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 """W3C Trace Context, https://www.w3.org/TR/trace-context/: version, trace, parent, flags."""
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON for each record; `extra={"told": …}` has the fields of one that is more than a sentence."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname,
+            "logger": record.name,
+        }
+        line |= {"message": record.getMessage(), **getattr(record, "told", {})}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_as_json(path: str | None) -> None:
+    """Send this package's log, from INFO on, to a file, or to standard error (under Ray Serve: the replica's own log file).
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    handler = logging.FileHandler(Path(path)) if path else logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    package = logging.getLogger("recsys_moe")
+    package.handlers, package.propagate = [handler], False
+    package.setLevel(logging.INFO)
 
 
 class Observe:
@@ -50,4 +80,4 @@ class Observe:
             self._answered(route, status, seconds)
             if log.isEnabledFor(logging.INFO):
                 line = {"method": scope["method"], "route": route, "status": status, "ms": round(seconds * 1000, 3), **told}
-                log.info(json.dumps(line | ({"trace": trace[1].decode()} if trace else {})))
+                log.info("answered", extra={"told": line | ({"trace": trace[1].decode()} if trace else {})})

@@ -1,6 +1,5 @@
 """Everything behind the routes, without HTTP: the models, the formula, and what becomes of a request."""
 
-import json
 import logging
 import secrets
 from collections.abc import Callable
@@ -56,7 +55,7 @@ class Service:
 
     @property
     def _stores(self) -> Stores:
-        return Stores(self._items and self._items.value, self._users and self._users.value)
+        return Stores(self._items.value if self._items else None, self._users.value if self._users else None)
 
     def _read_formula(self, path: Path) -> FormulaConfig:
         try:
@@ -117,7 +116,7 @@ class Service:
             log.warning("shadow %s can't score request %s: %s", model.name, request_id, error)
             return
         rounded = {n: [float(f"{x:.6g}") for x in s.tolist()] for n, s in zip(model.predictor.score_names, scores, strict=True)}
-        log.info(json.dumps({"shadow": model.described, "request_id": request_id, "scores": rounded}))
+        log.info("shadow", extra={"told": {"shadow": model.described, "request_id": request_id, "scores": rounded}})
 
     def describe(self, name: str | None = None) -> dict[str, Any]:
         """What a model is: tasks, features, metrics."""

@@ -16,6 +16,7 @@ from recsys_moe.selftest import write_selftest
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.config import ServeConfig
 from recsys_moe.serving.metrics import Drift
+from recsys_moe.serving.observe import log_as_json
 from tests.conftest import ROOT
 from tests.test_rank import REQUEST, prices
 from tests.test_serving import save
@@ -88,7 +89,7 @@ def test_a_request_is_a_line_of_json_with_its_trace(client: TestClient, caplog: 
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     answer = client.post("/v1/rank", json=REQUEST, headers={"traceparent": trace})
     assert answer.headers["traceparent"] == trace
-    line = json.loads(caplog.records[-1].message)
+    line = dict(caplog.records[-1].__dict__["told"])
     assert line.pop("ms") > 0
     assert line == {
         "method": "POST",
@@ -102,8 +103,28 @@ def test_a_request_is_a_line_of_json_with_its_trace(client: TestClient, caplog: 
     }
     answer = client.post("/v1/rank", json={}, headers={"traceparent": "00-junk"})
     assert "traceparent" not in answer.headers
-    line = json.loads(caplog.records[-1].message)
+    line = caplog.records[-1].__dict__["told"]
     assert (line["status"], "trace" in line) == (422, False)
+
+
+def test_the_log_is_lines_of_json(tmp_path: Path) -> None:
+    package = logging.getLogger("recsys_moe")
+    before = (package.handlers, package.propagate, package.level)
+    try:
+        log_as_json(str(tmp_path / "log"))
+        log = logging.getLogger("recsys_moe.serving.test")
+        log.info("answered", extra={"told": {"status": 200, "request_id": 'a"\n'}})
+        try:
+            raise ValueError("broken")
+        except ValueError:
+            log.exception("it failed")
+        package.handlers[0].close()
+    finally:
+        package.handlers, package.propagate, package.level = before
+    answered, failed = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    assert (answered["level"], answered["status"], answered["request_id"]) == ("INFO", 200, 'a"\n')
+    assert (failed["level"], failed["message"]) == ("ERROR", "it failed")
+    assert "ValueError: broken" in failed["exception"]
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(client: TestClient) -> None:
