@@ -5,6 +5,7 @@
     statistics.json     vocabularies and moments of the feature transforms and of the tasks' labels
     model.safetensors   the weights
     metrics.json        how it did on the validation part, which chose the epoch, and on the test part
+    selftest.arrow      some raw rows with their scores, for whoever serves it (optional; see recsys_moe.selftest)
     adagrad.safetensors the sums of squares of the tables' optimizer, for whoever goes on training; scoring does without
 
 No pickle: loading a bundle runs no code from it.
@@ -32,6 +33,7 @@ from recsys_moe.typed import dump, parse, typed
 
 FORMAT = 2
 ADAGRAD_FILE = "adagrad.safetensors"
+SELFTEST_FILE = "selftest.arrow"
 FILES = ("config.json", "schema.json", "statistics.json", "model.safetensors", "metrics.json")
 
 
