@@ -121,7 +121,5 @@ def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict[str, Any]) -> None:
-    """Gather the tables and let the first worker write the bundle."""
     weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
-    if rank() == 0:
-        save_bundle(bundle, weights, described, trainer.data.transform, plain(metrics), adagrad)
+    save_bundle(bundle, weights, described, trainer.data.transform, plain(metrics), adagrad)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from recsys_moe import sharding
 from recsys_moe.balancing import GradNorm, JacobianDescent, Static
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
@@ -36,6 +37,7 @@ from recsys_moe.routing import sparse_plan
 from recsys_moe.schema import Schema
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
+from recsys_moe.tensorfiles import save_tensors
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 from recsys_moe.typed import dump, parse
 from recsys_moe.warm_start import StartBundle
@@ -52,6 +54,7 @@ MODELS: dict[str, Any] = {
     **dict.fromkeys(("pcgrad", "gradnorm"), replace(MMOE, norm="none")),
     "home": HoMEConfig(embedding_dim=4, categories={"click": "a", "buy": "b"}, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
 }
+SPLIT = ("softmax", "front")  # again, with each table of which one worker would have too much split by rows
 BALANCING: dict[str, Any] = {
     "pcgrad": JacobianDescent("pcgrad"),
     "gradnorm": GradNorm("gradnorm"),
@@ -187,6 +190,12 @@ def losses(trainer: Trainer) -> list[float]:
     return found
 
 
+def keep(trainer: Trainer, stem: Path) -> None:
+    """Write the whole model's weights and Adagrad sums, to which all workers contribute."""
+    for ending, tensors in (("", trainer.whole_weights()), (".adagrad", trainer.whole_adagrad())):
+        save_tensors(None if dist.get_rank() else stem.with_name(f"{stem.name}{ending}.safetensors"), tensors)
+
+
 # ---- what each of the two workers runs ---------------------------------------------------------------------------------
 
 
@@ -199,36 +208,31 @@ def worker(rank: int, port: int, folder: Path) -> None:
             found = run(rows, *((0, cut) if rank == 0 else (cut, rows)))
             safetensors.torch.save_file(found, folder / f"{kind}-{rows}-{rank}.safetensors")
     told: dict[str, Any] = {}
-    for name, model in MODELS.items():
-        events: list[dict[str, Any]] = []
-        trainer = Trainer(data(name, folder), model, config(name), events.append, Checkpoints(folder / name))
-        told[name] = losses(trainer)
-        told[f"{name} health"] = last_look(events)
-        weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
-        if rank == 0:
-            safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
-            safetensors.torch.save_file(adagrad, folder / f"{name}.adagrad.safetensors")
-    kinds = Trainer(PreparedData(folder / "kinds"), MMOE, config("kinds"))
-    told["kinds"] = losses(kinds)
-    told["validation"] = {task: asdict(m) for task, m in evaluate(kinds.model, kinds.data, "validation").items()}
-    weights, adagrad = kinds.whole_weights(), kinds.whole_adagrad()
-    if rank == 0:
-        safetensors.torch.save_file(weights, folder / "kinds.safetensors")
-        safetensors.torch.save_file(adagrad, folder / "kinds.adagrad.safetensors")
+    for name, split in [*((name, False) for name in MODELS), *((name, True) for name in SPLIT)]:
+        sharding.SPLIT_BYTES = 0 if split else 2**26
+        stem, events = f"split {name}" if split else name, list[dict[str, Any]]()
+        trainer = Trainer(data(name, folder), MODELS[name], config(name), events.append, Checkpoints(folder / stem))
+        told[stem] = losses(trainer)
+        told[f"{stem} health"] = last_look(events)
+        told[f"{stem} tables"] = sorted(trainer.model.adagrad())
+        keep(trainer, folder / stem)
+    for split in (False, True):
+        sharding.SPLIT_BYTES = 0 if split else 2**26
+        stem = "split kinds" if split else "kinds"
+        kinds = Trainer(PreparedData(folder / "kinds"), MMOE, config("kinds"))
+        told[stem] = losses(kinds)
+        told[f"{stem} validation"] = {t: asdict(m) for t, m in evaluate(kinds.model, kinds.data, "validation").items()}
+        keep(kinds, folder / stem)
+    # Tables stay split: what one worker has left is shared out by rows.
     started = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, start=StartBundle(folder / "bundle"))
-    weights, adagrad = started.whole_weights(), started.whole_adagrad()
-    if rank == 0:
-        safetensors.torch.save_file(weights, folder / "started.safetensors")
-        safetensors.torch.save_file(adagrad, folder / "started.adagrad.safetensors")
+    keep(started, folder / "started")
     start, before = StartBundle(folder / "bundle"), list[dict[str, Any]]()
     grown = Trainer(PreparedData(folder / "grown"), MMOE, CONFIG, before.append, start=start)
     grown._measure(start)
     told["before"] = before[0]["before"]
-    weights = grown.whole_weights()
-    if rank == 0:
-        safetensors.torch.save_file(weights, folder / "grown.safetensors")
+    keep(grown, folder / "grown")
     resumed = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, checkpoints=Checkpoints(folder / "one"))
-    told |= {"resumed": losses(resumed), "tables": sorted(resumed.model.adagrad())}
+    told |= {"resumed": losses(resumed)}
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
@@ -269,7 +273,7 @@ def one(prepared: PreparedData) -> dict[str, tuple[list[float], dict[str, Tensor
     for name, model in MODELS.items():
         kept = Checkpoints(prepared.folder.parent / "one") if name == "softmax" else None
         trainer = Trainer(data(name, prepared.folder.parent), model, config(name), checkpoints=kept)
-        found[name] = losses(trainer), dict(trainer.model.state_dict()), trainer.whole_adagrad()
+        found[name] = losses(trainer), dict(trainer.model.state_dict()), trainer.model.adagrad()
         if name == "softmax":
             described = BundleConfig(FORMAT, model, "fp32", DataConfig(name="clicks", source="nowhere", schema="-"), "0" * 64)
             folder = prepared.folder.parent / "bundle"
@@ -331,17 +335,18 @@ def close(found: list[float], expected: list[float]) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_two_workers_take_the_steps_of_one(name: str, two: Path, one: Any) -> None:
-    first, second = told(two, name)
+@pytest.mark.parametrize("stem", [*MODELS, *(f"split {name}" for name in SPLIT)])
+def test_two_workers_take_the_steps_of_one(stem: str, two: Path, one: Any) -> None:
+    first, second = told(two, stem)
     assert first == second  # the loss is the whole batch's, on both
+    name = stem.removeprefix("split ")
     expected, weights, adagrad = one[name]
     assert len(first) == len(expected) == (208 if name == "softmax" else 25)
     # A bias before a norm changes nothing, so that its gradient is rounding alone, which Adam turns into steps. The norm's
     # running mean takes them up, and a batch of one row is normalised by that.
     most = 200 if name == "softmax" else 24
     close(first[:most], expected[:most])
-    check_tables_and_weights(two, name, weights, adagrad)
+    check_tables_and_weights(two, stem, weights, adagrad)
 
 
 def check_tables_and_weights(two: Path, name: str, weights: dict[str, Tensor], adagrad: dict[str, Tensor]) -> None:
@@ -358,16 +363,17 @@ def check_tables_and_weights(two: Path, name: str, weights: dict[str, Tensor], a
 
 def test_two_workers_take_the_steps_of_one_with_lists_and_every_kind_of_task(two: Path, kinds: Trainer) -> None:
     expected = losses(kinds)
-    first, second = told(two, "kinds")
-    assert first == second
-    assert len(first) == len(expected) == 25
-    close(first[:24], expected[:24])
     assert expected[23] < 0.9 * expected[0]
-    check_tables_and_weights(two, "kinds", dict(kinds.model.state_dict()), kinds.whole_adagrad())
     measured = {task: asdict(m) for task, m in evaluate(kinds.model, kinds.data, "validation").items()}
-    for found in told(two, "validation"):
-        for task, values in measured.items():
-            assert found[task] == pytest.approx(values, rel=1e-2, abs=1e-2, nan_ok=True), task
+    for stem in ("kinds", "split kinds"):
+        first, second = told(two, stem)
+        assert first == second
+        assert len(first) == len(expected) == 25
+        close(first[:24], expected[:24])
+        check_tables_and_weights(two, stem, dict(kinds.model.state_dict()), kinds.model.adagrad())
+        for found in told(two, f"{stem} validation"):
+            for task, values in measured.items():
+                assert found[task] == pytest.approx(values, rel=1e-2, abs=1e-2, nan_ok=True), task
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -402,18 +408,22 @@ def test_two_workers_let_tables_grow_and_measure_the_start_as_it_scores(two: Pat
     assert weights[name][-1].any()
 
 
-def test_every_table_lies_with_one_worker(two: Path, one: Any) -> None:
-    first, second = told(two, "tables")
+def test_every_table_lies_with_one_worker_unless_it_is_split(two: Path, one: Any) -> None:
+    names = sorted(one["softmax"][2])
+    first, second = told(two, "softmax tables")
     assert first
     assert second
-    assert sorted(first + second) == sorted(key for key in one["softmax"][1] if key.startswith("embeddings."))
+    assert sorted(first + second) == names
+    colour, price = names
+    assert told(two, "split softmax tables") == [[colour, f"{price}[0:3/6]"], [f"{price}[3:6/6]"]]
 
 
-def test_a_state_goes_on_with_any_number_of_workers(two: Path, one: Any, prepared: PreparedData) -> None:
+@pytest.mark.parametrize("stem", ["softmax", "split softmax"])
+def test_a_state_goes_on_with_any_number_of_workers(stem: str, two: Path, one: Any, prepared: PreparedData) -> None:
     expected = one["softmax"][0][200:]
-    for found in told(two, "resumed"):
+    for found in told(two, "resumed"):  # with split tables
         close(found, expected)
-    state = Checkpoints(two / "softmax")  # what two workers wrote
+    state = Checkpoints(two / stem)  # what two workers wrote
     close(losses(Trainer(prepared, MMOE, CONFIG, checkpoints=state)), expected)
 
 
