@@ -2,6 +2,7 @@
 would be too much for one, so many rows on each."""
 
 import heapq
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from recsys_moe.distributed import rank, world_size
 from recsys_moe.embeddings import ADAGRAD, Pooling, drawn_rows, table_configs
 from recsys_moe.tensorfiles import CHUNK_BYTES, Rows
+
+# torchrec's own calls, at every step of a split table.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 SPLIT_BYTES = 2**26
 """A table up to this size is never split, however small the others are: its rows would travel further for no memory's sake."""
@@ -108,8 +112,8 @@ class ShardedEmbeddings(nn.Module):
         vectors = self._parallel[0](counted).to_dict()  # table by table as the workers have them
         pooled = [vectors[name][:rows] for name in self._names]
         if self._mean:
-            counts = features.lengths().view(keys, rows, 1).clamp_min(1)
-            pooled = [vector / counts[place] for vector, place in zip(pooled, map(features.keys().index, self._names), strict=True)]
+            counts = dict(zip(features.keys(), features.lengths().view(keys, rows, 1).clamp_min(1), strict=True))
+            pooled = [vector / counts[name] for name, vector in zip(self._names, pooled, strict=True)]
         return KeyedTensor.from_tensor_list(self._names, pooled)
 
     def set_lr(self, rate: float) -> None:
@@ -184,6 +188,7 @@ class SharedTable:
         for worker, rows in sorted(self.pieces.items(), key=lambda item: item[1].low):
             if rank() not in (0, worker):
                 continue
+            buffer = torch.empty(0 if rank() == worker else min(step, rows.high - rows.low), *self.shape[1:], dtype=self.dtype)
             for low in range(rows.low, rows.high, step):
                 high = min(low + step, rows.high)
                 if rank() == worker:
@@ -193,7 +198,7 @@ class SharedTable:
                         dist.send(chunk, 0)
                         continue
                 else:
-                    chunk = torch.empty(high - low, *self.shape[1:], dtype=self.dtype)
+                    chunk = buffer[: high - low]  # the same memory each time: whoever takes a chunk is done with the one before
                     dist.recv(chunk, worker)
                 yield chunk
 

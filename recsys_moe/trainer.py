@@ -273,7 +273,8 @@ class Trainer:
             return {**tensors}
         from recsys_moe.sharding import whole_tables
 
-        return {name: t for name, t in tensors.items() if not is_table(name)} | whole_tables(self.model, tensors, per_row)
+        dense = {name: tensor for name, tensor in tensors.items() if not is_table(name)}
+        return {**dense, **whole_tables(self.model, tensors, per_row)}
 
     def _train_epoch(self) -> float:
         self.model.train()

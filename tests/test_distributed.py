@@ -54,7 +54,7 @@ MODELS: dict[str, Any] = {
     **dict.fromkeys(("pcgrad", "gradnorm"), replace(MMOE, norm="none")),
     "home": HoMEConfig(embedding_dim=4, categories={"click": "a", "buy": "b"}, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
 }
-SPLIT = ("softmax", "front")  # again, with each table of which one worker would have too much split by rows
+SPLIT = ("softmax", "front")  # again, with every table split by rows
 BALANCING: dict[str, Any] = {
     "pcgrad": JacobianDescent("pcgrad"),
     "gradnorm": GradNorm("gradnorm"),
@@ -208,22 +208,24 @@ def worker(rank: int, port: int, folder: Path) -> None:
             found = run(rows, *((0, cut) if rank == 0 else (cut, rows)))
             safetensors.torch.save_file(found, folder / f"{kind}-{rows}-{rank}.safetensors")
     told: dict[str, Any] = {}
+    share_out, split_all = sharding._share_out, lambda shapes: dict.fromkeys(shapes)
     for name, split in [*((name, False) for name in MODELS), *((name, True) for name in SPLIT)]:
-        sharding.SPLIT_BYTES = 0 if split else 2**26
+        sharding._share_out = split_all if split else share_out
         stem, events = f"split {name}" if split else name, list[dict[str, Any]]()
         trainer = Trainer(data(name, folder), MODELS[name], config(name), events.append, Checkpoints(folder / stem))
         told[stem] = losses(trainer)
         told[f"{stem} health"] = last_look(events)
         told[f"{stem} tables"] = sorted(trainer.model.adagrad())
         keep(trainer, folder / stem)
+    sharding._share_out = share_out
     for split in (False, True):
         sharding.SPLIT_BYTES = 0 if split else 2**26
         stem = "split kinds" if split else "kinds"
         kinds = Trainer(PreparedData(folder / "kinds"), MMOE, config("kinds"))
-        told[stem] = losses(kinds)
+        told |= {stem: losses(kinds), f"{stem} tables": sorted(kinds.model.adagrad())}
         told[f"{stem} validation"] = {t: asdict(m) for t, m in evaluate(kinds.model, kinds.data, "validation").items()}
         keep(kinds, folder / stem)
-    # Tables stay split: what one worker has left is shared out by rows.
+    sharding._share_out = split_all  # from here on: what one worker has left is shared out by rows
     started = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, start=StartBundle(folder / "bundle"))
     keep(started, folder / "started")
     start, before = StartBundle(folder / "bundle"), list[dict[str, Any]]()
@@ -414,8 +416,19 @@ def test_every_table_lies_with_one_worker_unless_it_is_split(two: Path, one: Any
     assert first
     assert second
     assert sorted(first + second) == names
-    colour, price = names
-    assert told(two, "split softmax tables") == [[colour, f"{price}[0:3/6]"], [f"{price}[3:6/6]"]]
+    sizes = {name: len(sums) for name, sums in one["softmax"][2].items()}
+    first, second = told(two, "split softmax tables")
+    assert first == [f"{name}[0:{(sizes[name] + 1) // 2}/{sizes[name]}]" for name in names]
+    assert second == [f"{name}[{(sizes[name] + 1) // 2}:{sizes[name]}/{sizes[name]}]" for name in names]
+    split = {key.split(".")[-2] for key in told(two, "split kinds tables")[0] if "[" in key}
+    assert split == {"user", "genres", "seen"}  # of one, two and two tables in a batch, each the larger one
+
+
+def test_a_table_is_split_where_it_is_more_than_a_workers_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    assert sharding._share_out({"b": (900, 16), "a": (1000, 16), "giant": (50_000_000, 16)}) == {"giant": None, "a": 0, "b": 1}
+    assert sharding._share_out({"a": (50_000_000, 16), "b": (50_000_000, 16)}) == {"a": 0, "b": 1}
+    assert sharding._share_out({"small": (1000, 16)}) == {"small": 0}
 
 
 @pytest.mark.parametrize("stem", ["softmax", "split softmax"])
