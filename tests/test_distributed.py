@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_moe import sharding
 from recsys_moe.balancing import GradNorm, JacobianDescent, Static
@@ -33,11 +33,12 @@ from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.stem import STEMConfig
 from recsys_moe.predictor import Predictor
+from recsys_moe.process import anonymous_mb, peak_memory
 from recsys_moe.routing import sparse_plan
 from recsys_moe.schema import Schema
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
-from recsys_moe.tensorfiles import save_tensors
+from recsys_moe.tensorfiles import TensorFiles, save_tensors
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 from recsys_moe.typed import dump, parse
 from recsys_moe.warm_start import StartBundle
@@ -199,10 +200,27 @@ def keep(trainer: Trainer, stem: Path) -> None:
 # ---- what each of the two workers runs ---------------------------------------------------------------------------------
 
 
-def worker(rank: int, port: int, folder: Path) -> None:
+def join(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
+
+
+def save_large(rank: int, port: int, folder: Path) -> None:
+    """Two tables of 256 MB whole, and one split: the memory before and while they are written."""
+    join(rank, port)
+    tables = nn.ModuleDict({"embeddings": sharding.ShardedEmbeddings(["a", "b"], [4_000_000, 4_000_000], 16)})
+    tables["pooled"] = sharding.ShardedEmbeddings(["c"], [4_000_000], 16)
+    whole = sharding.whole_tables(tables, tables.state_dict())
+    before = anonymous_mb()
+    with peak_memory(0.01) as peak:
+        save_tensors(None if rank else folder / "large.safetensors", whole)
+    (folder / f"memory-{rank}.json").write_text(json.dumps([before, peak.mb]))
+    dist.destroy_process_group()
+
+
+def worker(rank: int, port: int, folder: Path) -> None:
+    join(rank, port)
     for kind, run in LAYERS.items():
         for rows, cut in CUTS:
             found = run(rows, *((0, cut) if rank == 0 else (cut, rows)))
@@ -304,13 +322,17 @@ def kinds(prepared: PreparedData, write_prepared: Any) -> Trainer:
 @pytest.fixture(scope="module")
 def two(prepared: PreparedData, one: Any, grown: pa.Table, kinds: Trainer) -> Path:
     """The folder in which two workers have left what they found."""
-    folder = prepared.folder.parent
+    run_both("worker", prepared.folder.parent)
+    return prepared.folder.parent
+
+
+def run_both(what: str, folder: Path) -> None:
+    """Run a function of this file in two processes that find each other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    workers = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(folder)]) for rank in range(2)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    return folder
+    both = [subprocess.Popen([sys.executable, __file__, what, str(rank), str(port), str(folder)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
 
 
 def told(folder: Path, key: str) -> list[Any]:
@@ -440,5 +462,16 @@ def test_a_state_goes_on_with_any_number_of_workers(stem: str, two: Path, one: A
     close(losses(Trainer(prepared, MMOE, CONFIG, checkpoints=state)), expected)
 
 
+@pytest.mark.long
+def test_no_worker_holds_more_than_its_share_and_a_chunk(tmp_path: Path) -> None:
+    run_both("save_large", tmp_path)
+    files = TensorFiles([tmp_path / "large.safetensors"])
+    assert [files.shape(name) for name in files] == [[4_000_000, 16]] * 3
+    for rank in range(2):
+        before, peak = json.loads((tmp_path / f"memory-{rank}.json").read_text())
+        assert before > 366  # MiB: one table and half of another
+        assert peak < before + 100  # a chunk has 64; the tables of the other worker 366
+
+
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    {"worker": worker, "save_large": save_large}[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
