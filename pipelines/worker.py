@@ -127,11 +127,11 @@ def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
 
 
 def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict[str, Any], tell: Tell) -> None:
-    """Gather the tables and let the first worker write the bundle, with rows of the validation part for its self-test."""
+    """Write the bundle together, and from the first worker rows of the validation part for its self-test."""
     weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
+    transform = trainer.data.transform
+    save_bundle(bundle, weights, described, transform, plain(metrics), adagrad)
     if rank() == 0:
-        transform = trainer.data.transform
-        save_bundle(bundle, weights, described, transform, plain(metrics), adagrad)
         try:
             write_selftest(bundle, read_part(described.data, transform.schema, "validation"))
         except (UserError, OSError) as error:  # the log rows went away while it trained

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recsys_moe.balancing import BalancingConfig, Static, balancer_of
 from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.bundle import ADAGRAD_FILE
-from recsys_moe.checkpoint import Checkpoints, TensorFiles, Tensors
+from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import agreed, gather_pieces, piece, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
@@ -29,6 +29,7 @@ from recsys_moe.losses import task_losses
 from recsys_moe.metrics import TaskMetrics, quality, quality_name
 from recsys_moe.ranker import CPU, Ranker
 from recsys_moe.shards import PreparedData
+from recsys_moe.tensorfiles import Chunked, TensorFiles, Tensors
 from recsys_moe.typed import typed
 from recsys_moe.warm_start import StartBundle, is_table
 
@@ -259,21 +260,21 @@ class Trainer:
         """Give the model the weights of the best epoch that was not the last."""
         _copy_tensors(self.best_weights, self.model.state_dict())
 
-    def whole_weights(self) -> dict[str, Tensor]:
-        """The model's `state_dict` with all tables, on worker 0; every worker must ask for it."""
+    def whole_weights(self) -> dict[str, Tensor | Chunked]:
+        """The model's `state_dict` with all tables, for `save_tensors`, which all workers have to call."""
+        return self._whole(dict(self.model.state_dict()))
+
+    def whole_adagrad(self) -> dict[str, Tensor | Chunked]:
+        """The Adagrad sums of all tables, likewise."""
+        return self._whole(self.model.adagrad(), per_row=True)
+
+    def _whole(self, tensors: dict[str, Tensor], per_row: bool = False) -> dict[str, Tensor | Chunked]:
         if world_size() == 1:
-            return dict(self.model.state_dict())
-        from recsys_moe.sharding import gather_tables
+            return {**tensors}
+        from recsys_moe.sharding import whole_tables
 
-        return gather_tables(self.model, self.model.state_dict())
-
-    def whole_adagrad(self) -> dict[str, Tensor]:
-        """The Adagrad sums of all tables, on worker 0; every worker must ask for them."""
-        if world_size() == 1:
-            return self.model.adagrad()
-        from recsys_moe.sharding import gather_tables
-
-        return gather_tables(self.model, self.model.adagrad(), per_row=True)
+        dense = {name: tensor for name, tensor in tensors.items() if not is_table(name)}
+        return {**dense, **whole_tables(self.model, tensors, per_row)}
 
     def _train_epoch(self) -> float:
         self.model.train()

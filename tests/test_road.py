@@ -725,6 +725,29 @@ def test_two_workers_of_which_one_is_killed_train_every_row_once(work: Path) -> 
 
 
 @pytest.mark.long
+def test_a_run_of_two_workers_is_resumed_by_one(work: Path, undisturbed: dict[str, Any]) -> None:
+    before = set((work / "runs" / "train").glob("*"))
+    process = start("train", *LONG, "train.workers=2", cwd=work, RECSYS_MOE_TEST_FEWER=HERE)
+    held = Held(process, work / "runs", before, 250)
+    process.kill()
+    process.communicate()
+    while processes_of(f"RECSYS_MOE_TEST_FEWER={HERE}"):
+        time.sleep(0.2)
+    held.remove()
+    summary, _ = run("train", "--resume", held.folder.name, "train.workers=1", cwd=work)
+    events = events_of(held.folder)
+    assert [e["workers"] for e in events if e["kind"] == "start"] == [2, 1]
+    (resumed,) = [e for e in events if e["kind"] == "resume"]
+    assert (resumed["step"], resumed["workers_before"]) == (225, 2)
+    # That each row of the second epoch was trained once, the trainer checks itself; dropout differs with the workers.
+    assert summary["train"]["steps"] == undisturbed["train"]["steps"] == 400
+    for task in TASKS:
+        assert summary["test"][task]["logloss"] == pytest.approx(undisturbed["test"][task]["logloss"], rel=0.05)
+    assert weights(summary["bundle"]) != weights(undisturbed["bundle"])
+    assert Predictor(Path(summary["bundle"])).score_names == TASKS
+
+
+@pytest.mark.long
 def test_a_cluster_trains_with_the_package_from_a_wheel(work: Path, tmp_path: Path) -> None:
     checkout = Path(__file__).resolve().parents[1]
     source = tmp_path / "source"  # built from a copy: a build leaves folders behind
