@@ -238,14 +238,6 @@ def test_a_list_in_one_file_and_text_in_another(tmp_path: Path) -> None:
         prepare(config, tmp_path / "runs")
 
 
-def nan_label(frame: pd.DataFrame, schema: dict[str, Any]) -> pa.Table:
-    # Arrow tells NaN from null: null is unobserved, NaN is a mistake upstream.
-    label = frame["clicked"].to_numpy().copy()
-    label[7] = np.nan
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    return table.set_column(table.column_names.index("clicked"), "clicked", pa.array(label, from_pandas=False))
-
-
 def infinite_label(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
     return frame.assign(clicked=np.where(np.arange(len(frame)) == 7, np.inf, frame["clicked"]))
 
@@ -331,8 +323,7 @@ BAD = {
     number_that_never_varies: "task 'n' has only one value in its 480 training rows",
     column_named_twice: "column 'x' stands in",
     schema_of_another_data_set: "feature column 'age' is not in",
-    nan_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
-    infinite_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
+    infinite_label: "label column 'clicked' of task 'click' holds an infinite value in 1 rows; use null",
     all_one_class: "task 'click' has only class 1 in its 480 training rows",
     empty_mask: "task 'click' has no row left among the 480 training rows",
     missing_label: "label column 'clicked' is not in",
