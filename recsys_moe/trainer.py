@@ -141,12 +141,7 @@ class Trainer:
             raise UserError("train.device is 'cuda', but PyTorch finds no GPU on the training worker; use train.device=cpu")
         if config.device == "cuda" and world_size() > 1:
             raise UserError(f"train.device is 'cuda' with {world_size()} workers; a GPU is used by train.workers=1 only")
-        if data.transform.own_rows and world_size() > 1:
-            name = data.transform.own_rows[0]
-            raise UserError(
-                f"feature {name!r} has collisions: none, but there are {world_size()} workers, which would not give ids the "
-                "same rows; use train.workers=1 or collisions: shared"
-            )
+        check_own_rows(data.transform.own_rows, world_size())
         torch.manual_seed(config.seed)
         self.data, self.config, self.on_event, self.checkpoints = data, config, on_event, checkpoints
         self.device = torch.device(config.device)
@@ -437,6 +432,21 @@ class Trainer:
         self.best_weights = state.best
         p = self.progress
         self.on_event({"kind": "resume", "step": p.step, "epoch": p.epoch, "rows": p.rows, "workers_before": workers})
+
+
+def check_own_rows(features: list[str], workers: int | tuple[int, int]) -> None:
+    """Refuse features whose ids get rows as training meets them where several workers would train, or may.
+
+    Raises:
+        UserError: names the first such feature and the remedies.
+    """
+    most = workers if isinstance(workers, int) else workers[1]
+    if features and most > 1:
+        count = str(most) if isinstance(workers, int) else f"up to {most}"
+        raise UserError(
+            f"feature {features[0]!r} has collisions: none, but there are {count} workers, which would not give ids the "
+            "same rows; use train.workers=1 or collisions: shared"
+        )
 
 
 def _copy_tensors(source: Tensors, targets: Mapping[str, Tensor]) -> None:
