@@ -486,10 +486,9 @@ def without_views(kind: pa.DataType) -> pa.DataType:
         return pa.large_string()
     if pa.types.is_binary_view(kind):
         return pa.large_binary()
-    if pa.types.is_list(kind):
-        return pa.list_(without_views(kind.value_type))
-    if pa.types.is_large_list(kind):
-        return pa.large_list(without_views(kind.value_type))
+    for is_list, list_of in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_list(kind) and (value := without_views(kind.value_type)) != kind.value_type:
+            return list_of(value)
     return kind
 
 
