@@ -173,6 +173,7 @@ def test_the_bundle_is_safetensors_and_json(trained: dict[str, Any]) -> None:
         "model.safetensors",
         "metrics.json",
         "adagrad.safetensors",
+        "selftest.arrow",
     }
 
 
