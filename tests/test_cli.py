@@ -107,8 +107,8 @@ def test_no_command_shows_the_help() -> None:
 
 def test_promote_promises_what_serving_does(cli: Cli) -> None:
     help_text = " ".join(cli("promote", "--help").stdout.split())
-    assert "follows" not in help_text
-    assert "restart" in help_text
+    assert "a service of that alias follows within seconds" in help_text
+    assert "restart" not in help_text
 
 
 FIGURES = {
