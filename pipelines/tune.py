@@ -202,12 +202,13 @@ def _search(job: TuneJob, folder: Path, data: PreparedData, trial: "Trial", miss
     before = [t for t in _ended(folder) if set(t["settings"]) == set(job.space)]
     space = {key: _distribution(values) for key, values in job.space.items()}
     chosen = {key: values for key, values in job.space.items() if not isinstance(values, Range)}
+    begun, start = [_places(t["settings"], chosen) for t in before], _start(job)
     searcher = OptunaSearch(
         space,
         metric="quality",
         mode="max",
         seed=job.train.seed + len(before),
-        points_to_evaluate=[_places(t["settings"], chosen) for t in before] or None,
+        points_to_evaluate=begun or ([_places(start, chosen)] if start else None),
         evaluated_rewards=[t["quality"] for t in before] or None,
     )
 
@@ -232,6 +233,17 @@ def _search(job: TuneJob, folder: Path, data: PreparedData, trial: "Trial", miss
         for result in tuner.fit():
             if result.error is not None:
                 raise UserError(f"a trial failed ({' '.join(str(result.error).split())[-300:]}); mend the cause and go on")
+
+
+def _start(job: TuneJob) -> dict[str, Any] | None:
+    """What the search begins with, so that it ends no worse than it was asked: the settings that are given, if they are within
+    what is searched."""
+    given = {f"{section}.{key}": value for section in ("model", "train") for key, value in dump(job)[section].items()}
+    for key, values in job.space.items():
+        within = values.low <= given[key] <= values.high if isinstance(values, Range) else _plain(given[key]) in _plain(values)
+        if not within:
+            return None
+    return {key: given[key] for key in job.space}
 
 
 class Keep(ray_tune.Callback):
@@ -306,12 +318,13 @@ def run_trial(told: Trial, settings: dict[str, Any]) -> None:
             ray_tune.report({"quality": best, "epoch": epochs, "error": None, "run_id": run.run_id})
 
         try:
-            _fit(model, train, data, report)
-        except TrackingLost:
-            raise
-        except UserError as error:  # a loss that is not finite is an answer
-            ray_tune.report({"quality": WORTHLESS, "epoch": epochs + 1, "error": str(error), "run_id": run.run_id})
-        except SystemExit:  # Ray Tune's way to stop a trial
+            try:
+                _fit(model, train, data, report)
+            except TrackingLost:
+                raise
+            except UserError as error:  # a loss that is not finite is an answer
+                ray_tune.report({"quality": WORTHLESS, "epoch": epochs + 1, "error": str(error), "run_id": run.run_id})
+        except SystemExit:  # Ray Tune's way to stop a trial, at any report
             stopped = True
         run.client.set_tag(run.run_id, "stopped_early", str(stopped).lower())
     if stopped:

@@ -254,12 +254,13 @@ def cost_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def quality_metric(comparison: Comparison) -> tuple[str, str]:
-    """What a single figure should be of: the mean GAUC or AUC if there is one, else the first task's first metric."""
-    for metric in ("gauc", "auc"):
-        for task in (MEAN, comparison.lines[0].task):
+    """What a single figure should be of: GAUC or AUC if there is one, else the first metric; the tasks' mean if any."""
+    first = comparison.lines[0]
+    for metric in ("gauc", "auc", first.metric):
+        for task in (MEAN, first.task):
             if comparison.of(comparison.baseline, task, metric) is not None:
                 return task, metric
-    return comparison.lines[0].task, comparison.lines[0].metric
+    return first.task, first.metric
 
 
 def page(comparison: Comparison, figures: Mapping[str, "Figure"]) -> str:

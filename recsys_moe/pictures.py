@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from recsys_moe.health import Bools, Floats, Health, PlanHealth
 
@@ -291,7 +292,7 @@ def draw_pareto(comparison: "Comparison") -> Figure:
     task, metric = quality_metric(comparison)
     lines = {model: comparison.of(model, task, metric) for model in comparison.models}
     networks = [m for m, cost in comparison.costs.items() if cost is not None]
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     rated = [m for m in networks if comparison.samples_per_s[m]]
     flops = {m: float(comparison.costs[m].flops) for m in networks}  # type: ignore[union-attr]
@@ -309,8 +310,16 @@ def draw_pareto(comparison: "Comparison") -> Figure:
                     model, (0.01, line.score.value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color="0.35"
                 )
         axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    _legend_below(figure, handles, labels)
     figure.suptitle(f"{comparison.data}: quality against cost (bars: 95 % over seeds; line: not beaten on both)")
     return figure
+
+
+def _legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """As many columns as there is room for: a model's label may be its name or hold all its settings."""
+    columns = max(1, int(figure.get_figwidth() * 11 / max((len(label) + 6 for label in labels), default=1)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
 
 
 def _scatter(
@@ -319,17 +328,20 @@ def _scatter(
     points = {m: line.score for m in models if (line := lines[m]) is not None}
     for n, (model, score) in enumerate(points.items()):
         half = 0 if math.isnan(score.high) else (score.high - score.low) / 2
-        axis.errorbar(xs[model], score.value, yerr=half, fmt="o", color=f"C{n % 10}", capsize=3)
-        axis.annotate(model, (xs[model], score.value), xytext=(6, 5), textcoords="offset points", fontsize=9)
+        marker = "osD^v"[n // 10 % 5]
+        axis.errorbar(xs[model], score.value, yerr=half, fmt=marker, color=f"C{n % 10}", capsize=3, label=model)
     front = [
         m for m in points
         if not any(points[o].value >= points[m].value and cheaper_is * (xs[o] - xs[m]) > 0 for o in points)
     ]  # fmt: skip
     front.sort(key=lambda m: xs[m])
     axis.plot([xs[m] for m in front], [points[m].value for m in front], color="0.6", linewidth=1, zorder=0)
-    if len(points) > 1:
+    costs = [xs[m] for m in points]
+    if costs and max(costs) > 3 * min(costs):
         axis.set_xscale("log")
-        axis.margins(x=0.35)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
 
 
 def draw_differences(comparison: "Comparison") -> Figure:
@@ -361,7 +373,7 @@ def draw_differences(comparison: "Comparison") -> Figure:
     )
     axis.grid(alpha=0.3, axis="x")
     if others:
-        axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        _legend_below(figure, *axis.get_legend_handles_labels())
     return figure
 
 

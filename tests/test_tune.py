@@ -56,7 +56,7 @@ def test_settings_are_laid_over_model_and_training() -> None:
 def test_a_search_goes_on_with_the_trials_that_are_missing(tmp_path: Path, clicks: Callable[..., Any]) -> None:
     base = compare_job(tmp_path, clicks, "mmoe")
     # The second choice of the rate is absurd: training with it fails or falls behind.
-    space = parse_space({"train.lr": [1e-3, 1e30], "model.dropout": {"low": 0, "high": 0.3}})
+    space = parse_space({"train.lr": [3e-3, 1e30], "model.dropout": {"low": 0, "high": 0.3}})
     train = replace(base.train, epochs=2)
     job = TuneJob(base.models["mmoe"], base.data, train, space, TuneConfig(2), base.tracking, base.ray, base.runs_dir)
     told: list[tuple[str, int, int]] = []
@@ -68,10 +68,12 @@ def test_a_search_goes_on_with_the_trials_that_are_missing(tmp_path: Path, click
     assert first["folder"] == second["folder"]
     assert first["run_id"] == second["run_id"]
     trials = [json.loads(file.read_text()) for file in (Path(second["folder"]) / "trials").iterdir()]
+    # The first trial is of what was given.
+    assert json.loads(min(files).read_text())["settings"] == {"train.lr": 3e-3, "model.dropout": 0.2}
     assert files < set((Path(second["folder"]) / "trials").iterdir())
     assert len(trials) == 4
     assert second["quality"] == max(t["quality"] for t in trials) > 0.6
-    assert second["best"]["train.lr"] == 1e-3
+    assert second["best"]["train.lr"] == 3e-3
     assert json.loads((Path(second["folder"]) / "best.json").read_text())["best"] == second["best"]
     client = open_client(base.tracking.resolve(tmp_path / "runs"))
     children = [client.get_run(t["run_id"]) for t in trials]
