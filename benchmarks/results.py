@@ -141,7 +141,7 @@ EXPERIMENTS = {
             FEED_TASKS,
             f"models={HOME}," + ",".join(f"{HOME}+{part}" for part in ABLATION),
             f"baseline={HOME}",
-            "seeds=3",
+            "seeds=2",
             "budget=params",
             "parallel=2",
             "train.epochs=2",
