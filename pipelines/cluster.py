@@ -140,7 +140,19 @@ def local_ray(workers: int = 1) -> Iterator[None]:
     options["num_cpus"] = max(options["num_cpus"], workers + 1)
     try:
         with interrupts_deferred():
-            ray.init(**options, job_config=job)
+            _start_ray(options, job)
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(options: dict[str, Any], job: JobConfig) -> None:
+    """Raises:
+    UserError: this machine is too busy for Ray's processes to come up in the time that Ray gives them.
+    """
+    try:
+        ray.init(**options, job_config=job)
+    except Exception as error:  # Ray raises no type of its own here
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError("Ray did not come up on this machine in time, it is too busy or short of memory; try again") from None

@@ -74,7 +74,7 @@ def prepare(
     if folder.exists() and not force:
         return PreparedData(folder)
     chunks = plan_chunks(config, schema)
-    with cluster(), _unfinished(folder) as temporary:
+    with cluster(), _unfinished(folder) as temporary, _full_disk(folder.parent):
         _write(config, schema, digest, start, chunks, temporary, progress)
         _put(temporary, folder, force)
     return PreparedData(folder, verify=False)
@@ -100,6 +100,20 @@ def _unfinished(folder: Path) -> Iterator[Path]:
             raise UserError(f"{str(folder.parent)!r} can't be written ({error.strerror}); choose another runs_dir") from None
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         yield temporary
+
+
+@contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    """Tell of a disk that is full in a sentence; what has been written goes, a rerun starts anew."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"the disk is full at {str(folder)!r}, where {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free; free some "
+            "space, or choose another runs_dir, and run the same command again"
+        ) from None
 
 
 @contextmanager
@@ -226,6 +240,13 @@ class _Fit:
     schema: dict[str, Any]
 
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
+        try:
+            return self._summary(chunk)
+        except UserError as error:
+            path = str(chunk.path)
+            raise error if repr(path) in str(error) else UserError(f"{path!r}: {error}") from None
+
+    def _summary(self, chunk: Chunk) -> dict[str, Any]:
         schema: Schema = parse(Schema, self.schema, "schema")
         partial = PartialStatistics.empty()
         counts = np.zeros((len(PARTS), len(schema.tasks), 2), np.int64)
@@ -260,7 +281,8 @@ class _TransformAndWrite:
                     labels, weights = task_labels(rows, schema)
                     path = Path(self.folder) / f"{part}-{chunk.index:05d}-{block:03d}.arrow"
                     prepared = Rows(transform(rows), labels, weights, group_ids(rows, schema))
-                    shards.append(dump(write_shard(path, part, prepared, transform)))
+                    with _full_disk(path.parent.parent):
+                        shards.append(dump(write_shard(path, part, prepared, transform)))
         return {"shards": shards}
 
 

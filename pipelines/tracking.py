@@ -78,7 +78,7 @@ class TrackingLost(UserError):
 
 
 @contextmanager
-def _answering(uri: str) -> Iterator[None]:
+def answering(uri: str) -> Iterator[None]:
     """Turn whatever MLflow's client raises into one sentence."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -127,7 +127,7 @@ def open_client(uri: str) -> "MlflowClient":
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     database = sqlite_file(uri)
-    with _answering(uri), _alone_with(database) if database else nullcontext():
+    with answering(uri), _alone_with(database) if database else nullcontext():
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     return client
@@ -149,7 +149,7 @@ class Run:
     def log(self, metrics: dict[str, float | None], step: int, time_s: float) -> None:
         """Metrics at a step, as of a time; values that are not finite are left out."""
         try:
-            with _answering(self.uri):
+            with answering(self.uri):
                 self.client.log_batch(self.run_id, metrics=_metrics(metrics, step, time_s))
         except TrackingLost:
             self.lost = True
@@ -159,7 +159,7 @@ class Run:
         self, files: Sequence[Path], tables: Mapping[str, tuple[list[str], list[list[str]]]], metrics: dict[str, float | None]
     ) -> None:
         """Files and tables (header and rows, by file name) as artifacts, and metrics at step 0 under names made fit."""
-        with _answering(self.uri):
+        with answering(self.uri):
             for file in files:
                 self.client.log_artifact(self.run_id, str(file))
             for name, (header, rows) in tables.items():
@@ -170,7 +170,7 @@ class Run:
 
     def log_files(self, folder: Path, name: str) -> None:
         """A folder's files as the artifact folder `name`."""
-        with _answering(self.uri):
+        with answering(self.uri):
             self.client.log_artifacts(self.run_id, str(folder), name)
 
     def log_bundle(self, folder: Path, config: TrackingConfig, name: str, summary: dict[str, Any]) -> str:
@@ -185,7 +185,7 @@ class Run:
         step = summary["train"]["steps"]
         metrics = flatten({"test": summary["test"]})
         registered = config.register or name
-        with _answering(self.uri):
+        with answering(self.uri):
             model = self.client.create_logged_model(
                 self.experiment_id, name=name, source_run_id=self.run_id, model_type="recsys_moe bundle"
             )
@@ -235,7 +235,7 @@ def open_run(
     """
     all_tags = _source_tags() | dict(tags or {})
     new = run_id is None
-    with _answering(client.tracking_uri):
+    with answering(client.tracking_uri):
         if run_id is None:
             experiment_id = _experiment_id(client, config.experiment)
             start = None if started is None else int(started * 1000)
@@ -247,7 +247,7 @@ def open_run(
     guard = _start_guard(client.tracking_uri, run.run_id)
     try:
         if new:
-            with _answering(client.tracking_uri):
+            with answering(client.tracking_uri):
                 _describe_run(run, settings, dataset)
         yield run
     except BaseException as error:
@@ -261,7 +261,7 @@ def open_run(
 def _close(run: Run, guard: subprocess.Popen[bytes], status: str) -> None:
     """End the run and let the guard go, which acts when its pipe closes without a word."""
     try:
-        with _answering(run.uri):
+        with answering(run.uri):
             run.client.set_terminated(run.run_id, status, None if run.ended is None else int(run.ended * 1000))
     except TrackingLost as lost:
         raise TrackingLost(f"{lost}; run {run.run_id} is left open there, though it is {status}") from None

@@ -38,10 +38,11 @@ from recsys_moe.pipelines.tracking import (
     resolve_model,
 )
 from recsys_moe.pipelines.worker import run_training, train_worker
+from recsys_moe.schema import Hashed
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
 from recsys_moe.storage import locate
-from recsys_moe.trainer import TrainConfig
+from recsys_moe.trainer import TrainConfig, check_own_rows
 from recsys_moe.transforms import Statistics
 from recsys_moe.typed import dump, parse, typed
 from recsys_moe.warm_start import StartBundle
@@ -104,9 +105,10 @@ def settle_model(job: TrainJob) -> TrainJob:
     The network is built once, as small as can be: what does not fit the schema's tasks is told before hours of preparation.
 
     Raises:
-        UserError: a mistake in the schema, or a model that is not for its tasks.
+        UserError: a mistake in the schema, or a model or workers that are not for it.
     """
     schema = job.data.load_schema(conf_dir() / "schema")
+    check_own_rows([f.name for f in schema.features if isinstance(f, Hashed) and f.collisions == "none"], job.train.workers)
     model = settle(job.model, schema)
     MODELS[type(model)](model, 1, Heads(schema, Statistics((), ())).widths, torch.float32)
     balancer_of(job.train.balancing, schema.task_names)
@@ -364,7 +366,7 @@ def _fit_behind_ray(job: TrainJob, folder: RunFolder, told: dict[str, Any]) -> N
 
     workers = job.train.workers
     if isinstance(workers, tuple) and job.ray.address is None:  # this machine has room for as many as it has cores
-        workers = (workers[0], max(workers[0], min(workers[1], os.cpu_count() or 1)))
+        workers = (workers[0], max(workers[0], min(workers[1], len(os.sched_getaffinity(0)))))
     trainer = Fitter(
         train_worker,
         train_loop_config=told,

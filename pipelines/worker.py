@@ -16,8 +16,9 @@ from recsys_moe.distributed import rank, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.models import ModelConfig
 from recsys_moe.process import keep_freed_memory, peak_memory, use_all_cores
+from recsys_moe.selftest import write_selftest
 from recsys_moe.shards import PreparedData
-from recsys_moe.sources import DataConfig
+from recsys_moe.sources import DataConfig, read_part
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate, undefined_quality_warnings
 from recsys_moe.typed import parse, plain
 from recsys_moe.warm_start import StartBundle
@@ -102,10 +103,10 @@ def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
         best = trainer.progress.best if trainer else None
         if trainer and best:
             trainer.restore_best()
-            _save(bundle, trainer, described, {"validation": {t: asdict(m) for t, m in best.validation.items()}})
+            _save(bundle, trainer, described, {"validation": {t: asdict(m) for t, m in best.validation.items()}}, tell)
         return {"kind": "error", "message": str(error), "bundle": str(bundle) if best else None}
     validation = {task: asdict(m) for task, m in result.validation.items()}
-    _save(bundle, trainer, described, {"validation": validation})
+    _save(bundle, trainer, described, {"validation": validation}, tell)
     test = evaluate(trainer.model, data, "test")
     for message in undefined_quality_warnings(test, "test"):
         tell({"kind": "warning", "message": message})
@@ -125,8 +126,13 @@ def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
     }
 
 
-def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict[str, Any]) -> None:
-    """Gather the tables and let the first worker write the bundle."""
+def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict[str, Any], tell: Tell) -> None:
+    """Write the bundle together, and from the first worker rows of the validation part for its self-test."""
     weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
+    transform = trainer.data.transform
+    save_bundle(bundle, weights, described, transform, plain(metrics), adagrad)
     if rank() == 0:
-        save_bundle(bundle, weights, described, trainer.data.transform, plain(metrics), adagrad)
+        try:
+            write_selftest(bundle, read_part(described.data, transform.schema, "validation"))
+        except (UserError, OSError) as error:  # the log rows went away while it trained
+            tell({"kind": "warning", "message": f"the bundle has no self-test: {error}"})

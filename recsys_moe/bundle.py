@@ -5,6 +5,7 @@
     statistics.json     vocabularies and moments of the feature transforms and of the tasks' labels
     model.safetensors   the weights
     metrics.json        how it did on the validation part, which chose the epoch, and on the test part
+    selftest.arrow      some raw rows with their scores, for whoever serves it (optional; see recsys_moe.selftest)
     adagrad.safetensors the sums of squares of the tables' optimizer, for whoever goes on training; scoring does without
 
 No pickle: loading a bundle runs no code from it.
@@ -20,6 +21,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from recsys_moe.distributed import rank
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads
 from recsys_moe.models import ModelConfig
@@ -27,11 +29,13 @@ from recsys_moe.ranker import Ranker
 from recsys_moe.schema import Schema
 from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig
+from recsys_moe.tensorfiles import Chunked, save_tensors
 from recsys_moe.transforms import Statistics, Transform
 from recsys_moe.typed import dump, parse, typed
 
 FORMAT = 2
 ADAGRAD_FILE = "adagrad.safetensors"
+SELFTEST_FILE = "selftest.arrow"
 FILES = ("config.json", "schema.json", "statistics.json", "model.safetensors", "metrics.json")
 
 
@@ -107,13 +111,21 @@ class Bundle:
 
 def save_bundle(
     folder: Path,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | Chunked],
     config: BundleConfig,
     transform: Transform,
     metrics: dict[str, Any],
-    adagrad: Mapping[str, Tensor] | None = None,
+    adagrad: Mapping[str, Tensor | Chunked] | None = None,
 ) -> None:
-    """Write a bundle, a model's `state_dict` in it, under a temporary name, then move it into place."""
+    """Write a bundle, a model's `state_dict` in it, under a temporary name, then move it into place.
+
+    All workers call it together: the first writes, the others send it what they have of the tables.
+    """
+    adagrad = adagrad or {}
+    if rank():
+        save_tensors(None, weights)
+        save_tensors(None, adagrad)
+        return
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -121,9 +133,9 @@ def save_bundle(
     write_json(temporary / "schema.json", dump(transform.schema))
     write_json(temporary / "statistics.json", dump(transform.statistics))
     write_json(temporary / "metrics.json", metrics)
-    safetensors.torch.save_file(dict(weights), temporary / "model.safetensors")
+    save_tensors(temporary / "model.safetensors", weights)
     if adagrad:
-        safetensors.torch.save_file(dict(adagrad), temporary / ADAGRAD_FILE)
+        save_tensors(temporary / ADAGRAD_FILE, adagrad)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

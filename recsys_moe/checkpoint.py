@@ -10,24 +10,20 @@ gathered; a state can be read by any number of workers.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from recsys_moe.distributed import rank, total, world_size
 from recsys_moe.errors import UserError
+from recsys_moe.tensorfiles import TensorFiles, Tensors
 
 FORMAT = 1
-
-Tensors = Mapping[str, Tensor]
-_READ_BYTES = 2**26
 
 
 class Checkpoints:
@@ -39,7 +35,7 @@ class Checkpoints:
         self._best_files: list[str] = []
         self._named: list[str] = []  # the newest state's best files, which it can't do without
 
-    def keep_best(self, epoch: int, tensors: Tensors) -> "TensorFiles":
+    def keep_best(self, epoch: int, tensors: Tensors) -> TensorFiles:
         """Put this worker's weights of `epoch`, the best so far, aside on disk, where the next state finds them.
 
         In memory they would double what large tables take.
@@ -133,42 +129,6 @@ class State:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(f"the checkpoint {str(path)!r} is damaged ({reason}); train anew") from None
-
-
-class TensorFiles(Mapping[str, Tensor]):
-    """Tensors in several safetensors files, each read when it is asked for."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths: dict[str, Path] = {}
-        for path in paths:
-            with safetensors.safe_open(path, "pt") as file:
-                self._paths |= dict.fromkeys(file.keys(), path)
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safetensors.safe_open(self._paths[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Copy a tensor, a piece of its rows at a time."""
-        if not target.dim():
-            target.copy_(self[name])
-            return
-        step = max(1, _READ_BYTES // max(1, target[:1].nbytes))
-        for low in range(0, len(target), step):
-            high = min(low + step, len(target))
-            # Opened anew for each piece: what a mapping has touched stays in this process's memory until it is closed.
-            with safetensors.safe_open(self._paths[name], "pt") as file:
-                piece = file.get_slice(name)
-                if piece.get_shape() != list(target.shape):
-                    raise RuntimeError(f"{name!r} is {piece.get_shape()} on disk, not {list(target.shape)}")
-                target[low:high] = piece[low:high]
 
 
 def _all_files(stem: str) -> list[str]:

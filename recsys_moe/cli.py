@@ -555,7 +555,7 @@ def promote(
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:
-    """Give a registered version an alias; `serve` looks it up when it starts, so restart it to serve another version."""
+    """Give a registered version an alias; a service of that alias follows within seconds."""
     from recsys_moe.console import print_json, stdout
     from recsys_moe.pipelines.tracking import promote as move
 
@@ -567,20 +567,54 @@ def promote(
         stdout.print(f"{version} is now @{alias}", soft_wrap=True)
 
 
-@app.command(epilog="Example: `recsys-moe serve models:/census_full@champion serve.port=8000`")
-def serve(model: Model, overrides: Overrides = None, json: Json = False) -> None:
-    """Serve a bundle over HTTP on loopback: POST /v1/score, OpenAPI docs at /docs. Ctrl-C stops it."""
-    from recsys_moe.console import print_json, stderr
+@app.command(
+    epilog="""Examples:
 
-    folder, config = _resolve(model, overrides)
+    recsys-moe serve models:/census_full@champion serve.port=8000
+
+    recsys-moe serve models:/shop@champion models:/shop@candidate 'serve.canary={model: shop@candidate, share: 0.05}'"""
+)
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL… [OVERRIDES]",
+            help="models:/NAME@alias, models:/NAME/VERSION, runs:/RUN_ID or bundles' folders; then section.key=value.",
+        ),
+    ],
+    json: Json = False,
+) -> None:
+    """Serve models over HTTP on loopback: POST /v1/rank and /v1/score, OpenAPI docs at /docs. Ctrl-C stops it.
+
+    A request names a model as `NAME@alias`; the first one is for those that name none. Where an alias moves in MLflow, the
+    service follows within seconds. While MLflow is away it goes on, and starts, with the bundles that it has fetched before.
+    """
+    from tempfile import TemporaryDirectory
+
+    from recsys_moe.console import print_json, stderr
+    from recsys_moe.pipelines.registry import Shelf
+
+    names = [name for name in models if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", name)]
+    if not names:
+        raise UserError("no model is named; name one, such as models:/NAME@champion, or a bundle's folder")
+    config = _compose([override for override in models if override not in names], needs_data=False)
+    runs_dir = Path(config["runs_dir"])
     from recsys_moe.serving.app import serve_forever
 
-    def ready(url: str) -> None:
-        stderr.print(f"serving {model} at {url} (docs: {url}/docs); Ctrl-C stops it", soft_wrap=True)
-        if json:
-            print_json({"url": url, "bundle": str(folder)})
+    def warn(message: str) -> None:
+        stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)
 
-    serve_forever(folder, _section(config, "serve"), ready)
+    with TemporaryDirectory(prefix="recsys-moe-served-") as folder:
+        uri = _section(config, "tracking").resolve(runs_dir)
+        shelf = Shelf(names, uri, runs_dir, Path(folder) / "models.json", warn)
+        found = shelf.open()
+
+        def ready(url: str) -> None:
+            stderr.print(f"serving {', '.join(names)} at {url} (docs: {url}/docs); Ctrl-C stops it", soft_wrap=True)
+            if json:
+                print_json({"url": url, "models": {name: versions[0] for name, versions in found.items()}})
+
+        serve_forever(shelf.served, _section(config, "serve"), ready, shelf.refresh)
 
 
 @app.command(epilog="Example: `recsys-moe demo --rows 200000`")
@@ -675,7 +709,7 @@ SECTIONS: dict[str, Any] = {
     "data": "recsys_moe.sources:DataConfig",
     "model": "recsys_moe.models:ModelConfig",
     "train": "recsys_moe.trainer:TrainConfig",
-    "serve": "recsys_moe.serving.app:ServeConfig",
+    "serve": "recsys_moe.serving.config:ServeConfig",
     "tracking": "recsys_moe.pipelines.tracking:TrackingConfig",
     "ray": "recsys_moe.pipelines.cluster:RayConfig",
     "runs_dir": str,

@@ -1,7 +1,7 @@
 """Embedding tables, torchrec's collection on fbgemm's fused table batch, and the jagged tensors of ids that they take."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from recsys_moe.kernels import embedding_bags
+from recsys_moe.tensorfiles import CHUNK_BYTES
 from recsys_moe.transforms import Inputs
 
 ADAGRAD = {"lr": 0.02, "eps": 1e-8}
@@ -120,10 +121,15 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         return {name: state for name, (state,) in zip(self.state_dict(), states, strict=True)}
 
 
-def draw_table(weight_rd: Tensor, config: EmbeddingBagConfig) -> None:
-    """Fill a table as `FusedEmbeddings` does its own."""
-    weight_rd.uniform_(config.get_weight_init_min(), config.get_weight_init_max())
-    weight_rd[:2] = 0
+def drawn_rows(config: EmbeddingBagConfig) -> Iterator[tuple[int, Tensor]]:
+    """What `FusedEmbeddings` fills a table with, from first rows on, and where they start; never all of it at once."""
+    step = max(2, CHUNK_BYTES // (4 * config.embedding_dim))
+    for low in range(0, config.num_embeddings, step):
+        weight_rd = torch.empty(min(step, config.num_embeddings - low), config.embedding_dim)
+        weight_rd.uniform_(config.get_weight_init_min(), config.get_weight_init_max())
+        if not low:
+            weight_rd[:2] = 0
+        yield low, weight_rd
 
 
 def one_id_each(names: list[str], ids_bf: Tensor) -> KeyedJaggedTensor:

@@ -5,6 +5,7 @@ configuration names are copied out by name, links and anything else are left alo
 """
 
 import errno
+import fcntl
 import hashlib
 import http.client
 import json
@@ -103,6 +104,7 @@ def fetch(config: FetchConfig, folder: Path, progress: Progress = lambda phase, 
     archive = downloads / "archive"
     with _disk_errors(folder):
         downloads.mkdir(parents=True, exist_ok=True)
+    with _alone(downloads), _disk_errors(folder):
         download(config.url, archive, config.digest, config.max_mb * MB, progress)
         try:
             temporary.mkdir()
@@ -123,6 +125,19 @@ def _read_summary(folder: Path, config: FetchConfig) -> Any:
     if found["name"] != config.name:
         raise UserError(f"{str(folder)!r} holds {found['name']}, not {config.name}; name another folder")
     return found["files"]
+
+
+@contextmanager
+def _alone(downloads: Path) -> Iterator[None]:
+    """Hold a lock on the folder of a download: two at once would append to one file. It goes with its process."""
+    handle = os.open(downloads, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another fetch is at work in {str(downloads)!r}; wait for it, or name another folder") from None
+    finally:
+        os.close(handle)
 
 
 @contextmanager

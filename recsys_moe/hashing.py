@@ -37,12 +37,12 @@ def hash_texts(texts: pa.Array) -> Hashes:
 
 
 def combine(hashes: Sequence[Hashes]) -> Hashes:
-    """One hash of several, each `[N]`: that of a pair is not that of its halves swapped.
+    """One hash of several, each `[N]` or `[1]`, which stands for all: that of a pair is not that of its halves swapped.
 
     >>> combine([np.array([1], np.uint64), np.array([2], np.uint64)]).tolist()
     [13608149317741381227]
     """
-    whole = np.zeros_like(hashes[0])
+    whole = np.zeros(1, np.uint64)
     for part in hashes:
         x = whole + np.uint64(0x9E3779B97F4A7C15) + part
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -16,19 +16,17 @@ def task_labels(table: pa.Table, schema: Schema) -> tuple[npt.NDArray[np.float32
 
     A binary label is 0 or 1, a class or level its place among those declared, a regression's label the number itself.
 
-    A row counts for a task where its label is not null, its mask, if any, is true, and its weight, if any, is neither 0 nor
-    null: for the loss, the counts and the metrics alike.
+    A row counts for a task where its label is not null and no column of it NaN, its mask, if any, is true, and its weight, if
+    any, is neither 0 nor null: for the loss, the counts and the metrics alike.
 
     Raises:
-        UserError: a label that is NaN, infinite or none that its kind of task has; a negative weight; names the task and
+        UserError: a label that is infinite or none that its kind of task has; a negative weight; names the task and
             the remedy.
     """
     labels = np.zeros((len(schema.tasks), table.num_rows), np.float32)
     weights = np.zeros_like(labels)
     for row, task in enumerate(schema.tasks):
-        for column in Expression(task.label).columns:
-            _check_finite(table, column, task)
-        y = Expression(task.label)(table)
+        y = Expression(task.label)(_observed(table, task))
         counts = pc.is_valid(y).to_numpy()
         weight = np.ones(table.num_rows, np.float32)
         if task.weight:
@@ -136,11 +134,19 @@ def _numbers(y: pa.ChunkedArray) -> npt.NDArray[np.float64]:
     return values
 
 
-def _check_finite(table: pa.Table, column: str, task: Task) -> None:
-    if column in table.column_names and pa.types.is_floating(table.schema.field(column).type):
-        bad = pc.sum(pc.invert(pc.is_finite(pc.drop_null(table[column])))).as_py() or 0
-        if bad:
-            raise UserError(
-                f"label column {column!r} of task {task.name!r} holds NaN or an infinite value in {bad} rows; "
-                "use null where the label was not observed"
-            )
+def _observed(table: pa.Table, task: Task) -> pa.Table:
+    """The label's columns with null for NaN, which is how pandas writes that nothing was observed: a comparison would take
+    NaN for a negative."""
+    columns = [name for name in Expression(task.label).columns if name in table.column_names]
+    table = table.select(columns)
+    for place, name in enumerate(columns):
+        column = table[name]
+        if pa.types.is_floating(column.type):
+            infinite = pc.sum(pc.is_inf(column)).as_py() or 0
+            if infinite:
+                raise UserError(
+                    f"label column {name!r} of task {task.name!r} holds an infinite value in {infinite} rows; use null where "
+                    "the label was not observed"
+                )
+            table = table.set_column(place, name, pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column))
+    return table

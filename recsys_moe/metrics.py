@@ -4,6 +4,7 @@ The first field of each is its quality: higher is better, and what is worth noth
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -118,10 +119,10 @@ def binary_metrics(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]
     rows = len(labels)
     if not rows:
         return BinaryMetrics(math.nan, math.nan, 0, math.nan, math.nan, math.nan, math.nan, 0)
-    area = auc(np.asarray(scores), np.asarray(labels))
-    gauc, left_out = grouped_auc(np.asarray(scores), np.asarray(labels), groups) if groups is not None else (math.nan, 0)
-    scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
-    rate = float(labels.mean())
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    area = auc(scores, labels)
+    gauc, left_out = grouped_auc(scores, labels, groups) if groups is not None else (math.nan, 0)
+    rate = float(labels.mean(dtype=np.float64))
     loss = log_loss(scores, labels)
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if 0 < rate < 1 else 0.0
     return BinaryMetrics(
@@ -130,7 +131,7 @@ def binary_metrics(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]
         gauc_left_out=left_out,
         logloss=loss,
         ne=loss / entropy if entropy else math.nan,
-        calibration=float(scores.mean()) / rate if rate else math.nan,
+        calibration=float(scores.mean(dtype=np.float64)) / rate if rate else math.nan,
         ece=expected_calibration_error(scores, labels),
         rows=rows,
     )
@@ -203,15 +204,30 @@ def concordance(scores: Floats, levels: npt.NDArray[np.int64]) -> float:
 
 def log_loss(scores: Floats, labels: Floats) -> float:
     """Mean of −y·log(p) − (1−y)·log(1−p), with p kept one float32 step away from 0 and 1."""
-    p = np.clip(scores, np.finfo(np.float32).tiny, 1 - np.finfo(np.float32).epsneg)
-    return float(-np.mean(labels * np.log(p) + (1 - labels) * np.log1p(-p)))
+    total = 0.0
+    for s, y in _some_rows(scores, labels):
+        p = np.clip(s, np.finfo(np.float32).tiny, 1 - np.finfo(np.float32).epsneg)
+        total -= float(np.sum(y * np.log(p) + (1 - y) * np.log1p(-p)))
+    return total / len(scores)
 
 
 def expected_calibration_error(scores: Floats, labels: Floats) -> float:
     """ECE over equal-width bins; a score of exactly 1 belongs to the last one."""
-    bins = np.minimum((scores * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gap = np.bincount(bins, scores, ECE_BINS) - np.bincount(bins, labels, ECE_BINS)
+    gap = np.zeros(ECE_BINS)
+    for s, y in _some_rows(scores, labels):
+        bins = np.minimum((s * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+        gap += np.bincount(bins, s, ECE_BINS) - np.bincount(bins, y, ECE_BINS)
     return float(np.abs(gap).sum() / len(labels))
+
+
+_SOME_ROWS = 2**18
+
+
+def _some_rows(scores: Floats, labels: Floats) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    """Both as float64, some rows at a time: what is computed from them is several times as large."""
+    for low in range(0, len(scores), _SOME_ROWS):
+        high = low + _SOME_ROWS
+        yield np.asarray(scores[low:high], np.float64), np.asarray(labels[low:high], np.float64)
 
 
 def auc(scores: Floats, labels: Floats) -> float:
@@ -229,16 +245,13 @@ def auc(scores: Floats, labels: Floats) -> float:
     return (rank_sum - p * (p + 1) / 2) / (p * n)
 
 
-_GROUPED_ROWS = 2**18
-
-
 def grouped_auc(scores: Floats, labels: Floats, groups: npt.NDArray[np.int64]) -> tuple[float, int]:
     """AUC of each group from mid-ranks, averaged by rows; and the number of single-class groups.
 
     One sort for many groups: a loop over users would take minutes where this takes a second. Some groups at a time, so that
     what is sorted stays small.
     """
-    parts = 1 + len(scores) // _GROUPED_ROWS
+    parts = 1 + len(scores) // _SOME_ROWS
     weighted, rows, left_out = 0.0, 0, 0
     for part in range(parts):
         own = groups % parts == part if parts > 1 else slice(None)

@@ -16,8 +16,10 @@ from recsys_moe.embeddings import jagged_tensors
 from recsys_moe.errors import UserError
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.metrics import TaskMetrics
+from recsys_moe.routing import RoutingPlan
 from recsys_moe.sources import count_rows, list_joins, read_rows
 from recsys_moe.storage import AnyPath, put
+from recsys_moe.transforms import Inputs
 
 
 class Predictor:
@@ -40,20 +42,22 @@ class Predictor:
         Raises:
             UserError: a value of the wrong kind; names the column and the value.
         """
-        return self._forward(table)[0]
+        return self.score_inputs(self.bundle.transform(table))
+
+    def score_inputs(self, inputs: Inputs) -> npt.NDArray[np.float32]:
+        """Scores, fp32 `[S, N]`, of rows that the bundle's transform has been applied to."""
+        return self.bundle.heads.scores(self._forward(inputs)[0])
 
     def gates(self, table: pa.Table) -> dict[str, npt.NDArray[np.float32]]:
         """Gate weights, fp32 `[N, T, E]`, of each of the model's plans; `bundle.model.network.plan_names` says of what."""
-        return self._forward(table)[1]
+        plans = self._forward(self.bundle.transform(table))[1]
+        return {name: p.dense_weights.view(table.num_rows, -1, p.num_experts).numpy() for name, p in plans.items()}
 
-    def _forward(self, table: pa.Table) -> tuple[npt.NDArray[np.float32], dict[str, npt.NDArray[np.float32]]]:
-        inputs = self.bundle.transform(table)
+    def _forward(self, inputs: Inputs) -> tuple[torch.Tensor, dict[str, RoutingPlan]]:
         with torch.no_grad():
             ids_bf, dense_bd = torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous()
-            outputs, plans = self.bundle.model(ids_bf, dense_bd, jagged_tensors(inputs))
-            rows = table.num_rows
-            gates = {name: p.dense_weights.view(rows, -1, p.num_experts).numpy() for name, p in plans.items()}
-            return self.bundle.heads.scores(outputs), gates
+            outputs: tuple[torch.Tensor, dict[str, RoutingPlan]] = self.bundle.model(ids_bf, dense_bd, jagged_tensors(inputs))
+            return outputs
 
     def evaluate(self, tables: Iterable[pa.Table]) -> dict[str, TaskMetrics]:
         """Metrics of each task over raw rows that have the label columns too."""

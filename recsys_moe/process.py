@@ -20,14 +20,14 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def local_ray_options(object_store_mb: int) -> dict[str, Any]:
     """Options of `ray.init` for a quiet instance on this machine.
 
-    One logical CPU more than there are cores: the process that waits for the others must not starve them. Workers run at
+    One logical CPU more than there are cores for us: the process that waits for the others must not starve them. Workers run at
     the priority of any other process (Ray's default is nice 15): they do the work that this instance is for.
     """
     os.environ.setdefault("RAY_worker_niceness", "0")
     return {
         # Not the cluster that RAY_ADDRESS names or that happens to run here: this instance goes with its command.
         "address": "local",
-        "num_cpus": max(2, os.cpu_count() or 1) + 1,
+        "num_cpus": max(2, len(os.sched_getaffinity(0))) + 1,
         "include_dashboard": False,
         "log_to_driver": False,
         "logging_level": logging.ERROR,

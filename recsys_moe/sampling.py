@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys_moe.errors import UserError
-from recsys_moe.sources import CSV_TYPES, casts, column_names, damaged, is_csv, open_parquet, stream_csv
+from recsys_moe.sources import CSV_TYPES, casts, column_names, damaged, is_csv, open_parquet, stream_csv, without_views
 from recsys_moe.storage import AnyPath, Remote, trouble
 
 SAMPLE_ROWS = 200_000
@@ -146,7 +146,7 @@ def _empty(path: AnyPath) -> UserError:
 def _plain(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
-    return pa.large_string() if pa.types.is_string_view(kind) else kind
+    return without_views(kind)
 
 
 def is_plain_number(kind: pa.DataType) -> bool:

@@ -26,6 +26,7 @@ from pyarrow.fs import FileType
 from pydantic import Field
 
 from recsys_moe import storage
+from recsys_moe.columns import is_number
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.schema import Name, Numeric, Schema, load_schema
 from recsys_moe.storage import AnyPath, Remote, locate
@@ -226,11 +227,13 @@ def plan_chunks(config: DataConfig, schema: Schema, chunk_rows: int = CHUNK_ROWS
     """Number the rows, apply the protocol and cut the files into chunks.
 
     Raises:
-        UserError: an empty or damaged file, a table that can't be joined, or a split that the rows can't fill.
+        UserError: an empty or damaged file, a label or number of another type in another file, a table that can't be joined, or
+            a split that the rows can't fill.
     """
     files, held_out = list_files(config)
     joins = list_joins(config)
     counts = [count_rows(path, schema, labels=True, joins=joins) for path in (*files, *held_out)]
+    _check_forms([*files, *held_out], schema)
     _check_joins(files[0], schema, joins)
     shared_out, rows = (held_out, sum(counts[len(files) :])) if held_out else (files, sum(counts))
     keys = None if config.split.by is None else _sort_keys(shared_out, config.split.by, schema, joins)
@@ -247,6 +250,32 @@ def plan_chunks(config: DataConfig, schema: Schema, chunk_rows: int = CHUNK_ROWS
             chunks.append(Chunk(len(chunks), path, offset, start, parts[start : start + size], joins))
             start += size
     return chunks
+
+
+def _check_forms(paths: list[AnyPath], schema: Schema) -> None:
+    """Refuse a label or a numeric feature that is a number in one file and text in another: of a CSV file this is known only
+    once its rows are read, so that one file is named then.
+
+    A category is the same in both forms.
+
+    Raises:
+        UserError: names the column and both files.
+    """
+    roles = dict.fromkeys(schema.label_columns, "label")
+    roles |= {f.name: "feature" for f in schema.features if isinstance(f, Numeric)}
+    first: dict[tuple[str, bool], tuple[AnyPath, pa.DataType]] = {}
+    for path in paths:
+        for field in () if is_csv(path) else open_parquet(path).schema_arrow:
+            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            if field.name not in roles or pa.types.is_null(kind):
+                continue
+            first.setdefault((field.name, is_number(kind)), (path, kind))
+            here, other = first[field.name, is_number(kind)], first.get((field.name, not is_number(kind)))
+            if other:
+                raise UserError(
+                    f"{roles[field.name]} column {field.name!r} is {other[1]} in {str(other[0])!r} and {here[1]} in "
+                    f"{str(here[0])!r}; write it in one type in all files"
+                )
 
 
 def _share_out(
@@ -332,7 +361,14 @@ def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath) -> tuple[npt.NDAr
         )
     number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
     if number:
-        return np.asarray(column.to_numpy()), "numbers"
+        values = np.asarray(column.to_numpy())
+        if len(lost := np.flatnonzero(np.isnan(values))):
+            raise UserError(
+                f"data.split.by: column {by!r} of {str(path)!r} is NaN in {len(lost):,} of {len(values):,} rows read at once, "
+                f"the first of them row {lost[0]:,}, which have no place in the order; leave those rows out or sort by another "
+                "column"
+            )
+        return values, "numbers"
     forms = {"numbers": pa.int64(), "times": pa.timestamp("us"), "times with a time zone": pa.timestamp("us", "UTC")}
     if pa.types.is_timestamp(column.type):
         forms = {"times with a time zone" if column.type.tz else "times": pa.timestamp("us", column.type.tz)}
@@ -422,13 +458,38 @@ def _read_file(path: AnyPath, columns: Sequence[str], schema: Schema, offset: in
         for group in range(file.num_row_groups):
             last = first + file.metadata.row_group(group).num_rows
             if first < end and last > offset:
-                table = file.read_row_group(group, columns=list(columns))
+                table = _without_views(file.read_row_group(group, columns=list(columns)))
                 low, high = max(offset - first, 0), min(end, last) - first
                 for piece in range(low, high, CHUNK_ROWS):
                     yield table.slice(piece, min(CHUNK_ROWS, high - piece))
             first = last
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, error) from None
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """Texts and bytes that are views (as polars and DuckDB write them) in the form that Arrow's functions take."""
+    for place, field in enumerate(table.schema):
+        kind = without_views(field.type)
+        if kind != field.type:
+            table = table.set_column(place, field.name, table[place].cast(kind))
+    return table
+
+
+def without_views(kind: pa.DataType) -> pa.DataType:
+    """The type that values of `kind` have once they are no views; lists of views too.
+
+    >>> without_views(pa.list_(pa.string_view()))
+    ListType(list<item: large_string>)
+    """
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    for is_list, list_of in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_list(kind) and (value := without_views(kind.value_type)) != kind.value_type:
+            return list_of(value)
+    return kind
 
 
 def _find_columns(

@@ -7,12 +7,13 @@ S3 server of one's own. Local files are memory-mapped.
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -75,16 +76,22 @@ class Remote:
         return bool(info(self).type != pafs.FileType.NotFound)
 
     def glob(self, pattern: str) -> list["Remote"]:
-        from fsspec.implementations.arrow import ArrowFSWrapper
+        from fsspec.utils import glob_translate
 
         if not pattern or pattern.startswith("/"):
             raise ValueError(pattern)
         filesystem, path = open_filesystem(self)
+        fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+        folder = f"{path}/{fixed}" if fixed else path
+        below = "/" in pattern[len(fixed) :].lstrip("/") or "**" in pattern
         try:
-            found = ArrowFSWrapper(filesystem).glob(f"{path}/{pattern}")
+            found = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True, recursive=below))
         except OSError as error:
             raise trouble(self, error) from None
-        return [replace(self, path=self.path + name.removeprefix(path)) for name in found]
+        # The pattern alone is one: a key may hold what would be magic in it.
+        fits = re.compile(glob_translate(pattern)).match
+        names = sorted(item.path.removeprefix(path).lstrip("/") for item in found)
+        return [self / name for name in names if fits(name)]
 
 
 AnyPath = Path | Remote
@@ -101,18 +108,22 @@ def locate(text: str | Path) -> AnyPath:
         return Path(text).absolute()
     if scheme not in OPTIONS:
         raise UserError(f"{scheme}:// can't be read; name a path on this machine, or s3://, gs:// or hdfs://")
-    parts = urlsplit(str(text))
-    path = (parts.netloc.rpartition("@")[2] + parts.path).rstrip("/")
+    # Not urlsplit: a key is any text, and what would be a fragment or an escape elsewhere is a part of it.
+    whole, _, query = str(text).partition("://")[2].rpartition("?")
+    if not whole or "=" not in query.partition("/")[0]:
+        whole, query = str(text).partition("://")[2], ""
+    host, slash, key = whole.partition("/")
+    path = (host.rpartition("@")[2] + slash + key).rstrip("/")
     shown = f"{scheme}://{path}"
-    unknown = sorted(parse_qs(parts.query, keep_blank_values=True).keys() - set(OPTIONS[scheme]))
-    if "@" in parts.netloc or unknown or "#" in str(text):
+    unknown = sorted(parse_qs(query, keep_blank_values=True).keys() - set(OPTIONS[scheme]))
+    if "@" in host or unknown:
         raise UserError(
             f"the URI {shown!r} holds a name, a key or a token (only {', '.join(OPTIONS[scheme])} may follow a '?'); give "
             "credentials in the environment or in the cloud's own files instead"
         )
-    if not parts.netloc:
+    if not host:
         raise UserError(f"the URI {shown!r} names no bucket or host; write {scheme}://BUCKET/FOLDER")
-    return Remote(scheme, path, parts.query)
+    return Remote(scheme, path, query)
 
 
 def only_local(path: str | Path, what: str) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from recsys_moe.balancing import BalancingConfig, Static, balancer_of
 from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.bundle import ADAGRAD_FILE
-from recsys_moe.checkpoint import Checkpoints, TensorFiles, Tensors
+from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import agreed, gather_pieces, piece, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
@@ -29,6 +29,7 @@ from recsys_moe.losses import task_losses
 from recsys_moe.metrics import TaskMetrics, quality, quality_name
 from recsys_moe.ranker import CPU, Ranker
 from recsys_moe.shards import PreparedData
+from recsys_moe.tensorfiles import Chunked, TensorFiles, Tensors
 from recsys_moe.typed import typed
 from recsys_moe.warm_start import StartBundle, is_table
 
@@ -140,12 +141,7 @@ class Trainer:
             raise UserError("train.device is 'cuda', but PyTorch finds no GPU on the training worker; use train.device=cpu")
         if config.device == "cuda" and world_size() > 1:
             raise UserError(f"train.device is 'cuda' with {world_size()} workers; a GPU is used by train.workers=1 only")
-        if data.transform.own_rows and world_size() > 1:
-            name = data.transform.own_rows[0]
-            raise UserError(
-                f"feature {name!r} has collisions: none, but there are {world_size()} workers, which would not give ids the "
-                "same rows; use train.workers=1 or collisions: shared"
-            )
+        check_own_rows(data.transform.own_rows, world_size())
         torch.manual_seed(config.seed)
         self.data, self.config, self.on_event, self.checkpoints = data, config, on_event, checkpoints
         self.device = torch.device(config.device)
@@ -259,21 +255,21 @@ class Trainer:
         """Give the model the weights of the best epoch that was not the last."""
         _copy_tensors(self.best_weights, self.model.state_dict())
 
-    def whole_weights(self) -> dict[str, Tensor]:
-        """The model's `state_dict` with all tables, on worker 0; every worker must ask for it."""
+    def whole_weights(self) -> dict[str, Tensor | Chunked]:
+        """The model's `state_dict` with all tables, for `save_tensors`, which all workers have to call."""
+        return self._whole(dict(self.model.state_dict()))
+
+    def whole_adagrad(self) -> dict[str, Tensor | Chunked]:
+        """The Adagrad sums of all tables, likewise."""
+        return self._whole(self.model.adagrad(), per_row=True)
+
+    def _whole(self, tensors: dict[str, Tensor], per_row: bool = False) -> dict[str, Tensor | Chunked]:
         if world_size() == 1:
-            return dict(self.model.state_dict())
-        from recsys_moe.sharding import gather_tables
+            return {**tensors}
+        from recsys_moe.sharding import whole_tables
 
-        return gather_tables(self.model, self.model.state_dict())
-
-    def whole_adagrad(self) -> dict[str, Tensor]:
-        """The Adagrad sums of all tables, on worker 0; every worker must ask for them."""
-        if world_size() == 1:
-            return self.model.adagrad()
-        from recsys_moe.sharding import gather_tables
-
-        return gather_tables(self.model, self.model.adagrad(), per_row=True)
+        dense = {name: tensor for name, tensor in tensors.items() if not is_table(name)}
+        return {**dense, **whole_tables(self.model, tensors, per_row)}
 
     def _train_epoch(self) -> float:
         self.model.train()
@@ -436,6 +432,21 @@ class Trainer:
         self.best_weights = state.best
         p = self.progress
         self.on_event({"kind": "resume", "step": p.step, "epoch": p.epoch, "rows": p.rows, "workers_before": workers})
+
+
+def check_own_rows(features: list[str], workers: int | tuple[int, int]) -> None:
+    """Refuse features whose ids get rows as training meets them where several workers would train, or may.
+
+    Raises:
+        UserError: names the first such feature and the remedies.
+    """
+    most = workers if isinstance(workers, int) else workers[1]
+    if features and most > 1:
+        count = str(most) if isinstance(workers, int) else f"up to {most}"
+        raise UserError(
+            f"feature {features[0]!r} has collisions: none, but there are {count} workers, which would not give ids the "
+            "same rows; use train.workers=1 or collisions: shared"
+        )
 
 
 def _copy_tensors(source: Tensors, targets: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,9 @@ Fitting is a sum over chunks: `PartialStatistics.of(table)` anywhere, `merge` in
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -33,6 +35,8 @@ from recsys_moe.schema import (
     Sequence,
 )
 from recsys_moe.typed import typed
+
+Columns = Mapping[str, pa.ChunkedArray]
 
 MISSING, UNKNOWN = 0, 1
 """Ids of a category that is null and of one that the training part does not have; the vocabulary or the buckets follow."""
@@ -183,17 +187,27 @@ class Transform:
         Raises:
             UserError: a value of the wrong kind; names the column and the value.
         """
-        ids = np.empty((len(self.id_names), table.num_rows), np.int32)
-        dense = np.empty((len(self.dense_names), table.num_rows), np.float32)
-        self._write_categories(table, ids)
-        self._write_numbers(table, ids[len(self._single) + len(self._crosses) :], dense)
+        return self.of_columns({name: table[name] for name in self.schema.feature_columns}, table.num_rows)
+
+    def of_columns(self, columns: Columns, rows: int) -> Inputs:
+        """Transform `rows` rows of columns, of which those with a single value (a user's) hold it for all rows: it is
+        checked and looked up once.
+
+        Raises:
+            UserError: a value of the wrong kind; names the column and the value.
+        """
+        ids = np.empty((len(self.id_names), rows), np.int32)
+        dense = np.empty((len(self.dense_names), rows), np.float32)
+        self._write_categories(columns, ids)
+        self._write_numbers(columns, ids[len(self._single) + len(self._crosses) :], dense)
         low = len(self.dense_names)
         for vector in reversed(self._embeddings):
             high, low = low, low - vector.dim
-            dense[low:high] = as_vectors(table[vector.name], vector.name, vector.dim).T
-        return Inputs(ids, dense, tuple(_jagged(table, feature, encoder) for feature, encoder in self._lists))
+            dense[low:high] = as_vectors(columns[vector.name], vector.name, vector.dim).T
+        lists = (_jagged(columns, feature, encoder) for feature, encoder in self._lists)
+        return Inputs(ids, dense, tuple(_repeated(found, rows) for found in lists))
 
-    def _write_categories(self, table: pa.Table, ids: npt.NDArray[np.int32]) -> None:
+    def _write_categories(self, table: Columns, ids: npt.NDArray[np.int32]) -> None:
         crossed = {name for cross, _ in self._crosses for name in cross.of}
         hashes: dict[str, tuple[Hashes, npt.NDArray[np.bool_]]] = {}
         for row, (feature, encoder) in enumerate(self._single):
@@ -205,7 +219,7 @@ class Transform:
             hashes[name] = _hash_column(as_category(table[name], name))
         for row, (cross, buckets) in enumerate(self._crosses, len(self._single)):
             parts, missing = zip(*(hashes[name] for name in cross.of), strict=True)
-            ids[row] = buckets.of_hashes(combine(parts), np.logical_or.reduce(missing))
+            ids[row] = buckets.of_hashes(combine(parts), reduce(np.logical_or, missing))
         # int64 ids of all would double a batch; two int32 ones of few do not.
         for row, name in enumerate(self.own_rows):
             found, null = hashes[name]
@@ -213,7 +227,7 @@ class Transform:
             low = len(self.id_names) - 2 * (len(self.own_rows) - row)
             ids[low : low + 2] = found.view("<i4").reshape(-1, 2).T
 
-    def _write_numbers(self, table: pa.Table, ids: npt.NDArray[np.int32], dense: npt.NDArray[np.float32]) -> None:
+    def _write_numbers(self, table: Columns, ids: npt.NDArray[np.int32], dense: npt.NDArray[np.float32]) -> None:
         next_id, next_flag = 0, len(self._numeric)
         for row, (number, fitted) in enumerate(self._numeric):
             x = as_number(table[number.name], number.name)
@@ -241,7 +255,7 @@ def _has_vocabulary(feature: Any) -> TypeGuard[Categorical | Multi | Sequence]:
     return isinstance(feature, Categorical) or (isinstance(feature, Multi | Sequence) and not feature.buckets)
 
 
-def _list_texts(table: pa.Table, feature: Multi | Sequence) -> tuple[npt.NDArray[np.int64], pa.Array]:
+def _list_texts(table: Columns | pa.Table, feature: Multi | Sequence) -> tuple[npt.NDArray[np.int64], pa.Array]:
     """How many values of each row the model sees, and which, on end."""
     lengths, texts = as_lists(table[feature.name], feature.name, feature.separator)
     if isinstance(feature, Multi) and texts.null_count:
@@ -256,7 +270,15 @@ def _list_texts(table: pa.Table, feature: Multi | Sequence) -> tuple[npt.NDArray
     return lengths, texts
 
 
-def _jagged(table: pa.Table, feature: Multi | Sequence, encoder: Vocabulary | Buckets) -> Jagged:
+def _repeated(found: Jagged, rows: int) -> Jagged:
+    """The one row's ids for all rows; as it is where every row has its own."""
+    if len(found.offsets) == rows + 1:
+        return found
+    offsets = np.arange(rows + 1, dtype=np.int32) * np.int32(len(found.values))
+    return Jagged(np.tile(found.values, rows), offsets)
+
+
+def _jagged(table: Columns, feature: Multi | Sequence, encoder: Vocabulary | Buckets) -> Jagged:
     lengths, texts = _list_texts(table, feature)
     if len(texts) > np.iinfo(np.int32).max:
         raise UserError(

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -19,6 +18,7 @@ from recsys_moe.bundle import ADAGRAD_FILE, read_description
 from recsys_moe.errors import UserError
 from recsys_moe.ranker import Ranker
 from recsys_moe.schema import Schema
+from recsys_moe.tensorfiles import Rows, TensorFiles
 from recsys_moe.transforms import UNKNOWN
 from recsys_moe.typed import dump
 
@@ -67,34 +67,35 @@ class StartBundle:
     @contextmanager
     def new_ids_unknown(self, model: Ranker) -> Iterator[None]:
         """Let new ids read the unknown one's embedding within the block: the bundle's own model knows no better."""
-        tables = {name: table for name, table in model.state_dict().items() if is_table(name)}
-        with safetensors.safe_open(self.folder / "model.safetensors", "pt") as file:
-            grown = [(table, file.get_slice(name).get_shape()[0]) for name, table in tables.items()]
-        drawn = [table[rows:].clone() for table, rows in grown]
+        tables = [(key, table) for key, table in model.state_dict().items() if is_table(key)]
+        files = TensorFiles([self.folder / "model.safetensors"])
+        grown = []
+        for key, table in tables:
+            place = Rows.of(key, len(table))
+            unknown = torch.empty_like(table[:1])
+            files.read_into(Rows(place.name, UNKNOWN, UNKNOWN + 1, files.shape(place.name)[0]).key, unknown)
+            new = table[max(0, files.shape(place.name)[0] - place.low) :]
+            grown.append((new, unknown, new.clone()))
         with torch.no_grad():
-            for table, rows in grown:
-                table[rows:] = table[UNKNOWN]
+            for new, unknown, _ in grown:
+                new[:] = unknown
             try:
                 yield
             finally:
-                for (table, rows), own in zip(grown, drawn, strict=True):
-                    table[rows:] = own
+                for new, _, drawn in grown:
+                    new[:] = drawn
 
 
 def _copy(path: Path, targets: dict[str, Tensor]) -> None:
     """Fill the tensors of these names, tables from their first row on."""
     try:
-        with safetensors.safe_open(path, "pt") as file, torch.no_grad():
-            for name, target in targets.items():
-                source = file.get_tensor(name)
-                if is_table(name) and source.shape[1:] == target.shape[1:] and len(source) <= len(target):
-                    target = target[: len(source)]
-                if source.shape != target.shape:
-                    raise UserError(
-                        f"{name!r} in {str(path)!r} is {list(source.shape)}, but the model to train has {list(target.shape)}; "
-                        "start from a model of the same settings"
-                    )
-                target.copy_(source)
+        files = TensorFiles([path])
+        with torch.no_grad():
+            for key, target in targets.items():
+                try:
+                    files.read_into(key, target, grown=is_table(key))
+                except RuntimeError as error:
+                    raise UserError(f"{error} ({str(path)!r}); start from a model of the same settings") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error}); fetch or train the bundle again") from None
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_moe import checkpoint
+from recsys_moe import checkpoint, tensorfiles
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
@@ -150,12 +150,12 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 def test_the_best_weights_lie_on_disk_and_come_back_bit_for_bit(
     prepared_clicks: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_READ_BYTES", 64)  # several pieces a table
+    monkeypatch.setattr(tensorfiles, "CHUNK_BYTES", 64)  # several pieces a table
     mine = trainer(prepared_clicks, tmp_path / "state")
     before = {name: value.clone() for name, value in mine.model.state_dict().items()}
     mine.progress.epoch = 1
     mine.best_weights = mine._keep_best()
-    assert isinstance(mine.best_weights, checkpoint.TensorFiles)
+    assert isinstance(mine.best_weights, tensorfiles.TensorFiles)
     for value in mine.model.state_dict().values():
         value.zero_()
     mine.restore_best()

@@ -15,7 +15,7 @@ from recsys_moe.pipelines.tracking import TrackingConfig
 from recsys_moe.pipelines.train import TrainJob, train
 from recsys_moe.pipelines.tune import default_space, parse_space
 from recsys_moe.schema import load_schema
-from recsys_moe.serving.app import ServeConfig
+from recsys_moe.serving.config import ServeConfig
 from recsys_moe.sources import DataConfig
 from recsys_moe.synth import SynthConfig, load_synth_config
 from recsys_moe.trainer import TrainConfig

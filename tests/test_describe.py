@@ -28,7 +28,8 @@ from recsys_moe.labels import task_labels
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.predictor import Predictor
 from recsys_moe.schema import Schema, load_schema
-from recsys_moe.serving.app import ServeConfig, build_api
+from recsys_moe.serving.api import build_api
+from recsys_moe.serving.config import ServeConfig
 from recsys_moe.sources import DataConfig, Split, read_part, read_rows
 from recsys_moe.trainer import TrainConfig, Trainer
 from recsys_moe.transforms import PartialStatistics, Transform

@@ -16,8 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from recsys_moe import sharding
 from recsys_moe.balancing import GradNorm, JacobianDescent, Static
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
@@ -32,10 +33,12 @@ from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.stem import STEMConfig
 from recsys_moe.predictor import Predictor
+from recsys_moe.process import anonymous_mb, peak_memory
 from recsys_moe.routing import sparse_plan
 from recsys_moe.schema import Schema
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
+from recsys_moe.tensorfiles import TensorFiles, save_tensors
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 from recsys_moe.typed import dump, parse
 from recsys_moe.warm_start import StartBundle
@@ -52,6 +55,7 @@ MODELS: dict[str, Any] = {
     **dict.fromkeys(("pcgrad", "gradnorm"), replace(MMOE, norm="none")),
     "home": HoMEConfig(embedding_dim=4, categories={"click": "a", "buy": "b"}, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
 }
+SPLIT = ("softmax", "front")  # again, with every table split by rows
 BALANCING: dict[str, Any] = {
     "pcgrad": JacobianDescent("pcgrad"),
     "gradnorm": GradNorm("gradnorm"),
@@ -187,48 +191,68 @@ def losses(trainer: Trainer) -> list[float]:
     return found
 
 
+def keep(trainer: Trainer, stem: Path) -> None:
+    """Write the whole model's weights and Adagrad sums, to which all workers contribute."""
+    for ending, tensors in (("", trainer.whole_weights()), (".adagrad", trainer.whole_adagrad())):
+        save_tensors(None if dist.get_rank() else stem.with_name(f"{stem.name}{ending}.safetensors"), tensors)
+
+
 # ---- what each of the two workers runs ---------------------------------------------------------------------------------
 
 
-def worker(rank: int, port: int, folder: Path) -> None:
+def join(rank: int, port: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
+
+
+def save_large(rank: int, port: int, folder: Path) -> None:
+    """Two tables of 256 MB whole, and one split: the memory before and while they are written."""
+    join(rank, port)
+    tables = nn.ModuleDict({"embeddings": sharding.ShardedEmbeddings(["a", "b"], [4_000_000, 4_000_000], 16)})
+    tables["pooled"] = sharding.ShardedEmbeddings(["c"], [4_000_000], 16)
+    whole = sharding.whole_tables(tables, tables.state_dict())
+    before = anonymous_mb()
+    with peak_memory(0.01) as peak:
+        save_tensors(None if rank else folder / "large.safetensors", whole)
+    (folder / f"memory-{rank}.json").write_text(json.dumps([before, peak.mb]))
+    dist.destroy_process_group()
+
+
+def worker(rank: int, port: int, folder: Path) -> None:
+    join(rank, port)
     for kind, run in LAYERS.items():
         for rows, cut in CUTS:
             found = run(rows, *((0, cut) if rank == 0 else (cut, rows)))
             safetensors.torch.save_file(found, folder / f"{kind}-{rows}-{rank}.safetensors")
     told: dict[str, Any] = {}
-    for name, model in MODELS.items():
-        events: list[dict[str, Any]] = []
-        trainer = Trainer(data(name, folder), model, config(name), events.append, Checkpoints(folder / name))
-        told[name] = losses(trainer)
-        told[f"{name} health"] = last_look(events)
-        weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
-        if rank == 0:
-            safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
-            safetensors.torch.save_file(adagrad, folder / f"{name}.adagrad.safetensors")
-    kinds = Trainer(PreparedData(folder / "kinds"), MMOE, config("kinds"))
-    told["kinds"] = losses(kinds)
-    told["validation"] = {task: asdict(m) for task, m in evaluate(kinds.model, kinds.data, "validation").items()}
-    weights, adagrad = kinds.whole_weights(), kinds.whole_adagrad()
-    if rank == 0:
-        safetensors.torch.save_file(weights, folder / "kinds.safetensors")
-        safetensors.torch.save_file(adagrad, folder / "kinds.adagrad.safetensors")
+    share_out, split_all = sharding._share_out, lambda shapes: dict.fromkeys(shapes)
+    for name, split in [*((name, False) for name in MODELS), *((name, True) for name in SPLIT)]:
+        sharding._share_out = split_all if split else share_out
+        stem, events = f"split {name}" if split else name, list[dict[str, Any]]()
+        trainer = Trainer(data(name, folder), MODELS[name], config(name), events.append, Checkpoints(folder / stem))
+        told[stem] = losses(trainer)
+        told[f"{stem} health"] = last_look(events)
+        told[f"{stem} tables"] = sorted(trainer.model.adagrad())
+        keep(trainer, folder / stem)
+    sharding._share_out = share_out
+    for split in (False, True):
+        sharding.SPLIT_BYTES = 0 if split else 2**26
+        stem = "split kinds" if split else "kinds"
+        kinds = Trainer(PreparedData(folder / "kinds"), MMOE, config("kinds"))
+        told |= {stem: losses(kinds), f"{stem} tables": sorted(kinds.model.adagrad())}
+        told[f"{stem} validation"] = {t: asdict(m) for t, m in evaluate(kinds.model, kinds.data, "validation").items()}
+        keep(kinds, folder / stem)
+    sharding._share_out = split_all  # from here on: what one worker has left is shared out by rows
     started = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, start=StartBundle(folder / "bundle"))
-    weights, adagrad = started.whole_weights(), started.whole_adagrad()
-    if rank == 0:
-        safetensors.torch.save_file(weights, folder / "started.safetensors")
-        safetensors.torch.save_file(adagrad, folder / "started.adagrad.safetensors")
+    keep(started, folder / "started")
     start, before = StartBundle(folder / "bundle"), list[dict[str, Any]]()
     grown = Trainer(PreparedData(folder / "grown"), MMOE, CONFIG, before.append, start=start)
     grown._measure(start)
     told["before"] = before[0]["before"]
-    weights = grown.whole_weights()
-    if rank == 0:
-        safetensors.torch.save_file(weights, folder / "grown.safetensors")
+    keep(grown, folder / "grown")
     resumed = Trainer(PreparedData(folder / "prepared"), MMOE, CONFIG, checkpoints=Checkpoints(folder / "one"))
-    told |= {"resumed": losses(resumed), "tables": sorted(resumed.model.adagrad())}
+    told |= {"resumed": losses(resumed)}
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
@@ -269,7 +293,7 @@ def one(prepared: PreparedData) -> dict[str, tuple[list[float], dict[str, Tensor
     for name, model in MODELS.items():
         kept = Checkpoints(prepared.folder.parent / "one") if name == "softmax" else None
         trainer = Trainer(data(name, prepared.folder.parent), model, config(name), checkpoints=kept)
-        found[name] = losses(trainer), dict(trainer.model.state_dict()), trainer.whole_adagrad()
+        found[name] = losses(trainer), dict(trainer.model.state_dict()), trainer.model.adagrad()
         if name == "softmax":
             described = BundleConfig(FORMAT, model, "fp32", DataConfig(name="clicks", source="nowhere", schema="-"), "0" * 64)
             folder = prepared.folder.parent / "bundle"
@@ -298,13 +322,17 @@ def kinds(prepared: PreparedData, write_prepared: Any) -> Trainer:
 @pytest.fixture(scope="module")
 def two(prepared: PreparedData, one: Any, grown: pa.Table, kinds: Trainer) -> Path:
     """The folder in which two workers have left what they found."""
-    folder = prepared.folder.parent
+    run_both("worker", prepared.folder.parent)
+    return prepared.folder.parent
+
+
+def run_both(what: str, folder: Path) -> None:
+    """Run a function of this file in two processes that find each other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    workers = [subprocess.Popen([sys.executable, __file__, str(rank), str(port), str(folder)]) for rank in range(2)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    return folder
+    both = [subprocess.Popen([sys.executable, __file__, what, str(rank), str(port), str(folder)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
 
 
 def told(folder: Path, key: str) -> list[Any]:
@@ -331,17 +359,18 @@ def close(found: list[float], expected: list[float]) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_two_workers_take_the_steps_of_one(name: str, two: Path, one: Any) -> None:
-    first, second = told(two, name)
+@pytest.mark.parametrize("stem", [*MODELS, *(f"split {name}" for name in SPLIT)])
+def test_two_workers_take_the_steps_of_one(stem: str, two: Path, one: Any) -> None:
+    first, second = told(two, stem)
     assert first == second  # the loss is the whole batch's, on both
+    name = stem.removeprefix("split ")
     expected, weights, adagrad = one[name]
     assert len(first) == len(expected) == (208 if name == "softmax" else 25)
     # A bias before a norm changes nothing, so that its gradient is rounding alone, which Adam turns into steps. The norm's
     # running mean takes them up, and a batch of one row is normalised by that.
     most = 200 if name == "softmax" else 24
     close(first[:most], expected[:most])
-    check_tables_and_weights(two, name, weights, adagrad)
+    check_tables_and_weights(two, stem, weights, adagrad)
 
 
 def check_tables_and_weights(two: Path, name: str, weights: dict[str, Tensor], adagrad: dict[str, Tensor]) -> None:
@@ -358,16 +387,17 @@ def check_tables_and_weights(two: Path, name: str, weights: dict[str, Tensor], a
 
 def test_two_workers_take_the_steps_of_one_with_lists_and_every_kind_of_task(two: Path, kinds: Trainer) -> None:
     expected = losses(kinds)
-    first, second = told(two, "kinds")
-    assert first == second
-    assert len(first) == len(expected) == 25
-    close(first[:24], expected[:24])
     assert expected[23] < 0.9 * expected[0]
-    check_tables_and_weights(two, "kinds", dict(kinds.model.state_dict()), kinds.whole_adagrad())
     measured = {task: asdict(m) for task, m in evaluate(kinds.model, kinds.data, "validation").items()}
-    for found in told(two, "validation"):
-        for task, values in measured.items():
-            assert found[task] == pytest.approx(values, rel=1e-2, abs=1e-2, nan_ok=True), task
+    for stem in ("kinds", "split kinds"):
+        first, second = told(two, stem)
+        assert first == second
+        assert len(first) == len(expected) == 25
+        close(first[:24], expected[:24])
+        check_tables_and_weights(two, stem, dict(kinds.model.state_dict()), kinds.model.adagrad())
+        for found in told(two, f"{stem} validation"):
+            for task, values in measured.items():
+                assert found[task] == pytest.approx(values, rel=1e-2, abs=1e-2, nan_ok=True), task
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -402,20 +432,46 @@ def test_two_workers_let_tables_grow_and_measure_the_start_as_it_scores(two: Pat
     assert weights[name][-1].any()
 
 
-def test_every_table_lies_with_one_worker(two: Path, one: Any) -> None:
-    first, second = told(two, "tables")
+def test_every_table_lies_with_one_worker_unless_it_is_split(two: Path, one: Any) -> None:
+    names = sorted(one["softmax"][2])
+    first, second = told(two, "softmax tables")
     assert first
     assert second
-    assert sorted(first + second) == sorted(key for key in one["softmax"][1] if key.startswith("embeddings."))
+    assert sorted(first + second) == names
+    sizes = {name: len(sums) for name, sums in one["softmax"][2].items()}
+    first, second = told(two, "split softmax tables")
+    assert first == [f"{name}[0:{(sizes[name] + 1) // 2}/{sizes[name]}]" for name in names]
+    assert second == [f"{name}[{(sizes[name] + 1) // 2}:{sizes[name]}/{sizes[name]}]" for name in names]
+    split = {key.split(".")[-2] for key in told(two, "split kinds tables")[0] if "[" in key}
+    assert split == {"user", "genres", "seen"}  # of one, two and two tables in a batch, each the larger one
 
 
-def test_a_state_goes_on_with_any_number_of_workers(two: Path, one: Any, prepared: PreparedData) -> None:
+def test_a_table_is_split_where_it_is_more_than_a_workers_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "world_size", lambda: 2)
+    assert sharding._share_out({"b": (900, 16), "a": (1000, 16), "giant": (50_000_000, 16)}) == {"giant": None, "a": 0, "b": 1}
+    assert sharding._share_out({"a": (50_000_000, 16), "b": (50_000_000, 16)}) == {"a": 0, "b": 1}
+    assert sharding._share_out({"small": (1000, 16)}) == {"small": 0}
+
+
+@pytest.mark.parametrize("stem", ["softmax", "split softmax"])
+def test_a_state_goes_on_with_any_number_of_workers(stem: str, two: Path, one: Any, prepared: PreparedData) -> None:
     expected = one["softmax"][0][200:]
-    for found in told(two, "resumed"):
+    for found in told(two, "resumed"):  # with split tables
         close(found, expected)
-    state = Checkpoints(two / "softmax")  # what two workers wrote
+    state = Checkpoints(two / stem)  # what two workers wrote
     close(losses(Trainer(prepared, MMOE, CONFIG, checkpoints=state)), expected)
 
 
+@pytest.mark.long
+def test_no_worker_holds_more_than_its_share_and_a_chunk(tmp_path: Path) -> None:
+    run_both("save_large", tmp_path)
+    files = TensorFiles([tmp_path / "large.safetensors"])
+    assert [files.shape(name) for name in files] == [[4_000_000, 16]] * 3
+    for rank in range(2):
+        before, peak = json.loads((tmp_path / f"memory-{rank}.json").read_text())
+        assert before > 366  # MiB: one table and half of another
+        assert peak < before + 100  # a chunk has 64; the tables of the other worker 366
+
+
 if __name__ == "__main__":
-    worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    {"worker": worker, "save_large": save_large}[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

@@ -16,7 +16,7 @@ import yaml
 
 from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
-from recsys_moe.pipelines import prepare, train
+from recsys_moe.pipelines import cluster, prepare, train
 from recsys_moe.pipelines.runs import RunFolder, all_runs
 from recsys_moe.pipelines.tracking import TrackingConfig, open_client, promote
 from recsys_moe.pipelines.train import TrainJob
@@ -185,3 +185,14 @@ def test_a_loss_that_explodes_late_leaves_the_bundle(monday: TrainJob) -> None:
     bundle = Path(str(exploded.value).split("kept in ")[1].strip("'"))
     assert Predictor(bundle).score_names == ("click", "buy")
     assert sorted(p.name for p in bundle.parent.iterdir()) == ["bundle", "events.jsonl", "lock", "run.json"]
+
+
+def test_a_machine_too_busy_for_ray_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**options: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because …")
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    with pytest.raises(UserError, match="Ray did not come up"), cluster.local_ray():
+        pass

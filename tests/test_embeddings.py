@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_moe.embeddings import FusedEmbeddings, JaggedTensor, KeyedJaggedTensor, Pooling, one_id_each
+from recsys_moe import embeddings
+from recsys_moe.embeddings import (
+    FusedEmbeddings,
+    JaggedTensor,
+    KeyedJaggedTensor,
+    Pooling,
+    drawn_rows,
+    one_id_each,
+    table_configs,
+)
 from recsys_moe.kernels import Backend, embedding_bags
 from recsys_moe.transforms import MISSING, UNKNOWN
 
@@ -17,6 +26,17 @@ def test_missing_and_unknown_stand_for_nothing_until_training_meets_them() -> No
         assert weight[2:].all()
     ids_bf = torch.tensor([[MISSING, UNKNOWN], [UNKNOWN, MISSING]], dtype=torch.int32)
     assert not tables(one_id_each(["a", "b"], ids_bf)).values().any()
+
+
+def test_rows_drawn_chunk_by_chunk_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "CHUNK_BYTES", 7 * 4 * 4)  # seven rows
+    torch.manual_seed(1)
+    tables = FusedEmbeddings(["a", "b"], [33, 6], 4).state_dict()
+    torch.manual_seed(1)
+    for config, table in zip(table_configs(["a", "b"], [33, 6], 4, "sum"), tables.values(), strict=True):
+        chunks = list(drawn_rows(config))
+        assert [low for low, _ in chunks] == list(range(0, len(table), 7))
+        assert torch.equal(torch.cat([drawn_rd for _, drawn_rd in chunks]), table)
 
 
 @pytest.mark.parametrize("name", ["type", "keys", "training", "a.b", "a b", "é"])

@@ -489,6 +489,22 @@ def test_a_full_disk_keeps_the_download(
     assert [path.name for path in tmp_path.iterdir()] == ["ml"]
 
 
+def test_a_second_fetch_of_a_set_is_told_of_the_first(server: FileServer, tmp_path: Path, archives: Any) -> None:
+    archive, rows = archives["movielens_1m"]
+    config = small(load_fetch_config("movielens_1m"), server.put("a", archive), archive, rows)
+    sentences = []
+
+    def again(phase: str, done: int, total: int) -> None:
+        with pytest.raises(UserError, match=r"another fetch is at work in '.*ml.download'; wait for it") as caught:
+            fetch(config, tmp_path / "ml")
+        sentences.append(str(caught.value))
+
+    fetch(config, tmp_path / "ml", again)
+    assert sentences
+    assert len(server.requests) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["ml"]
+
+
 def test_a_folder_that_holds_something_else(server: FileServer, tmp_path: Path, archives: Any) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match=r"mine' exists already; name a new folder or delete it"):

@@ -27,7 +27,9 @@ from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
 from recsys_moe.predictor import Predictor, score_file
 from recsys_moe.schema import Schema
-from recsys_moe.serving.app import ServeConfig, build_api, rows_to_table
+from recsys_moe.serving.api import build_api
+from recsys_moe.serving.config import ServeConfig
+from recsys_moe.serving.requests import rows_to_table
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig, read_rows
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate

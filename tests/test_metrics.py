@@ -284,5 +284,5 @@ def test_groups_taken_some_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPat
     scores, labels = random.random(900).round(2), random.integers(0, 2, 900).astype(float)
     groups = random.integers(0, 300, 900)
     whole = grouped_auc(scores, labels, groups)
-    monkeypatch.setattr(metrics, "_GROUPED_ROWS", 100)
+    monkeypatch.setattr(metrics, "_SOME_ROWS", 100)
     assert grouped_auc(scores, labels, groups) == pytest.approx(whole)

@@ -1,5 +1,6 @@
 """Ids that have rows of their own: the policy against a dictionary, and a model that trains on more ids than it has rows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from recsys_moe.hashing import combine, hash_texts
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.stem import STEMConfig
 from recsys_moe.own_rows import WAYS, OwnRows
+from recsys_moe.pipelines.train import TrainJob, settle_model
 from recsys_moe.predictor import Predictor
 from recsys_moe.schema import Schema
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 from recsys_moe.transforms import Statistics, Transform
-from recsys_moe.typed import parse
+from recsys_moe.typed import dump, parse
 from recsys_moe.warm_start import StartBundle
 
 ROWS = 150  # three sets of 50
@@ -278,6 +280,15 @@ def test_several_workers_are_refused(data: PreparedData, monkeypatch: pytest.Mon
     monkeypatch.setattr(trainer_module, "world_size", lambda: 2)
     with pytest.raises(UserError, match=r"'user' has collisions: none, but there are 2 workers.*train\.workers=1"):
         Trainer(data, MODEL, CONFIG)
+
+
+@pytest.mark.parametrize(("workers", "said"), [(2, "2"), ([1, 3], "up to 3")])
+def test_several_workers_are_refused_before_preparation(tmp_path: Path, workers: Any, said: str) -> None:
+    (tmp_path / "schema.yaml").write_text(json.dumps(dump(OWN)))
+    config = DataConfig(name="own", source=str(tmp_path / "absent.parquet"), schema=str(tmp_path / "schema.yaml"))
+    train = parse(TrainConfig, dump(CONFIG) | {"workers": workers}, "train")
+    with pytest.raises(UserError, match=rf"has collisions: none, but there are {said} workers.*train\.workers=1"):
+        settle_model(TrainJob(config, MODEL, train))
 
 
 def test_another_word_is_refused() -> None:

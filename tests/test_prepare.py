@@ -1,5 +1,6 @@
 """Preparation through Ray Data: what it writes, and what it says about bad input."""
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -238,14 +239,6 @@ def test_a_list_in_one_file_and_text_in_another(tmp_path: Path) -> None:
         prepare(config, tmp_path / "runs")
 
 
-def nan_label(frame: pd.DataFrame, schema: dict[str, Any]) -> pa.Table:
-    # Arrow tells NaN from null: null is unobserved, NaN is a mistake upstream.
-    label = frame["clicked"].to_numpy().copy()
-    label[7] = np.nan
-    table = pa.Table.from_pandas(frame, preserve_index=False)
-    return table.set_column(table.column_names.index("clicked"), "clicked", pa.array(label, from_pandas=False))
-
-
 def infinite_label(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
     return frame.assign(clicked=np.where(np.arange(len(frame)) == 7, np.inf, frame["clicked"]))
 
@@ -331,8 +324,7 @@ BAD = {
     number_that_never_varies: "task 'n' has only one value in its 480 training rows",
     column_named_twice: "column 'x' stands in",
     schema_of_another_data_set: "feature column 'age' is not in",
-    nan_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
-    infinite_label: "label column 'clicked' of task 'click' holds NaN or an infinite value in 1 rows; use null",
+    infinite_label: r"'.*rows\.parquet': label column 'clicked' of task 'click' holds an infinite value in 1 rows; use null",
     all_one_class: "task 'click' has only class 1 in its 480 training rows",
     empty_mask: "task 'click' has no row left among the 480 training rows",
     missing_label: "label column 'clicked' is not in",
@@ -382,6 +374,27 @@ def test_a_damaged_shard_is_refused(harm: str, tmp_path: Path) -> None:
         prepare(config, tmp_path / "runs")
     # The remedy that it names works.
     assert prepare(config, tmp_path / "runs", force=True).manifest.rows("train") == 480
+
+
+def test_a_full_disk_is_told_and_a_rerun_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = data_set(tmp_path / "source", rows())
+    runs = tmp_path / "runs"
+
+    def full(path: Path, *rest: Any) -> Any:
+        path.write_bytes(b"half")  # and then the kernel's own refusal
+        with open("/dev/full", "wb") as disk:
+            disk.write(b"x")
+
+    monkeypatch.setattr(
+        prepare_module, "_map_chunks", lambda chunks, work, progress: [json.loads(json.dumps(work(chunk))) for chunk in chunks]
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_shard", full)
+        sentence = r"the disk is full at '.*prepared', where [\d,]+ MB are free; free some space, or choose another runs_dir"
+        with pytest.raises(UserError, match=sentence):
+            prepare(config, runs)
+    assert not list((runs / "prepared").iterdir())
+    assert prepare(config, runs).manifest.rows("train") == 480
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:

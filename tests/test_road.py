@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_moe.batches import ShuffledBatches
+from recsys_moe.bundle import SELFTEST_FILE
 from recsys_moe.predictor import Predictor
 from recsys_moe.shards import PreparedData
 from recsys_moe.sources import read_part
@@ -172,6 +173,7 @@ def test_the_bundle_is_safetensors_and_json(trained: dict[str, Any]) -> None:
         "model.safetensors",
         "metrics.json",
         "adagrad.safetensors",
+        "selftest.arrow",
     }
 
 
@@ -269,7 +271,7 @@ def test_an_unwritable_output_leaves_nothing(trained: dict[str, Any], work: Path
 def served(trained: dict[str, Any], work: Path) -> Iterator[str]:
     """The URL of a served model; afterwards no process of it is left."""
     marker = f"RECSYS_MOE_TEST_SERVE={HERE}"
-    settings = ("serve.port=0", "serve.max_rows=1000")
+    settings = ("serve.port=0", "serve.max_rows=1000", "serve.poll_seconds=0.5")
     process = start("serve", "models:/tiny@candidate", *settings, cwd=work, RECSYS_MOE_TEST_SERVE=HERE)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -288,8 +290,8 @@ def served(trained: dict[str, Any], work: Path) -> Iterator[str]:
     assert not processes_of(marker)
 
 
-def post(url: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    request = urllib.request.Request(f"{url}/v1/score", body, {"Content-Type": "application/json"})
+def post(url: str, body: bytes, path: str = "/v1/score") -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
@@ -335,6 +337,35 @@ def test_an_unknown_category_is_scored(served: str, feed: pa.Table) -> None:
     status, answer = post(served, json.dumps({"rows": [row | {"user_id": "nobody", "tab": None}]}).encode())
     assert status == 200
     assert all(0 < answer["scores"][t][0] < 1 for t in TASKS)
+
+
+def test_an_alias_that_moves_is_followed_with_no_failed_request(
+    served: str, trained: dict[str, Any], work: Path, feed: pa.Table, run_here: Any
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    rows = feed.slice(0, 200)
+    user = {name: rows[name][0].as_py() for name in rows.column_names if name.startswith("user")}
+    items = {name: rows[name].to_pylist() for name in rows.column_names if name not in (*TASKS, *user)}
+    request = {"user": user, "candidates": {"ids": list(range(200)), "features": items}}
+    columns = {name: pa.array([value] * 200) for name, value in user.items()}
+    expected = Predictor(Path(trained["bundle"])).score(pa.table({**{n: rows[n] for n in items}, **columns}))
+    client = MlflowClient(tracking_uri=f"sqlite:///{work}/runs/mlflow.db")
+    old = client.get_model_version_by_alias("tiny", "candidate")
+    new = client.create_model_version("tiny", source=old.source, run_id=old.run_id)
+    assert (Path(trained["bundle"]) / SELFTEST_FILE).is_file()
+    seen: list[str] = []
+    for version, seconds in ((new.version, 10), (old.version, 10)):
+        run_here("promote", f"models:/tiny/{version}", "--alias", "candidate", cwd=work)
+        deadline = time.monotonic() + seconds
+        while not seen or seen[-1] != str(version):
+            status, answer = post(served, json.dumps(request).encode(), "/v1/rank")
+            assert status == 200, answer
+            assert answer["scores"]["like"] == expected[2][answer["positions"]].astype(float).tolist()
+            seen.append(answer["model"]["version"])
+            assert time.monotonic() < deadline, "the alias is not followed within 10 s"
+    assert set(seen) == {str(old.version), str(new.version)}
+    client.delete_model_version("tiny", new.version)
 
 
 def test_the_service_documents_itself(served: str) -> None:
@@ -692,6 +723,29 @@ def test_two_workers_of_which_one_is_killed_train_every_row_once(work: Path) -> 
                 assert (states[step]["epoch"], states[step]["rows"], states[step]["fingerprint"]) == (epoch, count, seen)
         assert count == 6400
     assert Predictor(Path(json.loads(out.splitlines()[-1])["bundle"])).score_names == TASKS
+
+
+@pytest.mark.long
+def test_a_run_of_two_workers_is_resumed_by_one(work: Path, undisturbed: dict[str, Any]) -> None:
+    before = set((work / "runs" / "train").glob("*"))
+    process = start("train", *LONG, "train.workers=2", cwd=work, RECSYS_MOE_TEST_FEWER=HERE)
+    held = Held(process, work / "runs", before, 250)
+    process.kill()
+    process.communicate()
+    while processes_of(f"RECSYS_MOE_TEST_FEWER={HERE}"):
+        time.sleep(0.2)
+    held.remove()
+    summary, _ = run("train", "--resume", held.folder.name, "train.workers=1", cwd=work)
+    events = events_of(held.folder)
+    assert [e["workers"] for e in events if e["kind"] == "start"] == [2, 1]
+    (resumed,) = [e for e in events if e["kind"] == "resume"]
+    assert (resumed["step"], resumed["workers_before"]) == (225, 2)
+    # That each row of the second epoch was trained once, the trainer checks itself; dropout differs with the workers.
+    assert summary["train"]["steps"] == undisturbed["train"]["steps"] == 400
+    for task in TASKS:
+        assert summary["test"][task]["logloss"] == pytest.approx(undisturbed["test"][task]["logloss"], rel=0.05)
+    assert weights(summary["bundle"]) != weights(undisturbed["bundle"])
+    assert Predictor(Path(summary["bundle"])).score_names == TASKS
 
 
 @pytest.mark.long

@@ -21,7 +21,9 @@ from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.predictor import Predictor
 from recsys_moe.ranker import Ranker
 from recsys_moe.schema import Schema
-from recsys_moe.serving.app import ServeConfig, as_text, build_api, rows_to_table
+from recsys_moe.serving.api import build_api
+from recsys_moe.serving.config import ServeConfig
+from recsys_moe.serving.requests import as_text, rows_to_table
 from recsys_moe.sources import DataConfig, read_rows
 from recsys_moe.transforms import PartialStatistics, Transform
 from recsys_moe.typed import parse
@@ -179,8 +181,8 @@ def test_a_whole_number_of_any_length_may_be_a_category(client: TestClient) -> N
         (ROW | {"price": {"eur": 1}}, "row 0 has 'price' = {'eur': 1}, which is not one value"),
         (ROW | {"\ud800": {}}, " = {}, which is not one value"),
         (ROW | {"price": "9" * 10_000}, "row 0 has 'price' = '999"),
-        (["red", 1.5], "body.rows.0: "),
-        (None, "body.rows.0: "),
+        (["red", 1.5], "body.rows.0 is "),
+        (None, "body.rows.0 is "),
     ],
     ids=lambda v: str(v)[:50].encode("ascii", "backslashreplace").decode(),
 )

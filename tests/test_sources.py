@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from recsys_moe import sources
 from recsys_moe.config import compose, conf_dir
+from recsys_moe.describe import describe
 from recsys_moe.errors import UserError
+from recsys_moe.expressions import Expression
 from recsys_moe.schema import Schema
 from recsys_moe.sources import (
     PARTS,
@@ -30,6 +32,7 @@ from recsys_moe.sources import (
     read_part,
     read_rows,
 )
+from recsys_moe.transforms import PartialStatistics, Transform
 from recsys_moe.typed import parse
 
 SCHEMA: Schema = parse(
@@ -209,6 +212,27 @@ def test_chunks_cover_every_row_once_whatever_their_size(parquet: Path, chunk_ro
         assert rows == list(range(chunk.start, chunk.start + len(chunk.parts)))
 
 
+def test_views_read_like_strings(tmp_path: Path) -> None:
+    # As polars and DuckDB write texts.
+    plain = table(20)
+    views = plain.set_column(0, "code", plain["code"].cast(pa.string_view()))
+    tags = [[code, "all"] for code in plain["code"].to_pylist()]
+    views = views.append_column("tags", pa.array(tags, pa.list_(pa.string_view())))
+    views = views.append_column("bytes", plain["code"].cast(pa.binary()).cast(pa.binary_view()))
+    pq.write_table(views, tmp_path / "views.parquet")
+    features = [{"name": "tags", "kind": "multi"}, *({"name": n, "kind": "categorical"} for n in ("code", "bytes"))]
+    label = "code == '003'"  # a view in an expression
+    schema: Schema = parse(Schema, {"features": features, "tasks": [{"name": "t", "label": "y == 1"}]}, "schema")
+    rows = pa.concat_tables(read_rows(tmp_path / "views.parquet", schema))
+    assert Expression(label)(rows).to_pylist() == [n == 3 for n in range(20)]
+    transform = Transform(schema, PartialStatistics.of(rows, schema).finish(schema))
+    inputs = transform(rows)
+    assert inputs.ids[0].tolist() == inputs.ids[1].tolist() == list(range(2, 22))
+    assert np.diff(inputs.lists[0].offsets).tolist() == [2] * 20
+    found = describe(tmp_path / "views.parquet", ["y"])
+    assert {c.name: c.use for c in found.columns}["tags"] == "feature"
+
+
 def test_only_the_schemas_columns_are_read(parquet: Path) -> None:
     (piece,) = read_rows(parquet / "b.parquet", SCHEMA)
     assert piece.column_names == ["code", "x", "y", "row"]
@@ -376,6 +400,19 @@ def test_a_parquet_file_with_damaged_pages(parquet: Path) -> None:
         list(read_part(data(parquet), SCHEMA, "train"))
 
 
+@pytest.mark.parametrize(("column", "role"), [("y", "label"), ("x", "feature")])
+def test_a_number_in_one_file_and_text_in_another_names_both(parquet: Path, column: str, role: str) -> None:
+    path = parquet / "b.parquet"
+    rows = pq.read_table(path)
+    place = rows.column_names.index(column)
+    pq.write_table(rows.set_column(place, column, rows[column].cast(pa.string())), path)
+    sentence = rf"{role} column '{column}' is \w+ in '.*/a.parquet' and string in '.*/b.parquet'; write it in one type"
+    with pytest.raises(UserError, match=sentence):
+        plan_chunks(data(parquet), SCHEMA)
+    pq.write_table(rows.set_column(place, column, rows[column].cast(pa.float32())), path)
+    assert plan_chunks(data(parquet), SCHEMA)  # numbers of any width are numbers
+
+
 def test_a_string_in_a_numeric_csv_column(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("code,x,y,row\na,1.5,1,0\nb,many,0,1\n")
     with pytest.raises(UserError, match=r"can't be read as CSV \(.*'?many'?"):
@@ -484,6 +521,10 @@ def test_what_nothing_can_be_sorted_by(unsorted: Path) -> None:
     holes = holes.set_column(5, "time", pa.array([None, *range(99)], pa.int64()))
     pq.write_table(holes, unsorted / "a.parquet")
     with pytest.raises(UserError, match=r"column 'time' of .*a.parquet' is null in 1 rows"):
+        plan_chunks(data(unsorted, split=Split(order="sorted", by="time")), SCHEMA)
+    holes = holes.set_column(5, "time", pa.array([0.5, np.nan, *range(98)], pa.float64(), from_pandas=False))
+    pq.write_table(holes, unsorted / "a.parquet")
+    with pytest.raises(UserError, match=r"'time' of .*a.parquet' is NaN in 1 of 100 rows .* row 1, .*; leave those rows out"):
         plan_chunks(data(unsorted, split=Split(order="sorted", by="time")), SCHEMA)
 
 

@@ -19,7 +19,7 @@ from recsys_moe import storage
 from recsys_moe.describe import describe
 from recsys_moe.errors import UserError
 from recsys_moe.schema import Schema
-from recsys_moe.sources import DataConfig, Join, Split, digest_files, list_files, read_part, read_rows
+from recsys_moe.sources import DataConfig, Join, Split, digest_files, list_files, open_parquet, read_part, read_rows
 from recsys_moe.storage import Remote, locate
 from recsys_moe.typed import parse
 
@@ -100,6 +100,17 @@ def test_rows_and_joined_tables_are_those_of_local_files(bucket: pafs.FileSystem
     assert names == ["s3://shop/logs/a.parquet", "s3://shop/logs/b.parquet"]
 
 
+@pytest.mark.parametrize("key", ["a#b", "a b", "what?", "100%", "a%20b", "[1]", "a*b"])
+def test_a_key_is_any_text(bucket: pafs.FileSystem, key: str) -> None:
+    pq.write_table(rows(3), f"shop/{key}/{key}.parquet", filesystem=bucket)
+    pq.write_table(rows(4), "shop/a/a.parquet", filesystem=bucket)  # which nothing of the key may be taken for
+    place = locate(f"s3://shop/{key}/{key}.parquet")
+    assert locate(str(place)) == place
+    assert open_parquet(place).metadata.num_rows == 100
+    assert list_files(data(f"s3://shop/{key}"))[0] == [place]
+    assert describe(locate(f"s3://shop/{key}"), ["y"]).rows == 100
+
+
 def test_a_file_that_is_written_anew_has_another_digest(bucket: pafs.FileSystem) -> None:
     paths = [locate("s3://shop/logs/a.parquet")]
     before = digest_files(paths)
@@ -168,7 +179,7 @@ def test_access_denied(monkeypatch: pytest.MonkeyPatch) -> None:
         "s3://shop/logs?access_key=very-secret",
         "gs://shop/logs?endpoint_override=localhost&token=very-secret",
         "hdfs://host:1/logs?kerb_ticket=very-secret",
-        "s3://shop/logs#very-secret",
+        "s3://shop/logs?token=very-secret#region=eu-west-1",
     ],
 )
 def test_credentials_in_an_uri_are_refused_and_not_repeated(uri: str) -> None:

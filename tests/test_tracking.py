@@ -13,7 +13,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.pipelines.tracking import (
     TrackingConfig,
     TrackingLost,
-    _answering,
+    answering,
     open_client,
     open_run,
     pinned,
@@ -133,7 +133,7 @@ def test_a_database_that_cannot_be_made_is_told_as_that(tmp_path: Path) -> None:
     ],
 )
 def test_only_the_network_is_a_server_that_does_not_answer(error: Exception, sentence: str) -> None:
-    with pytest.raises(TrackingLost, match=sentence), _answering("http://127.0.0.1:9"):
+    with pytest.raises(TrackingLost, match=sentence), answering("http://127.0.0.1:9"):
         raise error
 
 

@@ -1,0 +1,179 @@
+"""A ranking request, from its columns to its answer. Nothing here runs once for each candidate."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from recsys_moe.columns import as_category
+from recsys_moe.errors import UserError, nearest
+from recsys_moe.schema import Categorical, Cross
+from recsys_moe.serving.config import FormulaConfig, ServeConfig
+from recsys_moe.serving.features import FeatureTable
+from recsys_moe.serving.fuse import Formula
+from recsys_moe.serving.models import Model
+from recsys_moe.serving.requests import Items, RankHead, to_column
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The feature files, as they are while one request is answered."""
+
+    items: FeatureTable | None = None
+    user: FeatureTable | None = None
+
+
+@dataclass
+class Gathered:
+    """A request's feature columns: of one value where it holds for all `rows`. `ignored` are names that are no features,
+    `unknown` how many ids (the candidates' and the user's) the feature files lack."""
+
+    columns: dict[str, pa.ChunkedArray]
+    rows: int
+    ignored: list[str]
+    unknown: int
+
+
+@dataclass
+class Timer:
+    """Milliseconds of each step, as they end."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def ended(self, step: str) -> None:
+        now = time.perf_counter()
+        self.ms[step] = round((now - self._last) * 1000, 3)
+        self._last = now
+
+
+def gather(request: RankHead, items: Items, model: Model, config: ServeConfig, stores: Stores) -> Gathered:
+    """The columns of the model's features.
+
+    Raises:
+        UserError: a feature that is nowhere, a list of another length than `ids`, a value of the wrong kind; names it.
+    """
+    ids, given = items.ids, items.features
+    if len(ids) > config.max_candidates:
+        raise UserError(
+            f"candidates.ids has {len(ids):,} candidates, more than serve.max_candidates = {config.max_candidates:,}; "
+            "send fewer"
+        )
+    for name, values in given.items():
+        if len(values) != len(ids):
+            raise UserError(
+                f"candidates.features.{name} has {len(values):,} values for {len(ids):,} candidates; send one for each, or null"
+            )
+    columns, schema = dict[str, pa.ChunkedArray](), model.predictor.bundle.schema
+    of_items = _Lookup(stores.items, ids, config.item_key, "candidate {}")
+    of_user = _Lookup(stores.user, [request.user_id], config.user_key, "user_id")
+    for feature in schema.features:
+        name = feature.name
+        if isinstance(feature, Cross):  # of columns that others read
+            continue
+        if name in given:
+            values = given[name]
+            column = values if isinstance(values, pa.ChunkedArray) else to_column(values, feature, "candidate {}")
+        elif name in request.context:
+            column = to_column([request.context[name]], feature, "context")
+        elif name in request.user:
+            column = to_column([request.user[name]], feature, "user")
+        elif name == config.item_key:
+            column = to_column(ids, feature, "candidate {}")
+        elif name == config.user_key:
+            column = to_column([request.user_id], feature, "user_id")
+        elif name in of_items:
+            column = of_items.column(name)
+        elif name in of_user:
+            column = of_user.column(name)
+        else:
+            raise _missing(name, [*given, *request.context, *request.user])
+        columns[name] = column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column])
+    sent = dict.fromkeys([*given, *request.context, *request.user])
+    return Gathered(columns, len(ids), [n for n in sent if n not in columns], of_items.unknown + of_user.unknown)
+
+
+class _Lookup:
+    """The columns of a feature file for some ids, which are looked up when the first column is asked for."""
+
+    def __init__(self, table: FeatureTable | None, ids: Sequence[Any], key: str | None, whose: str) -> None:
+        self._table, self._ids, self._key, self._whose = table, ids, key or "", whose
+        self._rows: npt.NDArray[np.int32] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return self._table is not None and name in self._table.names
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        assert self._table is not None
+        if self._rows is None:
+            ids = to_column(self._ids, Categorical(self._key, "categorical"), self._whose)
+            self._rows = self._table.find(as_category(ids, self._key))
+        return self._table.take(name, self._rows)
+
+    @property
+    def unknown(self) -> int:
+        return 0 if self._rows is None else int((self._rows < 0).sum())
+
+
+def _missing(name: str, sent: list[str]) -> UserError:
+    close = nearest(name, sent)
+    hint = f" ({close})" if close.startswith("did you mean") else ""
+    return UserError(
+        f"feature {name!r} is in none of candidates.features, context and user{hint}, nor in a feature file; add it, or null "
+        "if it is not known"
+    )
+
+
+def score(gathered: Gathered, model: Model) -> npt.NDArray[np.float32]:
+    """Scores `[S, N]`: a column of one value is transformed once.
+
+    Raises:
+        UserError: a value of the wrong kind; names the column and the value.
+    """
+    predictor = model.predictor
+    return predictor.score_inputs(predictor.bundle.transform.of_columns(gathered.columns, gathered.rows))
+
+
+def wanted_scores(request: RankHead, model: Model) -> list[str]:
+    """The names of the scores that a request asks for.
+
+    Raises:
+        UserError: a task that the model has not.
+    """
+    tasks, heads = model.predictor.bundle.schema.task_names, model.predictor.bundle.heads
+    for task in request.tasks or ():
+        if task not in tasks:
+            raise UserError(f"tasks names {task!r}, which model {model.name!r} does not have; {nearest(task, tasks)}")
+    pairs = zip(heads.tasks, heads.heads, strict=True)
+    return [name for task, head in pairs if task in (request.tasks or tasks) for name in head.score_names(task)]
+
+
+def formula_of(request: RankHead, model: Model, configured: FormulaConfig, config: ServeConfig) -> Formula:
+    """The formula that fuses a request's scores.
+
+    Raises:
+        UserError: the request brings one, though it may not, or one that does not fit the model.
+    """
+    if request.formula is not None and not config.request_formula:
+        raise UserError("formula is the service's to choose; leave it out, or set serve.request_formula=true")
+    return Formula(request.formula or configured, model.predictor.score_names)
+
+
+def answer(
+    request: RankHead, items: Items, model: Model, scores_sn: npt.NDArray[np.float32], fused_n: npt.NDArray[np.float64]
+) -> dict[str, Any]:
+    """The candidates in their order: everything of a response that the scores decide."""
+    order = np.argsort(-fused_n, kind="stable")[: request.top_n]
+    places, ids = order.tolist(), items.ids
+    row = {name: number for number, name in enumerate(model.predictor.score_names)}
+    return {
+        "model": model.described,
+        "ranking": [ids[place] for place in places],
+        "positions": places,
+        "fused": fused_n[order].tolist(),
+        "scores": {name: scores_sn[row[name]][order].tolist() for name in wanted_scores(request, model)},
+    }
