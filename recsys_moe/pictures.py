@@ -322,14 +322,18 @@ def _legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str])
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
 
 
+def _marker(n: int) -> str:
+    """After ten models colours come again, with another marker."""
+    return "osD^v"[n // 10 % 5]
+
+
 def _scatter(
     axis: Any, models: Sequence[str], xs: Mapping[str, Any], lines: Mapping[str, "Line | None"], cheaper_is: int
 ) -> None:
     points = {m: line.score for m in models if (line := lines[m]) is not None}
     for n, (model, score) in enumerate(points.items()):
         half = 0 if math.isnan(score.high) else (score.high - score.low) / 2
-        marker = "osD^v"[n // 10 % 5]
-        axis.errorbar(xs[model], score.value, yerr=half, fmt=marker, color=f"C{n % 10}", capsize=3, label=model)
+        axis.errorbar(xs[model], score.value, yerr=half, fmt=_marker(n), color=f"C{n % 10}", capsize=3, label=model)
     front = [
         m for m in points
         if not any(points[o].value >= points[m].value and cheaper_is * (xs[o] - xs[m]) > 0 for o in points)
@@ -364,7 +368,8 @@ def draw_differences(comparison: "Comparison") -> Figure:
             y = row + (n + 0.5) / len(others) * 0.8 - 0.4
             axis.plot([line.gap.low, line.gap.high], [y, y], color=f"C{n % 10}", linewidth=2)
             face = f"C{n % 10}" if line.gap.clear else "white"
-            axis.plot(line.gap.value, y, "o", color=f"C{n % 10}", markerfacecolor=face, label=model if row == 0 else None)
+            label = model if row == 0 else None
+            axis.plot(line.gap.value, y, _marker(n), color=f"C{n % 10}", markerfacecolor=face, label=label)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(wanted)), [f"{task} ({name})" for task, name in wanted])
     axis.invert_yaxis()
