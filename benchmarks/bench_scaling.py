@@ -176,9 +176,9 @@ as many, {workers}. The tables here have {VALUES:,} rows each and mostly stay in
 costs more. What preparation costs is in docs/decisions.md; files are independent of each other.
 
 Memory. Tables are what grows: a billion ids of {width} dimensions are {tables_gb:.0f} GB with the optimizer's one number a row
-(with `collisions: none` 16 bytes a row more). Workers share the tables out, split by rows where one would be more than a share, and
-write the bundle piece by piece: a worker needs its share and 64 MiB. Whoever serves the bundle needs all of it. Log rows are
-mapped from disk and take none.
+(with `collisions: none` 16 bytes a row more). Workers share the tables out, split by rows where one would be more than a share,
+and write the bundle piece by piece: a worker needs its share and 64 MiB. Whoever serves the bundle needs all of it. Log rows
+are mapped from disk and take none.
 
 Network. With tables shared out, a row's ids go to the workers that hold them, vectors come back and gradients follow:
 {row_bytes / 1e3:.1f} kB a row for {features} features of {width} dimensions, {row_bytes * rate / 1e6:.0f} MB/s over all workers
