@@ -339,9 +339,11 @@ def _sort_keys(paths: list[AnyPath], by: str, schema: Schema, joins: tuple[Join,
     """The values of the column that the rows are sorted by: numbers as they are, times in microseconds."""
     pieces, first = list[npt.NDArray[Any]](), dict[str, AnyPath]()
     for path in paths:
+        rows = 0
         for table in _read(path, (by,), schema, joins=joins):
-            values, form = _sort_key(table[by], by, path)
+            values, form = _sort_key(table[by], by, path, rows)
             pieces.append(values)
+            rows += len(values)
             first.setdefault(form, path)
             if len(first) > 1:
                 (form, path), (other, elsewhere) = first.items()
@@ -352,23 +354,16 @@ def _sort_keys(paths: list[AnyPath], by: str, schema: Schema, joins: tuple[Join,
     return np.concatenate(pieces)
 
 
-def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath) -> tuple[npt.NDArray[Any], str]:
-    """The values, and what they are: numbers, or times with or without a time zone."""
-    if column.null_count:
+def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath, row: int) -> tuple[npt.NDArray[Any], str]:
+    """The values from a file's row `row` on, and what they are: numbers, or times with or without a time zone."""
+    lost = pc.index(pc.is_null(column, nan_is_null=True), True).as_py()
+    if lost >= 0:
         raise UserError(
-            f"data.split.by: column {by!r} of {str(path)!r} is null in {column.null_count:,} rows, which have no place in "
-            "the order; leave those rows out or sort by another column"
+            f"data.split.by: column {by!r} of {str(path)!r} is {column[lost].as_py() or 'null'} in row {row + lost:,} (counted "
+            "from 0), which has no place in the order; leave such rows out or sort by another column"
         )
-    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-    if number:
-        values = np.asarray(column.to_numpy())
-        if len(lost := np.flatnonzero(np.isnan(values))):
-            raise UserError(
-                f"data.split.by: column {by!r} of {str(path)!r} is NaN in {len(lost):,} of {len(values):,} rows read at once, "
-                f"the first of them row {lost[0]:,}, which have no place in the order; leave those rows out or sort by another "
-                "column"
-            )
-        return values, "numbers"
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return np.asarray(column.to_numpy()), "numbers"
     forms = {"numbers": pa.int64(), "times": pa.timestamp("us"), "times with a time zone": pa.timestamp("us", "UTC")}
     if pa.types.is_timestamp(column.type):
         forms = {"times with a time zone" if column.type.tz else "times": pa.timestamp("us", column.type.tz)}

@@ -517,15 +517,26 @@ def test_what_nothing_can_be_sorted_by(unsorted: Path) -> None:
             by, sentence = "letters", sentence.replace("'code'", "'letters'").replace("'000'", "'x0'")
         with pytest.raises(UserError, match=sentence):
             plan_chunks(data(unsorted / "a.parquet", split=Split(order="sorted", by=by)), SCHEMA)
-    holes = pq.read_table(unsorted / "a.parquet")
-    holes = holes.set_column(5, "time", pa.array([None, *range(99)], pa.int64()))
-    pq.write_table(holes, unsorted / "a.parquet")
-    with pytest.raises(UserError, match=r"column 'time' of .*a.parquet' is null in 1 rows"):
-        plan_chunks(data(unsorted, split=Split(order="sorted", by="time")), SCHEMA)
-    holes = holes.set_column(5, "time", pa.array([0.5, np.nan, *range(98)], pa.float64(), from_pandas=False))
-    pq.write_table(holes, unsorted / "a.parquet")
-    with pytest.raises(UserError, match=r"'time' of .*a.parquet' is NaN in 1 of 100 rows .* row 1, .*; leave those rows out"):
-        plan_chunks(data(unsorted, split=Split(order="sorted", by="time")), SCHEMA)
+
+
+@pytest.mark.parametrize(("hole", "told"), [(None, "null"), (float("nan"), "nan")])
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_row_without_a_place_in_the_order_is_named_by_its_number_in_the_file(
+    hole: float | None, told: str, suffix: str, tmp_path: Path
+) -> None:
+    times = [float(n) for n in range(200_000)]  # of several blocks, in either format
+    times[150_000:] = [hole, hole, *times[150_002:]]
+    table = pa.table({"time": pa.array(times, pa.float64(), from_pandas=False), "x": times, "clicked": [0, 1] * 100_000})
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        lines = (f"{'' if time is None else time},1,0\n" for time in times)
+        (tmp_path / "a.csv").write_text("time,x,clicked\n" + "".join(lines))
+    sentence = rf"column 'time' of .*a.{suffix}' is {told} in row 150,000 \(counted from 0\), .*; leave such rows out"
+    features = [{"name": "x", "kind": "numeric"}]
+    schema = parse(Schema, {"features": features, "tasks": [{"name": "t", "label": "clicked == 1"}]}, "schema")
+    with pytest.raises(UserError, match=sentence):
+        plan_chunks(data(tmp_path, split=Split(order="sorted", by="time")), schema)
 
 
 NAIVE, ZONED = pa.timestamp("us"), pa.timestamp("us", "Europe/Berlin")
