@@ -235,11 +235,12 @@ def _map_chunks(
 
 @contextmanager
 def _named(chunk: Chunk) -> Iterator[None]:
-    """Say which file a value is in."""
+    """Say which file a mistake is in."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{str(chunk.path)!r}: {error}") from None
+        path = repr(str(chunk.path))
+        raise error if path in str(error) else UserError(f"{path}: {error}") from None
 
 
 @dataclass
@@ -252,16 +253,16 @@ class _Fit:
         schema: Schema = parse(Schema, self.schema, "schema")
         partial = PartialStatistics.empty()
         counts = np.zeros((len(PARTS), len(schema.tasks), 2), np.int64)
-        for table, parts in read_chunk(chunk, schema):
-            train = parts == PARTS.index("train")
-            with _named(chunk):
+        with _named(chunk):
+            for table, parts in read_chunk(chunk, schema):
                 labels, weights = task_labels(table, schema)
+                for part in range(len(PARTS)):
+                    seen = (weights > 0) & (parts == part)
+                    counts[part, :, 0] += seen.sum(1)
+                    counts[part, :, 1] += (seen & (labels > 0)).sum(1)
+                train = parts == PARTS.index("train")
                 partial.merge(PartialStatistics.of(table.filter(pa.array(train)), schema))
-            for part in range(len(PARTS)):
-                seen = (weights > 0) & (parts == part)
-                counts[part, :, 0] += seen.sum(1)
-                counts[part, :, 1] += (seen & (labels > 0)).sum(1)
-            partial.merge(PartialStatistics.of_labels(labels[:, train], weights[:, train], schema))
+                partial.merge(PartialStatistics.of_labels(labels[:, train], weights[:, train], schema))
         return {"statistics": partial.to_json(), "counts": counts.tolist()}
 
 
@@ -276,15 +277,14 @@ class _TransformAndWrite:
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
         schema: Schema = parse(Schema, self.schema, "schema")
         transform = Transform(schema, parse(Statistics, self.statistics, "statistics"))
-        shards = []
-        for block, (table, parts) in enumerate(_blocks(chunk, schema)):
-            for number, part in enumerate(PARTS):
-                rows = table.filter(pa.array(parts == number))
-                if rows.num_rows:
-                    path = Path(self.folder) / f"{part}-{chunk.index:05d}-{block:03d}.arrow"
-                    with _named(chunk):
+        shards, folder = [], Path(self.folder)
+        with _full_disk(folder.parent), _named(chunk):
+            for block, (table, parts) in enumerate(_blocks(chunk, schema)):
+                for number, part in enumerate(PARTS):
+                    rows = table.filter(pa.array(parts == number))
+                    if rows.num_rows:
+                        path = folder / f"{part}-{chunk.index:05d}-{block:03d}.arrow"
                         prepared = Rows(transform(rows), *task_labels(rows, schema), group_ids(rows, schema))
-                    with _full_disk(path.parent.parent):
                         shards.append(dump(write_shard(path, part, prepared, transform)))
         return {"shards": shards}
 

@@ -190,10 +190,11 @@ def kind_of(column: pa.ChunkedArray) -> str:
 def _no_number(column: pa.ChunkedArray) -> Any:
     """The first value that does not read as a number, or else the first one; None where all are null."""
     values = column.drop_null().to_pylist()
-    return next((value for value in values if not _reads_as_number(value)), next(iter(values), None))
+    return next((value for value in values if not reads_as_number(value)), next(iter(values), None))
 
 
-def _reads_as_number(value: Any) -> bool:
+def reads_as_number(value: Any) -> bool:
+    """Whether `float` makes a number of it."""
     try:
         float(value)
     except (TypeError, ValueError):

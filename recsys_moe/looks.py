@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_moe.columns import category_text
+from recsys_moe.columns import category_text, reads_as_number
 from recsys_moe.sampling import is_plain_number
 from recsys_moe.sources import casts
 
@@ -263,7 +263,7 @@ def _look_at_text(look: Column, present: pa.Array, share: float) -> Column:
 
 def _as_numbers(present: pa.Array) -> str:
     """What to say of texts that are numbers, all but a few; empty of others."""
-    strange = [text for text in pc.unique(present)[:10_000].to_pylist() if not _reads_as_number(text)]
+    strange = [text for text in pc.unique(present)[:10_000].to_pylist() if not reads_as_number(text)]
     if len(strange) > 3:
         return ""
     what = f"numbers but for {', '.join(map(short, strange))}" if strange else "numbers as text"
@@ -333,14 +333,6 @@ def _many_values(look: Column, lists: pa.Array, feature: dict[str, Any], share: 
         note = "oldest first?"
     many = _estimate(_present(lists.flatten()), share)
     return replace(look, feature=feature | _size(many, "buckets"), note=note)
-
-
-def _reads_as_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _separator(texts: list[str]) -> str | None:

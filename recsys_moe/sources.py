@@ -405,7 +405,7 @@ def count_rows(path: AnyPath, schema: Schema, labels: bool = False, joins: tuple
 
 
 def _survey(path: AnyPath, columns: Sequence[str], schema: Schema, joins: tuple[Join, ...]) -> tuple[int, pa.Schema]:
-    """The rows of a file, and the types of those of the columns that it has."""
+    """The rows of a file, and its columns' types; of a CSV file, those of `columns`."""
     own, _ = _find_columns(path, columns, schema, joins)
     if is_csv(path):
         rows, kinds = 0, pa.schema([])
@@ -698,14 +698,14 @@ def _empty(path: AnyPath) -> UserError:
 
 def not_csv(path: AnyPath, error: Exception, types: dict[str, pa.DataType] | None = None) -> UserError:
     """What to say of a CSV file that `error` came from; with the `types` that it was read as, which row and column it was."""
-    if isinstance(path, Remote) and isinstance(error, OSError):
-        return storage.trouble(path, error)
     if types and isinstance(error, pa.ArrowInvalid):
         try:
             for _ in stream_csv(path, types, threads=False):
                 pass
-        except pa.ArrowInvalid as counted:
+        except (pa.ArrowException, OSError) as counted:
             error = counted
+    if isinstance(path, Remote) and isinstance(error, OSError):
+        return storage.trouble(path, error)
     reason = " ".join(str(error).split())[:300].rstrip(".")
     if found := re.match(r"In CSV column #(\d+): ", reason):
         reason = f"column {column_names(path)[int(found[1])]!r}: {reason[found.end() :]}"
