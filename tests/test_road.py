@@ -769,12 +769,21 @@ def test_a_run_whose_disk_is_full_goes_on_once_there_is_room(work: Path, undistu
     process = start("train", *LONG, f"runs_dir={small_disk}", f"data.source={work}/runs/feed_synth", cwd=work)
     held = Held(process, small_disk, set(), 250)
     others = small_disk / "others"
-    with contextlib.suppress(OSError), others.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(2**16))
-    held.let_go()
-    out, err = process.communicate(timeout=600)
+    with others.open("wb", buffering=0) as file:
+
+        def fill() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(2**12))
+
+        fill()
+        held.let_go()
+        while process.poll() is None:  # what a checkpoint that failed gives back, others take
+            fill()
+            time.sleep(0.02)
+    out, err = process.communicate()
     assert process.returncode == 2, err
+    assert "the checkpoint of step 275 could not be written" in err
     assert "Traceback" not in err
     error = json.loads(out.splitlines()[-1])["error"]
     assert "No space left on device" in error
