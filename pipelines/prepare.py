@@ -233,6 +233,16 @@ def _map_chunks(
             due += 1
 
 
+@contextmanager
+def _named(chunk: Chunk) -> Iterator[None]:
+    """Say which file a mistake is in."""
+    try:
+        yield
+    except UserError as error:
+        path = repr(str(chunk.path))
+        raise error if path in str(error) else UserError(f"{path}: {error}") from None
+
+
 @dataclass
 class _Fit:
     """First pass over a chunk: statistics of its training rows, label counts of all its rows."""
@@ -240,25 +250,19 @@ class _Fit:
     schema: dict[str, Any]
 
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
-        try:
-            return self._summary(chunk)
-        except UserError as error:
-            path = str(chunk.path)
-            raise error if repr(path) in str(error) else UserError(f"{path!r}: {error}") from None
-
-    def _summary(self, chunk: Chunk) -> dict[str, Any]:
         schema: Schema = parse(Schema, self.schema, "schema")
         partial = PartialStatistics.empty()
         counts = np.zeros((len(PARTS), len(schema.tasks), 2), np.int64)
-        for table, parts in read_chunk(chunk, schema):
-            labels, weights = task_labels(table, schema)
-            for part in range(len(PARTS)):
-                seen = (weights > 0) & (parts == part)
-                counts[part, :, 0] += seen.sum(1)
-                counts[part, :, 1] += (seen & (labels > 0)).sum(1)
-            train = parts == PARTS.index("train")
-            partial.merge(PartialStatistics.of(table.filter(pa.array(train)), schema))
-            partial.merge(PartialStatistics.of_labels(labels[:, train], weights[:, train], schema))
+        with _named(chunk):
+            for table, parts in read_chunk(chunk, schema):
+                labels, weights = task_labels(table, schema)
+                for part in range(len(PARTS)):
+                    seen = (weights > 0) & (parts == part)
+                    counts[part, :, 0] += seen.sum(1)
+                    counts[part, :, 1] += (seen & (labels > 0)).sum(1)
+                train = parts == PARTS.index("train")
+                partial.merge(PartialStatistics.of(table.filter(pa.array(train)), schema))
+                partial.merge(PartialStatistics.of_labels(labels[:, train], weights[:, train], schema))
         return {"statistics": partial.to_json(), "counts": counts.tolist()}
 
 
@@ -273,15 +277,14 @@ class _TransformAndWrite:
     def __call__(self, chunk: Chunk) -> dict[str, Any]:
         schema: Schema = parse(Schema, self.schema, "schema")
         transform = Transform(schema, parse(Statistics, self.statistics, "statistics"))
-        shards = []
-        for block, (table, parts) in enumerate(_blocks(chunk, schema)):
-            for number, part in enumerate(PARTS):
-                rows = table.filter(pa.array(parts == number))
-                if rows.num_rows:
-                    labels, weights = task_labels(rows, schema)
-                    path = Path(self.folder) / f"{part}-{chunk.index:05d}-{block:03d}.arrow"
-                    prepared = Rows(transform(rows), labels, weights, group_ids(rows, schema))
-                    with _full_disk(path.parent.parent):
+        shards, folder = [], Path(self.folder)
+        with _full_disk(folder.parent), _named(chunk):
+            for block, (table, parts) in enumerate(_blocks(chunk, schema)):
+                for number, part in enumerate(PARTS):
+                    rows = table.filter(pa.array(parts == number))
+                    if rows.num_rows:
+                        path = folder / f"{part}-{chunk.index:05d}-{block:03d}.arrow"
+                        prepared = Rows(transform(rows), *task_labels(rows, schema), group_ids(rows, schema))
                         shards.append(dump(write_shard(path, part, prepared, transform)))
         return {"shards": shards}
 

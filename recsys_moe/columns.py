@@ -32,7 +32,7 @@ def as_category(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
         except pa.ArrowInvalid:
             raise UserError(
                 f"column {name!r} is categorical but holds fractions or numbers beyond 64 bits ({array.type}); declare it "
-                "kind: numeric with buckets"
+                "kind: numeric with buckets, or if it holds lists kind: embedding"
             ) from None
     if pa.types.is_nested(array.type):
         raise UserError(f"column {name!r} is {array.type}, but a categorical feature holds one value a row; leave it out")
@@ -77,10 +77,7 @@ def as_number(column: pa.ChunkedArray, name: str) -> npt.NDArray[np.float64]:
     """
     _refuse_time(column.type, name)
     if not is_number(column.type):
-        sample = next((v for v in column.to_pylist() if v is not None and not _reads_as_number(v)), None)
-        if sample is None and column.null_count < len(column):
-            sample = column.drop_null()[0].as_py()
-        if sample is not None:
+        if (sample := _no_number(column)) is not None:
             raise UserError(
                 f"column {name!r} is numeric in the schema but holds {sample!r} ({column.type}); mend the data or declare "
                 "kind: categorical"
@@ -179,7 +176,25 @@ def is_number(kind: pa.DataType) -> bool:
     )
 
 
-def _reads_as_number(value: Any) -> bool:
+def kind_of(column: pa.ChunkedArray) -> str:
+    """A column's type in words: of text, with the first value that is no number, which is what made it one perhaps.
+
+    >>> kind_of(pa.chunked_array([["0", "1", "yes"]])), kind_of(pa.chunked_array([[0.5]]))
+    ("string such as 'yes'", 'double')
+    """
+    text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    value = _no_number(column) if text else None
+    return str(column.type) if value is None else f"{column.type} such as {value!r}"
+
+
+def _no_number(column: pa.ChunkedArray) -> Any:
+    """The first value that does not read as a number, or else the first one; None where all are null."""
+    values = column.drop_null().to_pylist()
+    return next((value for value in values if not reads_as_number(value)), next(iter(values), None))
+
+
+def reads_as_number(value: Any) -> bool:
+    """Whether `float` makes a number of it."""
     try:
         float(value)
     except (TypeError, ValueError):

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_moe.columns import kind_of
 from recsys_moe.errors import UserError, nearest
 
 _COMPARE: dict[type[ast.cmpop], Callable[..., Any]] = {
@@ -80,7 +81,7 @@ class Expression:
         try:
             value = self._evaluate(self._tree, table)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, OverflowError) as error:
-            kinds = ", ".join(f"{c} is {table.schema.field(c).type}" for c in self.columns)
+            kinds = ", ".join(f"{c} is {kind_of(table[c])}" for c in self.columns)
             reason = str(error).split("\n")[0]
             raise UserError(
                 f"expression {self.text!r} can't be evaluated, since {kinds} ({reason}); mend the column, or compare it with "

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_moe.columns import as_category, is_number, signed_log1p
+from recsys_moe.columns import as_category, is_number, kind_of, signed_log1p
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.expressions import Expression
 from recsys_moe.schema import RegressionTask, Schema, Task
@@ -87,7 +87,7 @@ Labels = tuple[npt.NDArray[np.float64], Bools]
 
 def _read_binary(y: pa.ChunkedArray, task: Task, counts: Bools) -> Labels:
     if not is_number(y.type):
-        raise UserError(f"label {task.label!r} of task {task.name!r} is {y.type}, not true or false; compare it")
+        raise UserError(f"label {task.label!r} of task {task.name!r} is {kind_of(y)}, not true or false; compare it")
     values = _numbers(y)
     bad = values[counts & (values != 0) & (values != 1)]
     if len(bad):
@@ -97,7 +97,7 @@ def _read_binary(y: pa.ChunkedArray, task: Task, counts: Bools) -> Labels:
 
 def _read_number(y: pa.ChunkedArray, task: Task, counts: Bools) -> Labels:
     if not is_number(y.type):
-        raise UserError(f"label {task.label!r} of task {task.name!r} is {y.type}, not a number; a regression needs one")
+        raise UserError(f"label {task.label!r} of task {task.name!r} is {kind_of(y)}, not a number; a regression needs one")
     values = _numbers(y)
     bad = values[counts & ~(np.abs(values) <= np.finfo(np.float32).max)]
     if len(bad):

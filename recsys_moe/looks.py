@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_moe.columns import category_text
+from recsys_moe.columns import category_text, reads_as_number
 from recsys_moe.sampling import is_plain_number
 from recsys_moe.sources import casts
 
@@ -120,7 +120,10 @@ def _values(present: pa.Array, distinct: int) -> str:
     if not distinct:
         return ""
     if (is_plain_number(present.type) and distinct > 8) or pa.types.is_temporal(present.type):
-        low, high = pc.min_max(present).as_py().values()
+        try:
+            low, high = pc.min_max(present).as_py().values()
+        except pa.ArrowInvalid:
+            return f"in the time zone {present.type.tz!r}, which is not known here"
         return f"{short(low)} … {short(high)}"
     counts = pc.value_counts(present)
     first = np.argsort(-counts.field("counts").to_numpy(), kind="stable")[:3]
@@ -243,21 +246,28 @@ def _look_at_text(look: Column, present: pa.Array, share: float) -> Column:
     distinct = look.distinct or 0
     if not pa.types.is_boolean(present.type):
         if distinct == len(present) >= 100:
-            return replace(look, use="left out", note="another one in every row")
+            note = f"another one in every row; {_as_numbers(present)}".removesuffix("; ")
+            return replace(look, use="left out", note=note)
         lengths = pc.mean(pc.utf8_length(present)).as_py()
         if lengths > 60 and distinct > len(present) / 10:
             return replace(look, use="left out", note=f"free text of {lengths:.0f} characters")
     if distinct > FEW and not ID.search("_".join(words(look.name))):
-        texts = pc.unique(present)[:10_000].to_pylist()
-        strange = [text for text in texts if not _reads_as_number(text)]
-        if len(strange) <= 3:
-            what = f"numbers but for {', '.join(map(short, strange))}" if strange else "numbers as text"
-            return replace(_category(look, present, share), note=f"{what}: numeric once it holds numbers only")
-        if separator := _separator(texts):
+        if note := _as_numbers(present):
+            return replace(_category(look, present, share), note=note)
+        if separator := _separator(pc.unique(present)[:10_000].to_pylist()):
             lists = pc.split_pattern(present, separator)
             feature = {"name": look.name, "separator": separator}
             return replace(_many_values(look, lists, feature, share), note=f"several values split by {separator!r}")
     return _category(look, present, share)
+
+
+def _as_numbers(present: pa.Array) -> str:
+    """What to say of texts that are numbers, all but a few; empty of others."""
+    strange = [text for text in pc.unique(present)[:10_000].to_pylist() if not reads_as_number(text)]
+    if len(strange) > 3:
+        return ""
+    what = f"numbers but for {', '.join(map(short, strange))}" if strange else "numbers as text"
+    return f"{what}: numeric once it holds numbers only"
 
 
 def _category(look: Column, present: pa.Array, share: float) -> Column:
@@ -323,14 +333,6 @@ def _many_values(look: Column, lists: pa.Array, feature: dict[str, Any], share: 
         note = "oldest first?"
     many = _estimate(_present(lists.flatten()), share)
     return replace(look, feature=feature | _size(many, "buckets"), note=note)
-
-
-def _reads_as_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _separator(texts: list[str]) -> str | None:

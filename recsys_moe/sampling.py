@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recsys_moe.errors import UserError
-from recsys_moe.sources import CSV_TYPES, casts, column_names, damaged, is_csv, open_parquet, stream_csv, without_views
-from recsys_moe.storage import AnyPath, Remote, trouble
+from recsys_moe.sources import CSV_TYPES, casts, column_names, damaged, is_csv, not_csv, open_parquet, stream_csv, without_views
+from recsys_moe.storage import AnyPath
 
 SAMPLE_ROWS = 200_000
 SAMPLE_CELLS = 20_000_000
@@ -92,10 +92,7 @@ def _sample_csv(
                 rows += batch.num_rows
                 progress(rows, rows)
         except (pa.ArrowException, OSError) as error:
-            if isinstance(path, Remote) and isinstance(error, OSError):
-                raise trouble(path, error) from None
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the file") from None
+            raise not_csv(path, error, dict.fromkeys(names, pa.string())) from None
     if not rows:
         raise _empty(files[0])
     if len(names) == 1 and (found := re.search("[;\t|]", names[0])):

@@ -8,6 +8,7 @@ worker reads, transforms and writes. What the log files lack may come from secon
 import csv
 import hashlib
 import io
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from recsys_moe.typed import typed
 
 PARTS = ("train", "validation", "test")
 CHUNK_ROWS = 131_072
-CSV_TYPES = (pa.int64(), pa.float64(), pa.bool_(), pa.string())
+CSV_TYPES = (pa.null(), pa.int64(), pa.float64(), pa.bool_(), pa.string())
 """What the text of a CSV column may mean, narrowest first."""
 
 Size = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
@@ -232,8 +233,8 @@ def plan_chunks(config: DataConfig, schema: Schema, chunk_rows: int = CHUNK_ROWS
     """
     files, held_out = list_files(config)
     joins = list_joins(config)
-    counts = [count_rows(path, schema, labels=True, joins=joins) for path in (*files, *held_out)]
-    _check_forms([*files, *held_out], schema)
+    counts, kinds = zip(*(_survey(path, schema.columns, schema, joins) for path in (*files, *held_out)), strict=True)
+    _check_forms([*files, *held_out], kinds, schema)
     _check_joins(files[0], schema, joins)
     shared_out, rows = (held_out, sum(counts[len(files) :])) if held_out else (files, sum(counts))
     keys = None if config.split.by is None else _sort_keys(shared_out, config.split.by, schema, joins)
@@ -252,11 +253,8 @@ def plan_chunks(config: DataConfig, schema: Schema, chunk_rows: int = CHUNK_ROWS
     return chunks
 
 
-def _check_forms(paths: list[AnyPath], schema: Schema) -> None:
-    """Refuse a label or a numeric feature that is a number in one file and text in another: of a CSV file this is known only
-    once its rows are read, so that one file is named then.
-
-    A category is the same in both forms.
+def _check_forms(paths: list[AnyPath], kinds: Sequence[pa.Schema], schema: Schema) -> None:
+    """Refuse a label or a numeric feature that is a number in one file and text in another; a category is the same in both.
 
     Raises:
         UserError: names the column and both files.
@@ -264,8 +262,8 @@ def _check_forms(paths: list[AnyPath], schema: Schema) -> None:
     roles = dict.fromkeys(schema.label_columns, "label")
     roles |= {f.name: "feature" for f in schema.features if isinstance(f, Numeric)}
     first: dict[tuple[str, bool], tuple[AnyPath, pa.DataType]] = {}
-    for path in paths:
-        for field in () if is_csv(path) else open_parquet(path).schema_arrow:
+    for path, fields in zip(paths, kinds, strict=True):
+        for field in fields:
             kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
             if field.name not in roles or pa.types.is_null(kind):
                 continue
@@ -339,9 +337,11 @@ def _sort_keys(paths: list[AnyPath], by: str, schema: Schema, joins: tuple[Join,
     """The values of the column that the rows are sorted by: numbers as they are, times in microseconds."""
     pieces, first = list[npt.NDArray[Any]](), dict[str, AnyPath]()
     for path in paths:
+        rows = 0
         for table in _read(path, (by,), schema, joins=joins):
-            values, form = _sort_key(table[by], by, path)
+            values, form = _sort_key(table[by], by, path, rows)
             pieces.append(values)
+            rows += len(values)
             first.setdefault(form, path)
             if len(first) > 1:
                 (form, path), (other, elsewhere) = first.items()
@@ -352,23 +352,16 @@ def _sort_keys(paths: list[AnyPath], by: str, schema: Schema, joins: tuple[Join,
     return np.concatenate(pieces)
 
 
-def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath) -> tuple[npt.NDArray[Any], str]:
-    """The values, and what they are: numbers, or times with or without a time zone."""
-    if column.null_count:
+def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath, row: int) -> tuple[npt.NDArray[Any], str]:
+    """The values from a file's row `row` on, and what they are: numbers, or times with or without a time zone."""
+    lost = pc.index(pc.is_null(column, nan_is_null=True), True).as_py()
+    if lost >= 0:
         raise UserError(
-            f"data.split.by: column {by!r} of {str(path)!r} is null in {column.null_count:,} rows, which have no place in "
-            "the order; leave those rows out or sort by another column"
+            f"data.split.by: column {by!r} of {str(path)!r} is {column[lost].as_py() or 'null'} in row {row + lost:,} (counted "
+            "from 0), which has no place in the order; leave such rows out or sort by another column"
         )
-    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
-    if number:
-        values = np.asarray(column.to_numpy())
-        if len(lost := np.flatnonzero(np.isnan(values))):
-            raise UserError(
-                f"data.split.by: column {by!r} of {str(path)!r} is NaN in {len(lost):,} of {len(values):,} rows read at once, "
-                f"the first of them row {lost[0]:,}, which have no place in the order; leave those rows out or sort by another "
-                "column"
-            )
-        return values, "numbers"
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        return np.asarray(column.to_numpy()), "numbers"
     forms = {"numbers": pa.int64(), "times": pa.timestamp("us"), "times with a time zone": pa.timestamp("us", "UTC")}
     if pa.types.is_timestamp(column.type):
         forms = {"times with a time zone" if column.type.tz else "times": pa.timestamp("us", column.type.tz)}
@@ -378,9 +371,13 @@ def _sort_key(column: pa.ChunkedArray, by: str, path: AnyPath) -> tuple[npt.NDAr
             return np.asarray(values.cast(pa.int64()).to_numpy()), form
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             continue
+    # What the first value is, some value is not.
+    fits = [kind for kind in forms.values() if casts(column[:1], kind)]
+    strange = next((n for n in range(len(column)) if not any(casts(column[n : n + 1], kind) for kind in fits)), 0)
     raise UserError(
-        f"data.split.by: column {by!r} of {str(path)!r} is {column.type} such as {column[0].as_py()!r}, neither a number nor "
-        "a time, with a time zone in all rows or in none; mend it or sort by another column"
+        f"data.split.by: column {by!r} of {str(path)!r} is {column[strange].as_py()!r} in row {row + strange:,} (counted from "
+        "0), which is neither a number nor a time like those before it; write all in one form, with a time zone in all rows or "
+        "in none, or sort by another column"
     )
 
 
@@ -404,14 +401,22 @@ def count_rows(path: AnyPath, schema: Schema, labels: bool = False, joins: tuple
     Raises:
         UserError: it is not there, empty or damaged, or lacks a column that no joined table has.
     """
-    own, _ = _find_columns(path, schema.columns if labels else schema.feature_columns, schema, joins)
+    return _survey(path, schema.columns if labels else schema.feature_columns, schema, joins)[0]
+
+
+def _survey(path: AnyPath, columns: Sequence[str], schema: Schema, joins: tuple[Join, ...]) -> tuple[int, pa.Schema]:
+    """The rows of a file, and its columns' types; of a CSV file, those of `columns`."""
+    own, _ = _find_columns(path, columns, schema, joins)
     if is_csv(path):
-        rows = sum(batch.num_rows for batch in _open_csv(path, schema, own))
+        rows, kinds = 0, pa.schema([])
+        for batch in _open_csv(path, schema, own):
+            rows, kinds = rows + batch.num_rows, batch.schema
     else:
-        rows = open_parquet(path).metadata.num_rows
+        file = open_parquet(path)
+        rows, kinds = file.metadata.num_rows, file.schema_arrow
     if not rows:
         raise _empty(path)
-    return rows
+    return rows, kinds
 
 
 def read_chunk(chunk: Chunk, schema: Schema) -> Iterator[tuple[pa.Table, npt.NDArray[np.int8]]]:
@@ -585,9 +590,12 @@ def column_names(path: AnyPath) -> list[str]:
         return list(open_parquet(path).schema_arrow.names)
     try:
         with _bytes_of(path) as stream:
-            return next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")), [])
-    except (pa.ArrowException, OSError) as error:
-        raise _not_csv(path, error) from None
+            names = next(csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")), [])
+        if any("\0" in name for name in names):
+            raise csv.Error("its header is not UTF-8 text")
+    except (pa.ArrowException, OSError, csv.Error) as error:
+        raise not_csv(path, error) from None
+    return names
 
 
 def open_parquet(path: AnyPath) -> pq.ParquetFile:
@@ -610,16 +618,20 @@ def _open_csv(path: AnyPath, schema: Schema, columns: Sequence[str]) -> Iterator
         types |= settle_types(path, [name for name in columns if name not in types])
         yield from stream_csv(path, types)
     except (pa.ArrowException, OSError) as error:
-        raise _not_csv(path, error) from None
+        raise not_csv(path, error, types) from None
 
 
-def stream_csv(path: AnyPath, types: dict[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
-    """The columns of `types` in blocks of about a megabyte; an empty field is null."""
+def stream_csv(path: AnyPath, types: dict[str, pa.DataType], threads: bool = True) -> Iterator[pa.RecordBatch]:
+    """The columns of `types` in blocks of about a megabyte; an empty field is null.
+
+    Without `threads`, Arrow's errors have the row.
+    """
+    read = pyarrow.csv.ReadOptions(use_threads=threads)
     convert = pyarrow.csv.ConvertOptions(
         column_types=types, include_columns=list(types), strings_can_be_null=True, null_values=[""]
     )
     with _bytes_of(path) as stream:
-        yield from pyarrow.csv.open_csv(stream, convert_options=convert)
+        yield from pyarrow.csv.open_csv(stream, read, convert_options=convert)
 
 
 def _bytes_of(path: AnyPath) -> pa.NativeFile:
@@ -640,11 +652,13 @@ def settle_types(path: AnyPath, columns: list[str]) -> dict[str, pa.DataType]:
     return {name: kinds[0] for name, kinds in possible.items()}
 
 
-def casts(values: pa.Array, kind: pa.DataType) -> bool:
+def casts(values: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> bool:
     """Whether every value has a meaning as this type."""
+    if pa.types.is_null(kind):
+        return bool(values.null_count == len(values))
     try:
         values.cast(kind)
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return False
     return True
 
@@ -682,11 +696,22 @@ def _empty(path: AnyPath) -> UserError:
     return UserError(f"{str(path)!r} is empty; write at least one row or leave the file out")
 
 
-def _not_csv(path: AnyPath, error: Exception) -> UserError:
+def not_csv(path: AnyPath, error: Exception, types: dict[str, pa.DataType] | None = None) -> UserError:
+    """What to say of a CSV file that `error` came from; with the `types` that it was read as, which row and column it was."""
+    if types and isinstance(error, pa.ArrowInvalid):
+        try:
+            for _ in stream_csv(path, types, threads=False):
+                pass
+        except (pa.ArrowException, OSError) as counted:
+            error = counted
     if isinstance(path, Remote) and isinstance(error, OSError):
         return storage.trouble(path, error)
-    reason = str(error).split("\n")[0]
-    return UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the value or its feature's kind")
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    if found := re.match(r"In CSV column #(\d+): ", reason):
+        reason = f"column {column_names(path)[int(found[1])]!r}: {reason[found.end() :]}"
+    reason = re.sub(r"\bRow #(\d+)", r"row \1, the header being row 1", reason)
+    remedy = ", or declare the feature's kind: categorical" if "to double" in reason else ""
+    return UserError(f"{str(path)!r} can't be read as CSV ({reason}); mend the file{remedy}")
 
 
 def damaged(path: AnyPath, error: Exception) -> UserError:

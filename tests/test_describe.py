@@ -676,6 +676,22 @@ def test_a_late_value_that_is_no_time_is_seen(tmp_path: Path) -> None:
     assert describe(tmp_path / "a.parquet", []).time is None
 
 
+def test_a_zone_that_nobody_knows_is_told(tmp_path: Path) -> None:
+    at = pa.array(range(100), pa.timestamp("s", "Mars/Phobos"))
+    pq.write_table(pa.table({"at": at, "x": np.arange(100) / 7, "is_click": np.arange(100) % 3 == 0}), tmp_path / "a.parquet")
+    found = describe(tmp_path / "a.parquet", [])
+    assert found.time == "at"  # instants have an order, whatever they are called
+    assert found.columns[0].values == "in the time zone 'Mars/Phobos', which is not known here"
+
+
+def test_a_stray_text_among_numbers_is_named(tmp_path: Path) -> None:
+    numbers = pd.DataFrame({"all_differ": np.arange(200) / 7, "some_differ": np.arange(200) // 2 / 7, "y": [0, 1] * 100})
+    numbers.astype(str).replace("1.0", "one").to_csv(tmp_path / "a.csv", index=False)
+    found = {column.name: column for column in describe(tmp_path / "a.csv", ["y"]).columns}
+    assert found["all_differ"].note == "another one in every row; numbers but for one: numeric once it holds numbers only"
+    assert found["some_differ"].note == "numbers but for one: numeric once it holds numbers only"
+
+
 @pytest.mark.parametrize(("name", "values", "task"), [("Été", [0, 1], "Ete"), ("is_big", [1e30, 3e30], "big")])
 def test_labels_of_odd_names_and_huge_values_are_proposed_as_they_can_be_read(
     name: str, values: list[float], task: str, tmp_path: Path

@@ -92,7 +92,7 @@ def test_a_huge_label_is_not_binary_either() -> None:
 
 
 def test_a_label_of_strings_is_told_to_compare() -> None:
-    with pytest.raises(UserError, match="label 'y' of task 't0' is string, not true or false; compare it"):
+    with pytest.raises(UserError, match=r"label 'y' of task 't0' is string such as .*, not true or false; compare it"):
         labels({"label": "y"}, y=["yes", "no"])
 
 
@@ -178,7 +178,7 @@ def test_a_class_that_is_not_declared_is_named_unless_it_is_masked_out() -> None
 @pytest.mark.parametrize(
     ("task", "values", "sentence"),
     [
-        (REGRESSION, ["long"], "label 'y' of task 't0' is string, not a number; a regression needs one"),
+        (REGRESSION, ["long"], "label 'y' of task 't0' is string such as 'long', not a number; a regression needs one"),
         (REGRESSION, [1.0, INF], "holds an infinite value in 1 rows"),
         (REGRESSION, [1e39], "gives 1e[+]39, which float32 can't hold; scale it"),
         (REGRESSION | {"label": "1 / y"}, [0.0], "gives inf, which float32 can't hold"),

@@ -284,6 +284,15 @@ def ragged_embedding(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFram
     return frame.assign(v=[[1.0, 2.0]] * 599 + [[1.0]])
 
 
+def infinite_value_of_a_row_that_is_tested(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    last = np.random.default_rng(0).permutation(len(frame))[-1]  # which statistics are not fitted on
+    return frame.assign(x=frame["x"].where(frame.index != last, np.inf))
+
+
+def text_among_labels(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
+    return frame.assign(clicked=frame["clicked"].astype(str).where(frame.index != 5, "yes"))
+
+
 def single_values_for_lists(frame: pd.DataFrame, schema: dict[str, Any]) -> pd.DataFrame:
     schema["features"][1] |= {"kind": "multi"}
     return frame
@@ -317,7 +326,9 @@ def schema_of_another_data_set(frame: pd.DataFrame, schema: dict[str, Any]) -> p
 
 BAD = {
     timestamp_feature: r"column 'at' is timestamp.*Asia/Shanghai.*depends on its unit and time zone",
-    ragged_embedding: "column 'v' holds a list of 1 numbers, but the embedding's dim is 2",
+    ragged_embedding: r"'.*rows\.parquet': column 'v' holds a list of 1 numbers, but the embedding's dim is 2",
+    infinite_value_of_a_row_that_is_tested: r"'.*rows\.parquet': column 'x' holds an infinite value",
+    text_among_labels: r"'.*rows\.parquet': expression 'clicked == 1' can't be evaluated, since clicked is .* such as 'yes'",
     single_values_for_lists: "column 'color' holds text, not lists; declare the feature's separator",
     undeclared_class: "label 'user' of task 'user' gives 'c', which the task does not declare",
     class_that_never_varies: "task 'k' has only class b in its 480 training rows",

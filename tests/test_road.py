@@ -726,26 +726,73 @@ def test_two_workers_of_which_one_is_killed_train_every_row_once(work: Path) -> 
 
 
 @pytest.mark.long
-def test_a_run_of_two_workers_is_resumed_by_one(work: Path, undisturbed: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2), (3, 2)])
+def test_another_number_of_workers_goes_on_with_a_run(first: int, then: int, work: Path, undisturbed: dict[str, Any]) -> None:
     before = set((work / "runs" / "train").glob("*"))
-    process = start("train", *LONG, "train.workers=2", cwd=work, RECSYS_MOE_TEST_FEWER=HERE)
+    process = start("train", *LONG, f"train.workers={first}", cwd=work, RECSYS_MOE_TEST_OTHER=HERE)
     held = Held(process, work / "runs", before, 250)
     process.kill()
     process.communicate()
-    while processes_of(f"RECSYS_MOE_TEST_FEWER={HERE}"):
+    while processes_of(f"RECSYS_MOE_TEST_OTHER={HERE}"):
         time.sleep(0.2)
     held.remove()
-    summary, _ = run("train", "--resume", held.folder.name, "train.workers=1", cwd=work)
+    summary, _ = run("train", "--resume", held.folder.name, f"train.workers={then}", cwd=work)
     events = events_of(held.folder)
-    assert [e["workers"] for e in events if e["kind"] == "start"] == [2, 1]
+    assert [e["workers"] for e in events if e["kind"] == "start"] == [first, then]
     (resumed,) = [e for e in events if e["kind"] == "resume"]
-    assert (resumed["step"], resumed["workers_before"]) == (225, 2)
+    assert (resumed["step"], resumed["workers_before"]) == (225, first)
     # That each row of the second epoch was trained once, the trainer checks itself; dropout differs with the workers.
     assert summary["train"]["steps"] == undisturbed["train"]["steps"] == 400
+    (ours,), (alone,) = (
+        [e["validation"] for e in events_of(folder) if e["kind"] == "epoch" and e["epoch"] == 2]
+        for folder in (held.folder, Path(undisturbed["bundle"]).parent)
+    )
+    assert ours != alone
     for task in TASKS:
-        assert summary["test"][task]["logloss"] == pytest.approx(undisturbed["test"][task]["logloss"], rel=0.05)
-    assert weights(summary["bundle"]) != weights(undisturbed["bundle"])
+        assert ours[task]["logloss"] == pytest.approx(alone[task]["logloss"], rel=0.05)
     assert Predictor(Path(summary["bundle"])).score_names == TASKS
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "runs"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no small file system can be mounted here (mount -t tmpfs)")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.long
+def test_a_run_whose_disk_is_full_goes_on_once_there_is_room(work: Path, undisturbed: dict[str, Any], small_disk: Path) -> None:
+    process = start("train", *LONG, f"runs_dir={small_disk}", f"data.source={work}/runs/feed_synth", cwd=work)
+    held = Held(process, small_disk, set(), 250)
+    others = small_disk / "others"
+    with others.open("wb", buffering=0) as file:
+
+        def fill() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(2**12))
+
+        fill()
+        held.let_go()
+        while process.poll() is None:  # what a checkpoint that failed gives back, others take
+            fill()
+            time.sleep(0.02)
+    out, err = process.communicate()
+    assert process.returncode == 2, err
+    assert "the checkpoint of step 275 could not be written" in err
+    assert "Traceback" not in err
+    error = json.loads(out.splitlines()[-1])["error"]
+    assert "No space left on device" in error
+    assert f"go on with `recsys-moe train --resume {held.folder}`" in error
+    others.unlink()
+    summary, err = run("train", "--resume", str(held.folder), f"runs_dir={small_disk}", cwd=work)
+    assert "going on from step 225" in err
+    assert weights(summary["bundle"]) == weights(undisturbed["bundle"])
+    assert runs(small_disk.parent) == {summary["run_id"]: "FINISHED"}
 
 
 @pytest.mark.long

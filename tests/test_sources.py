@@ -33,7 +33,7 @@ from recsys_moe.sources import (
     read_rows,
 )
 from recsys_moe.transforms import PartialStatistics, Transform
-from recsys_moe.typed import parse
+from recsys_moe.typed import dump, parse
 
 SCHEMA: Schema = parse(
     Schema,
@@ -405,18 +405,50 @@ def test_a_number_in_one_file_and_text_in_another_names_both(parquet: Path, colu
     path = parquet / "b.parquet"
     rows = pq.read_table(path)
     place = rows.column_names.index(column)
-    pq.write_table(rows.set_column(place, column, rows[column].cast(pa.string())), path)
+    text = rows.set_column(place, column, rows[column].cast(pa.string()))
+    pq.write_table(text, path)
     sentence = rf"{role} column '{column}' is \w+ in '.*/a.parquet' and string in '.*/b.parquet'; write it in one type"
     with pytest.raises(UserError, match=sentence):
         plan_chunks(data(parquet), SCHEMA)
+    if role == "label":  # what a feature of CSV is, the schema says
+        path.unlink()
+        text.set_column(place, column, pa.array(["yes", *text[column][1:].to_pylist()])).to_pandas().to_csv(
+            parquet / "b.csv", index=False
+        )
+        with pytest.raises(UserError, match=sentence.replace("b.parquet", "b.csv")):
+            plan_chunks(data(parquet), SCHEMA)
+        (parquet / "b.csv").unlink()
     pq.write_table(rows.set_column(place, column, rows[column].cast(pa.float32())), path)
     assert plan_chunks(data(parquet), SCHEMA)  # numbers of any width are numbers
 
 
 def test_a_string_in_a_numeric_csv_column(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("code,x,y,row\na,1.5,1,0\nb,many,0,1\n")
-    with pytest.raises(UserError, match=r"can't be read as CSV \(.*'?many'?"):
+    sentence = r"a.csv' can't be read as CSV \(column 'x': row 3, the header being row 1: .* 'many'\); .*kind: categorical"
+    with pytest.raises(UserError, match=sentence):
         plan_chunks(data(tmp_path), SCHEMA)
+
+
+def test_a_row_of_a_csv_file_with_too_few_fields_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("code,x,y,row\n" + "a,1.5,1,0\n" * 300_000 + "b,1\n")  # of several blocks
+    with pytest.raises(UserError, match=r"row 300002, the header being row 1: Expected 4 columns, got 2: b,1\); mend"):
+        plan_chunks(data(tmp_path), SCHEMA)
+
+
+@pytest.mark.parametrize("content", ["code,x,y,row\na,1,1,0\n".encode("utf-16"), b"PAR1\0\n\1", b"x" * 200_000])
+def test_what_is_called_csv_and_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"a.csv' can't be read as CSV \(.*\); mend the file") as error:
+        plan_chunks(data(tmp_path), SCHEMA)
+    assert str(error.value).isprintable()
+
+
+def test_a_label_without_values_in_one_csv_file_has_no_type_there(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("code,x,y,row\n" + "a,1.5,yes,0\n" * 20)
+    (tmp_path / "b.csv").write_text("code,x,y,row\n" + "a,1.5,,0\n" * 20)
+    schema = parse(Schema, dump(SCHEMA) | {"tasks": [{"name": "t", "label": "y == 'yes'"}]}, "schema")
+    rows = pa.concat_tables(read_part(data(tmp_path), schema, "train"), promote_options="default")
+    assert set(rows["y"].to_pylist()) == {"yes", None}
 
 
 @pytest.mark.parametrize(
@@ -507,7 +539,7 @@ def test_csv_is_sorted_as_parquet_is(unsorted: Path, tmp_path: Path) -> None:
 
 def test_what_nothing_can_be_sorted_by(unsorted: Path) -> None:
     for by, sentence in (
-        ("code", "data.split.by: column 'code' of .* is string such as '000', neither a number nor a time"),
+        ("code", "data.split.by: column 'code' of .* is '000' in row 0 .*, which is neither a number nor a time"),
         ("tiem", "key column 'tiem' is not in .*; did you mean 'time'"),
     ):
         if by == "code":
@@ -517,15 +549,26 @@ def test_what_nothing_can_be_sorted_by(unsorted: Path) -> None:
             by, sentence = "letters", sentence.replace("'code'", "'letters'").replace("'000'", "'x0'")
         with pytest.raises(UserError, match=sentence):
             plan_chunks(data(unsorted / "a.parquet", split=Split(order="sorted", by=by)), SCHEMA)
-    holes = pq.read_table(unsorted / "a.parquet")
-    holes = holes.set_column(5, "time", pa.array([None, *range(99)], pa.int64()))
-    pq.write_table(holes, unsorted / "a.parquet")
-    with pytest.raises(UserError, match=r"column 'time' of .*a.parquet' is null in 1 rows"):
-        plan_chunks(data(unsorted, split=Split(order="sorted", by="time")), SCHEMA)
-    holes = holes.set_column(5, "time", pa.array([0.5, np.nan, *range(98)], pa.float64(), from_pandas=False))
-    pq.write_table(holes, unsorted / "a.parquet")
-    with pytest.raises(UserError, match=r"'time' of .*a.parquet' is NaN in 1 of 100 rows .* row 1, .*; leave those rows out"):
-        plan_chunks(data(unsorted, split=Split(order="sorted", by="time")), SCHEMA)
+
+
+@pytest.mark.parametrize(("hole", "told"), [(None, "null"), (float("nan"), "nan")])
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_row_without_a_place_in_the_order_is_named_by_its_number_in_the_file(
+    hole: float | None, told: str, suffix: str, tmp_path: Path
+) -> None:
+    times = [float(n) for n in range(200_000)]  # of several blocks, in either format
+    times[150_000:] = [hole, hole, *times[150_002:]]
+    table = pa.table({"time": pa.array(times, pa.float64(), from_pandas=False), "x": times, "clicked": [0, 1] * 100_000})
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        lines = (f"{'' if time is None else time},1,0\n" for time in times)
+        (tmp_path / "a.csv").write_text("time,x,clicked\n" + "".join(lines))
+    sentence = rf"column 'time' of .*a.{suffix}' is {told} in row 150,000 \(counted from 0\), .*; leave such rows out"
+    features = [{"name": "x", "kind": "numeric"}]
+    schema = parse(Schema, {"features": features, "tasks": [{"name": "t", "label": "clicked == 1"}]}, "schema")
+    with pytest.raises(UserError, match=sentence):
+        plan_chunks(data(tmp_path, split=Split(order="sorted", by="time")), schema)
 
 
 NAIVE, ZONED = pa.timestamp("us"), pa.timestamp("us", "Europe/Berlin")
