@@ -237,10 +237,10 @@ def test_tenants_share_no_prefix() -> None:
 def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     class Fails(TinyLM):
         def forward(self, batch: Any, cache: Any) -> torch.Tensor:
-            if 1 in batch.tokens:
+            if 1 in batch.tokens[batch.positions == 0]:
                 raise RuntimeError("out of order")
             logits = super().forward(batch, cache)
-            logits[(batch.tokens == 2)[batch.outputs]] = torch.nan
+            logits[((batch.tokens == 2) & (batch.positions == 0))[batch.outputs]] = torch.nan
             return logits
 
     one = engine(Fails())

@@ -15,7 +15,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.llm.batch import BLOCK, KVCache, LanguageModel, TokenBatch
 from recsys_moe.llm.engine.load import ExpertLoad
 from recsys_moe.llm.engine.sampling import Sampling, TokenLogprob, describe, logprobs, sample
-from recsys_moe.llm.engine.scheduler import Limits, Scheduler, Sequence, Work
+from recsys_moe.llm.engine.scheduler import Limits, Scheduler, Sequence, TooLong, Work
 from recsys_moe.llm.engine.stopping import Decode, TextStream
 from recsys_moe.routing import require_invariant
 
@@ -121,14 +121,44 @@ class Engine:
 
     # -- from any thread
 
+    @property
+    def alive(self) -> bool:
+        return not self._stopped
+
+    def room(self, prompt_tokens: int) -> int:
+        """The most tokens that can follow a prompt of so many; 0 or less: none."""
+        places = self.model.config.max_positions
+        if self.scheduler.peak(places) > self.scheduler.pool.num_blocks:
+            places = min(places, self.scheduler.pool.num_blocks * BLOCK)
+        return places - prompt_tokens
+
+    def check(self, request: Request) -> None:
+        """Whether the model can take it.
+
+        Raises:
+            TooLong: more tokens than the model has places for.
+            UserError: no prompt, or tokens that the model does not know.
+        """
+        vocabulary, places = self.model.config.vocab_size, self.model.config.max_positions
+        if not request.prompt:
+            raise UserError("the prompt has no tokens; give it at least one")
+        if strange := [token for token in request.prompt if not 0 <= token < vocabulary]:
+            raise UserError(f"the prompt has token {strange[0]}, but the model knows 0 … {vocabulary - 1}; use its tokenizer")
+        if len(request.prompt) + request.max_tokens > places:
+            raise TooLong(
+                f"the model's context is {places:,} tokens, but the prompt has {len(request.prompt):,} and max_tokens is "
+                f"{request.max_tokens:,}; shorten the one or lower the other"
+            )
+
     def submit(self, request: Request, listener: Callable[[Update], None]) -> Ticket:
         """Let a request join. `listener` is called by the engine's thread, and must not wait for anything.
 
         Raises:
             QueueFull: too many wait.
-            UserError: no prompt, tokens that the model does not know, or more than it has places for.
+            TooLong: more tokens than the cache has places for.
+            UserError: what `check` says.
         """
-        self._check(request)
+        self.check(request)
         ticket = Ticket(request, listener, self._decode)
         with self._changed:
             if self._stopped:
@@ -238,18 +268,6 @@ class Engine:
                 ticket.started = time.monotonic()
                 self.counts.prompt_tokens += len(ticket.request.prompt)
                 self.counts.cached_tokens += ticket.sequence.cached
-
-    def _check(self, request: Request) -> None:
-        vocabulary, places = self.model.config.vocab_size, self.model.config.max_positions
-        if not request.prompt:
-            raise UserError("the prompt has no tokens; give it at least one")
-        if strange := [token for token in request.prompt if not 0 <= token < vocabulary]:
-            raise UserError(f"the prompt has token {strange[0]}, but the model knows 0 … {vocabulary - 1}; use its tokenizer")
-        if len(request.prompt) + request.max_tokens > places:
-            raise UserError(
-                f"the model's context is {places:,} tokens, but the prompt has {len(request.prompt):,} and max_tokens is "
-                f"{request.max_tokens:,}; shorten the one or lower the other"
-            )
 
 
 def pack(work: list[Work]) -> TokenBatch:

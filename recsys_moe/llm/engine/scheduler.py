@@ -42,6 +42,10 @@ class QueueFull(UserError):
     """Too many wait already: come back later."""
 
 
+class TooLong(UserError):
+    """More tokens than there are places for."""
+
+
 class Sequence:
     """One sequence's tokens and what the cache holds of them.
 
@@ -124,11 +128,11 @@ class Scheduler:
 
         Raises:
             QueueFull: too many wait.
-            UserError: it can't be held even alone.
+            TooLong: it can't be held even alone.
         """
         longest = sequence.prompt_tokens + sequence.max_tokens
         if (most := self.peak(longest)) > self.pool.num_blocks:
-            raise UserError(
+            raise TooLong(
                 f"prompt and max_tokens are {longest:,} tokens, {most:,} blocks of the KV cache, which has "
                 f"{self.pool.num_blocks:,}; ask for fewer tokens, or give the cache more memory"
             )

@@ -23,6 +23,7 @@ class Detokenizer:
 
     def __init__(self, decode: Decode, prompt: Sequence[int] = ()) -> None:
         self._decode = decode
+        self._shown = 0
         self._start(list(prompt[-_CONTEXT:]), [])
 
     def add(self, token: int) -> str:
