@@ -65,12 +65,11 @@ class Tokenizer(Protocol):
 @typed
 class LLMServeConfig:
     """Where the service listens and how much it takes: sequences at once and waiting, tokens of a step, MiB of the KV cache and
-    of a body, choices of one request (its prompts times `n`). `name` is the model's; without it, its folder's.
+    of a body, choices of one request (its prompts times `n`).
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    name: str | None = None
     limits: Limits = Limits()
     kv_cache_mb: Annotated[float, Field(gt=0)] = 512
     max_body_mb: Annotated[float, Field(gt=0)] = 4
