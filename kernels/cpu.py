@@ -166,6 +166,9 @@ def sparse_expert_mlp(
     return ops.combine(h, weights_rk, order, offsets).to(x_bd.dtype)
 
 
+from recsys_moe.kernels.reference import paged_attention
+
+
 def embedding_bags(weights: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, width: int, mean: bool) -> Tensor:
     return torch.ops.recsys_moe.embedding_bags(weights, starts, ids, offsets, width, mean)
 
