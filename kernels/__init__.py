@@ -312,7 +312,7 @@ def paged_attention(
     >>> paged_attention(q, cache, starts, lengths, blocks, **heads, scale=1.0, backend="reference").flatten().tolist()
     [1.0, 2.0]
     """
-    n, heads, dim = q_nhd.shape
+    heads, dim = q_nhd.shape[1:]
     sequences = lengths.shape[0]
     if heads % kv_heads or max(kv_heads * dim, value_at + kv_heads * value_dim) > cache.shape[-1]:
         raise ValueError(

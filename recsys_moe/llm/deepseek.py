@@ -136,9 +136,7 @@ class LatentAttention(nn.Module):
         }
         found |= self.out.tensors(o_proj=self.out.out_features)
         if self.q_norm is None or self.q_up is None:
-            return found | self.down.tensors(
-                q_proj=self.heads * (self.nope + self.rope), kv_a_proj_with_mqa=self.cache_width
-            )
+            return found | self.down.tensors(q_proj=self.heads * (self.nope + self.rope), kv_a_proj_with_mqa=self.cache_width)
         found |= self.down.tensors(q_a_proj=self.down.out_features - self.cache_width, kv_a_proj_with_mqa=self.cache_width)
         return found | {"q_a_layernorm.weight": self.q_norm.weight} | self.q_up.tensors(q_b_proj=self.q_up.out_features)
 
