@@ -1,0 +1,192 @@
+"""DeepSeek-V2 (2405.04434) and V3 (2412.19437): latent attention, shared experts, routing limited to groups of experts.
+
+Shapes: N tokens, H heads; a head's query and key have n values without position and r with it (rotary), its value has v; the
+latent has c values (`kv_lora_rank`).
+"""
+
+from dataclasses import KW_ONLY
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from recsys_moe.kernels import Layer, expert_mlp, paged_attention
+from recsys_moe.llm.layers import (
+    Decoder,
+    DecoderConfig,
+    Joined,
+    Linear,
+    Mlp,
+    RMSNorm,
+    Rotary,
+    Step,
+    Tensors,
+    expert_tensors,
+    inference,
+    swiglu_experts,
+    under,
+    yarn_mscale,
+)
+from recsys_moe.routing import TopKRouter
+from recsys_moe.typed import typed
+
+
+@typed
+class DeepseekConfig(DecoderConfig):
+    """What V2 and V3 share."""
+
+    _: KW_ONLY
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    first_k_dense_replace: int = 0
+    moe_layer_freq: Literal[1] = 1
+    n_group: int | None = None
+    topk_group: int | None = None
+    routed_scaling_factor: float = 1.0
+    attention_bias: Literal[False] = False
+    num_nextn_predict_layers: int = 0
+
+    @property
+    def softmax_scale(self) -> float:
+        """1/√(n + r), times YaRN's mscale², which makes up for the flatter softmax over a longer context."""
+        rope = self.rope_parameters
+        mscale = yarn_mscale(rope.factor, rope.mscale_all_dim) if rope.rope_type != "default" and rope.mscale_all_dim else 1.0
+        return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * mscale**2
+
+
+@typed
+class DeepseekV2Config(DeepseekConfig):
+    _: KW_ONLY
+    topk_method: Literal["greedy", "group_limited_greedy"] = "greedy"
+    mlp_bias: Literal[False] = False
+
+
+@typed
+class DeepseekV3Config(DeepseekConfig):
+    _: KW_ONLY
+    norm_topk_prob: bool = True
+    rope_interleave: bool = True
+    n_group: int | None = 8
+    topk_group: int | None = 4
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention; the cache holds c + r values a token, for all heads together.
+
+    Keys are W_UK·latent and values W_UV·latent for each head. Neither is made: q·(W_UK·l) = (W_UKᵀ·q)·l and
+    Σ p·(W_UV·l) = W_UV·Σ p·l, so the heads attend to the latents themselves, all to the same (absorbed form).
+    """
+
+    def __init__(self, config: DeepseekConfig, rotary: Rotary) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.heads, self.latent, self.rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
+        self.nope, self.value, self.q_rank = config.qk_nope_head_dim, config.v_head_dim, config.q_lora_rank
+        self.scale, self.rotary = config.softmax_scale, rotary
+        queries = self.heads * (self.nope + self.rope)
+        # What reads x is one product: the queries (or their own latent), and the latent with its rotary part.
+        self.down = Linear(width, (self.q_rank or queries) + self.latent + self.rope, bias=False)
+        self.q_norm = RMSNorm(self.q_rank, 1e-6) if self.q_rank else None
+        self.q_up = Linear(self.q_rank, queries, bias=False) if self.q_rank else None
+        self.latent_norm = RMSNorm(self.latent, 1e-6)
+        self.w_uk = nn.Parameter(torch.empty(self.heads, self.latent, self.nope).normal_(std=0.02))
+        self.w_uv = nn.Parameter(torch.empty(self.heads, self.value, self.latent).normal_(std=0.02))
+        self.out = Linear(self.heads * self.value, width, bias=False)
+
+    @property
+    def cache_width(self) -> int:
+        return self.latent + self.rope
+
+    def forward(self, x_nd: Tensor, step: Step, cache: Tensor) -> Tensor:
+        q, latent, key_rope = self.down(x_nd).split((self.down.out_features - self.cache_width, self.latent, self.rope), 1)
+        if self.q_norm is not None and self.q_up is not None:
+            q = self.q_up(self.q_norm(q))
+        q_nope, q_rope = q.unflatten(1, (self.heads, -1)).split((self.nope, self.rope), 2)
+        key_rope = self.rotary(key_rope.unsqueeze(1), step.turn).squeeze(1)
+        cache.flatten(0, 1).index_copy_(0, step.slots, torch.cat([self.latent_norm(latent), key_rope], 1))
+        absorbed = expert_mlp(q_nope, Layer(self.w_uk), invariant=inference(self))
+        batch = step.batch
+        y = paged_attention(
+            torch.cat([absorbed, self.rotary(q_rope, step.turn)], 2),
+            cache,
+            batch.starts,
+            batch.lengths,
+            batch.blocks,
+            kv_heads=1,
+            value_at=0,
+            value_dim=self.latent,
+            scale=self.scale,
+        )
+        out: Tensor = self.out(expert_mlp(y, Layer(self.w_uv), invariant=inference(self)).flatten(1))
+        return out
+
+    def tensors(self) -> Tensors:
+        shape = (self.heads, self.nope + self.value, self.latent)
+        found: Tensors = {
+            "kv_a_layernorm.weight": self.latent_norm.weight,
+            "kv_b_proj.weight": Joined(shape, (self.w_uk.transpose(1, 2), self.w_uv)),
+        }
+        found |= self.out.tensors(o_proj=self.out.out_features)
+        if self.q_norm is None or self.q_up is None:
+            return found | self.down.tensors(q_proj=self.heads * (self.nope + self.rope), kv_a_proj_with_mqa=self.cache_width)
+        found |= self.down.tensors(q_a_proj=self.down.out_features - self.cache_width, kv_a_proj_with_mqa=self.cache_width)
+        return found | {"q_a_layernorm.weight": self.q_norm.weight} | self.q_up.tensors(q_b_proj=self.q_up.out_features)
+
+
+class DeepseekMoe(nn.Module):
+    """Σ_k w_k·expert_k(x) + shared(x).
+
+    V2: w = softmax(W·x) of the k best, times a factor; V3: sigmoids, chosen with a bias that is not in the weights, divided
+    by their sum. With groups, only the best groups' experts are open: by their best expert in V2, their two best in V3.
+    """
+
+    def __init__(self, config: DeepseekConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        width, experts, hidden = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
+        third = isinstance(config, DeepseekV3Config)
+        grouped = third or (isinstance(config, DeepseekV2Config) and config.topk_method == "group_limited_greedy")
+        self.router = TopKRouter(
+            width,
+            experts,
+            config.num_experts_per_tok,
+            scoring="sigmoid" if third else "softmax",
+            renormalize=isinstance(config, DeepseekV3Config) and config.norm_topk_prob,
+            correction_bias=third,
+            num_groups=(config.n_group or 1) if grouped else 1,
+            topk_groups=(config.topk_group or 1) if grouped else 1,
+            group_score="top2_sum" if third else "max",
+            scale=config.routed_scaling_factor,
+        )
+        self.experts = swiglu_experts(experts, width, hidden, dtype)
+        self.shared = Mlp(width, hidden * config.n_shared_experts, dtype)
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        return self.experts.combine(x_nd, self.router(x_nd)) + self.shared(x_nd)
+
+    def tensors(self) -> Tensors:
+        found: Tensors = {"gate.weight": self.router.linear.weight}
+        if self.router.correction_bias is not None:
+            found["gate.e_score_correction_bias"] = self.router.correction_bias
+        return found | under("experts", expert_tensors(self.experts)) | under("shared_experts", self.shared.tensors())
+
+
+def build(config: DeepseekConfig, dtype: torch.dtype) -> Decoder:
+    """The model, its weights not read yet."""
+    interleaved = not isinstance(config, DeepseekV3Config) or config.rope_interleave
+    rotary = Rotary(config.rope_parameters, config.qk_rope_head_dim, config.max_position_embeddings, interleaved)
+    dense = config.first_k_dense_replace
+    return Decoder(
+        config,
+        dtype,
+        rotary,
+        attention=lambda i: LatentAttention(config, rotary),
+        ffn=lambda i: Mlp(config.hidden_size, config.intermediate_size, dtype) if i < dense else DeepseekMoe(config, dtype),
+    )
