@@ -1,12 +1,14 @@
 """The engine on a small real model: what a request gets is the same bits whatever else is served, and however it is cut."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from recsys_moe.errors import UserError
+from recsys_moe.llm.checkpoints import build
 from recsys_moe.llm.engine.engine import Completion, Engine, Request, Ticket, Update, blocks_that_fit, complete
 from recsys_moe.llm.engine.sampling import Sampling
 from recsys_moe.llm.engine.scheduler import Limits, QueueFull
@@ -92,6 +94,36 @@ def test_a_request_is_the_same_bits_alone_and_in_every_company(name: str) -> Non
 
 def test_so_it_is_with_a_sliding_window() -> None:
     check_all_ways(TinyLM(window=20), VICTIMS["scored"])
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20},
+    "deepseek_v2": {
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 12,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_it_is_with_real_families(family: str, dtype: torch.dtype) -> None:
+    shape = {"vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 400}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4 if family == "deepseek_v2" else 2}
+    model = build({"model_type": family} | shape | heads | FAMILIES[family], dtype, Path("config.json"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    check_all_ways(model, VICTIMS["scored"])
 
 
 def test_negative_control_a_product_that_depends_on_the_rows() -> None:
