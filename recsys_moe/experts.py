@@ -45,9 +45,8 @@ class MLPExperts(nn.Module):
         super().__init__()
         widths = [in_dim, *dims, *([linear_out] if linear_out else [])]
         rows = [2 * width if activation == "swiglu" else width for width in dims] + widths[len(dims) + 1 :]
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(num_experts, o, i)) for o, i in zip(rows, widths, strict=False)
-        )
+        shapes = zip(rows, widths[:-1], strict=True)
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, *shape)) for shape in shapes)
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in rows) if bias else None
         self.norms = nn.ModuleList(StackedBatchNorm(num_experts, o) for o in rows[: len(dims)]) if norm == "batch" else None
         self.hidden_layers = len(dims)

@@ -1,6 +1,5 @@
-"""Each family against transformers: a small random model that it saved, read here, gives the same logits, tokens and routing."""
+"""Each family against transformers: a small random model that it saved, read here, gives its logits, tokens and routing."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +128,7 @@ PROMPT, NEW = 37, 64
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """transformers' model of a family, in fp32 and with its biases away from 0, and the folder that it saved."""
     config, kind = MODELS[request.param]
     torch.manual_seed(0)
@@ -140,7 +139,7 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
                 tensor.add_(torch.randn_like(tensor) / 5)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
-    yield model, folder
+    return model, folder
 
 
 def batch(tokens: Tensor, done: int, blocks: Tensor, outputs: Tensor | None = None) -> TokenBatch:

@@ -1,5 +1,6 @@
 """Attention over a paged cache: naive mathematics, and the same bits whatever else is in the call and however it was cut."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_a_tokens_bits_depend_on_its_own_sequence_alone(heads: Heads, dtype: tor
     alone = torch.cat([pages.run([(0, i, i + 1)], window=window)[0] for i in range(300)])
     assert torch.equal(whole, alone)  # token by token
     chunks, cut = [], [0, 1, 18, 50, 51, 129, 260, 300]
-    for a, b in zip(cut, cut[1:], strict=False):
+    for a, b in itertools.pairwise(cut):
         beside = pages.run([(1, 40, 41), (2, 3, 130), (0, a, b), (3, 0, 7)], window=window)
         chunks.append(beside[2])
     assert torch.equal(whole, torch.cat(chunks))  # in pieces, among others

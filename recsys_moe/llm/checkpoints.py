@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.llm import deepseek, llama, mixtral, olmoe, qwen_moe
 from recsys_moe.llm.layers import Decoder, Joined
-from recsys_moe.tensorfiles import TensorFiles
+from recsys_moe.tensorfiles import TensorFiles, save_tensors
 from recsys_moe.typed import parse
 
 # model_type in config.json → the configuration's class, and what builds the model from it.
@@ -56,12 +56,48 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     return model
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def save(model: Decoder, values: dict[str, Any], folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
+    """Write a model as a Hugging Face folder, its weights in the model's precision.
+
+    Args:
+        values: its `config.json`.
+        shard_bytes: how large a file of weights may get, unless one tensor is larger.
+
+    Raises:
+        OSError: a file can't be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in model.tensors().items():
+        whole = tensor if isinstance(tensor, Tensor) else torch.cat(tensor.parts, 1).flatten(0, 1)
+        if groups[-1] and size + whole.nbytes > shard_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = whole
+        size += whole.nbytes
+    count = len(groups)
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        save_tensors(folder / file, group)
+        weight_map |= dict.fromkeys(group, file)
+    if count > 1:
+        total = {"total_size": sum(tensor.nbytes for group in groups for tensor in group.values())}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": total, "weight_map": weight_map}, indent=1)
+        )
+    values = {**values, "dtype": str(model.config.dtype).removeprefix("torch.")}
+    values.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """What the folder's `config.json` says."""
-    path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one with config.json and *.safetensors")
-    return _read_json(path)
+    return _read_json(folder / name)
 
 
 def family(values: dict[str, Any], where: Path) -> str:

@@ -87,7 +87,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: DeepseekConfig, rotary: Rotary) -> None:
         super().__init__()
-        width, eps = config.hidden_size, config.rms_norm_eps
+        width = config.hidden_size
         self.heads, self.latent, self.rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.nope, self.value, self.q_rank = config.qk_nope_head_dim, config.v_head_dim, config.q_lora_rank
         self.scale, self.rotary = config.softmax_scale, rotary
@@ -104,6 +104,11 @@ class LatentAttention(nn.Module):
     @property
     def cache_width(self) -> int:
         return self.latent + self.rope
+
+    @property
+    def products_per_key(self) -> int:
+        """Multiply-adds of a token's heads with one place of the cache."""
+        return self.heads * (2 * self.latent + self.rope)
 
     def forward(self, x_nd: Tensor, step: Step, cache: Tensor) -> Tensor:
         q, latent, key_rope = self.down(x_nd).split((self.down.out_features - self.cache_width, self.latent, self.rope), 1)

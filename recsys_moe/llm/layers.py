@@ -2,8 +2,8 @@
 
 Shapes: N tokens, D the model's width, H query heads, G key/value heads, d a head's width, E experts, F an expert's width.
 
-Each module says by `tensors(prefix)` what its parameters are called in a Hugging Face checkpoint: name → the view of a parameter
-that holds that tensor. Reading a checkpoint fills the views, writing one saves them.
+Each module says by `tensors()` what its parameters are called in a Hugging Face checkpoint: name → the view of a parameter that
+holds that tensor. Reading a checkpoint fills the views, writing one saves them.
 """
 
 import math
@@ -46,7 +46,7 @@ class Rope:
     _: KW_ONLY
     rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
     rope_theta: float = 10000.0
-    partial_rotary_factor: Literal[1.0] = 1.0
+    partial_rotary_factor: float = 1.0
     factor: float = 1.0
     original_max_position_embeddings: int | None = None
     low_freq_factor: float = 1.0
@@ -61,6 +61,8 @@ class Rope:
     def __post_init__(self) -> None:
         if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings is None:
             raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings; add it")
+        if self.partial_rotary_factor != 1:
+            raise ValueError(f"partial_rotary_factor is {self.partial_rotary_factor}; only whole heads are rotated: 1.0")
         if self.rope_theta <= 0 or self.factor <= 0:
             raise ValueError(f"rope_theta is {self.rope_theta} and factor {self.factor}; both must be > 0")
 
@@ -247,6 +249,11 @@ class GroupedAttention(nn.Module):
     def cache_width(self) -> int:
         return 2 * self.sizes[1]
 
+    @property
+    def products_per_key(self) -> int:
+        """Multiply-adds of a token's heads with one place of the cache."""
+        return 2 * self.heads * self.head_dim
+
     def forward(self, x_nd: Tensor, step: Step, cache: Tensor) -> Tensor:
         qkv = self.qkv(x_nd)
         q, k, v = qkv.split(self.sizes, 1)
@@ -280,24 +287,27 @@ class GroupedAttention(nn.Module):
         return found
 
 
-class Mlp(MLPExperts):
+class Mlp(nn.Module):
     """A dense SwiGLU layer (2002.05202), W₂·(silu(W₁·x) ⊙ W₃·x): one expert that every token uses."""
 
     def __init__(self, width: int, hidden: int, dtype: torch.dtype, bias: bool = False) -> None:
-        super().__init__(1, width, (hidden,), linear_out=width, activation="swiglu", bias=bias, dtype=dtype)
+        super().__init__()
+        self.expert = MLPExperts(1, width, (hidden,), linear_out=width, activation="swiglu", bias=bias, dtype=dtype)
 
-    def forward(self, x_nd: Tensor, *unused: Any, **none: Any) -> Tensor:
-        return super().forward(x_nd).squeeze(1)
+    def forward(self, x_nd: Tensor) -> Tensor:
+        out: Tensor = self.expert(x_nd).squeeze(1)
+        return out
 
     def tensors(self) -> Tensors:
-        (gate_up, down), hidden = self.weights, self.weights[1].shape[2]
+        (gate_up, down), biases = self.expert.weights, self.expert.biases
+        hidden = down.shape[2]
         found: Tensors = {
             "gate_proj.weight": gate_up[0, :hidden],
             "up_proj.weight": gate_up[0, hidden:],
             "down_proj.weight": down[0],
         }
-        if self.biases is not None:
-            both, last = self.biases
+        if biases is not None:
+            both, last = biases
             found |= {"gate_proj.bias": both[0, :hidden], "up_proj.bias": both[0, hidden:], "down_proj.bias": last[0]}
         return found
 
