@@ -6,7 +6,6 @@ only once it is of at least `RELEASE` tokens.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from recsys_moe.routing import SparsePlan
@@ -15,7 +14,7 @@ RELEASE = 8192
 
 
 class ExpertLoad:
-    """Counts the choices of every router in a model, from now on.
+    """Counts the choices of every router in a model, from now on. Routers make sparse plans.
 
     `counts` has, by the router's name, int64 `[E]`: tokens for each expert.
     """
@@ -37,7 +36,7 @@ class ExpertLoad:
 
     def _counter(self, name: str) -> Any:
         def count(router: nn.Module, inputs: tuple[Any, ...], plan: SparsePlan) -> None:
-            chosen = torch.bincount(plan.expert_ids.flatten(), minlength=plan.num_experts)
+            chosen = plan.offsets.diff().long()
             self._recent[name] = self._recent[name] + chosen if name in self._recent else chosen
 
         return count
