@@ -209,7 +209,7 @@ def test_the_layers_of_speculative_decoding_are_known_and_left(tmp_path: Path) -
 
 
 def test_peak_memory_is_little_more_than_the_weights(tmp_path: Path) -> None:
-    values = CONFIG | {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 20000}
+    values = CONFIG | {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 2000}
     model = checkpoints.build(values, torch.float32, tmp_path / "config.json")
     for parameter in model.parameters():
         parameter.fill_(0.5)
@@ -227,5 +227,5 @@ print(size, (memory("VmHWM") - before) / size)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     size, share = done.stdout.split()
-    assert int(size) > 180e6
+    assert int(size) > 100e6
     assert float(share) < 1.2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_moe.errors import UserError, nearest
-from recsys_moe.llm import deepseek, llama, mixtral, olmoe, qwen_moe
+from recsys_moe.llm import deepseek, llama, mixtral, olmoe, qwen_moe, switch
 from recsys_moe.llm.layers import Decoder, Joined
 from recsys_moe.tensorfiles import TensorFiles, save_tensors
 from recsys_moe.typed import parse
@@ -23,8 +23,10 @@ FAMILIES: dict[str, tuple[type, Callable[[Any, torch.dtype], Decoder]]] = {
     "mixtral": (mixtral.MixtralConfig, mixtral.build),
     "qwen2_moe": (qwen_moe.Qwen2MoeConfig, qwen_moe.build),
     "olmoe": (olmoe.OlmoeConfig, olmoe.build),
+    "deepseek": (deepseek.DeepseekMoeConfig, deepseek.build_v1),
     "deepseek_v2": (deepseek.DeepseekV2Config, deepseek.build),
     "deepseek_v3": (deepseek.DeepseekV3Config, deepseek.build),
+    "switch_decoder": (switch.SwitchConfig, switch.build),
 }
 
 # The kernels know no fp16, and bf16 would drop three of its bits.

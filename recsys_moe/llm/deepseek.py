@@ -1,11 +1,12 @@
-"""DeepSeek-V2 (2405.04434) and V3 (2412.19437): latent attention, shared experts, routing limited to groups of experts.
+"""DeepSeekMoE (2401.06066), shared experts beside routed ones; V2 (2405.04434) and V3 (2412.19437): latent attention, routing
+limited to groups of experts.
 
 Shapes: N tokens, H heads; a head's query and key have n values without position and r with it (rotary), its value has v; the
 latent has c values (`kv_lora_rank`).
 """
 
 from dataclasses import KW_ONLY
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from recsys_moe.kernels import Layer, expert_mlp, paged_attention
 from recsys_moe.llm.layers import (
     Decoder,
     DecoderConfig,
+    GroupedAttention,
     Joined,
     Linear,
     Mlp,
@@ -22,6 +24,7 @@ from recsys_moe.llm.layers import (
     Step,
     Tensors,
     expert_tensors,
+    head_dim,
     inference,
     swiglu_experts,
     under,
@@ -29,6 +32,24 @@ from recsys_moe.llm.layers import (
 )
 from recsys_moe.routing import TopKRouter
 from recsys_moe.typed import typed
+
+
+@typed
+class DeepseekMoeConfig(DecoderConfig):
+    """v1, whose attention is Llama's."""
+
+    _: KW_ONLY
+    intermediate_size: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    num_key_value_heads: int | None = None
+    first_k_dense_replace: int = 0
+    moe_layer_freq: Literal[1] = 1
+    norm_topk_prob: bool = False
+    scoring_func: Literal["softmax"] = "softmax"
+    attention_bias: Literal[False] = False
 
 
 @typed
@@ -147,29 +168,12 @@ class LatentAttention(nn.Module):
 
 
 class DeepseekMoe(nn.Module):
-    """Σ_k w_k·expert_k(x) + shared(x).
+    """Σ_k w_k·expert_k(x) + shared(x), all n shared experts side by side as one that is n times as wide."""
 
-    V2: w = softmax(W·x) of the k best, times a factor; V3: sigmoids, chosen with a bias that is not in the weights, divided
-    by their sum. With groups, only the best groups' experts are open: by their best expert in V2, their two best in V3.
-    """
-
-    def __init__(self, config: DeepseekConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: DeepseekMoeConfig | DeepseekConfig, dtype: torch.dtype, **routing: Any) -> None:
         super().__init__()
         width, experts, hidden = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-        third = isinstance(config, DeepseekV3Config)
-        grouped = third or (isinstance(config, DeepseekV2Config) and config.topk_method == "group_limited_greedy")
-        self.router = TopKRouter(
-            width,
-            experts,
-            config.num_experts_per_tok,
-            scoring="sigmoid" if third else "softmax",
-            renormalize=isinstance(config, DeepseekV3Config) and config.norm_topk_prob,
-            correction_bias=third,
-            num_groups=(config.n_group or 1) if grouped else 1,
-            topk_groups=(config.topk_group or 1) if grouped else 1,
-            group_score="top2_sum" if third else "max",
-            scale=config.routed_scaling_factor,
-        )
+        self.router = TopKRouter(width, experts, config.num_experts_per_tok, **routing)
         self.experts = swiglu_experts(experts, width, hidden, dtype)
         self.shared = Mlp(width, hidden * config.n_shared_experts, dtype)
 
@@ -183,15 +187,51 @@ class DeepseekMoe(nn.Module):
         return found | under("experts", expert_tensors(self.experts)) | under("shared_experts", self.shared.tensors())
 
 
-def build(config: DeepseekConfig, dtype: torch.dtype) -> Decoder:
-    """The model, its weights not read yet."""
+def routing(config: DeepseekMoeConfig | DeepseekV2Config | DeepseekV3Config) -> dict[str, Any]:
+    """How each version's router chooses and weighs.
+
+    v1: softmax(W·x) of the k best. V2: times a factor, and only experts of the groups whose best expert is best are open. V3:
+    sigmoids divided by their sum, chosen with a bias that is not in the weights, in the groups whose two best are best.
+    """
+    if isinstance(config, DeepseekMoeConfig):
+        return {"renormalize": config.norm_topk_prob}
+    groups = {"num_groups": config.n_group or 1, "topk_groups": config.topk_group or 1}
+    if isinstance(config, DeepseekV2Config):
+        limited = config.topk_method == "group_limited_greedy"
+        return {"scale": config.routed_scaling_factor, **(groups if limited else {})}
+    return {
+        "scoring": "sigmoid",
+        "correction_bias": True,
+        "renormalize": config.norm_topk_prob,
+        "group_score": "top2_sum",
+        "scale": config.routed_scaling_factor,
+        **groups,
+    }
+
+
+def build(config: DeepseekV2Config | DeepseekV3Config, dtype: torch.dtype) -> Decoder:
+    """The model of V2 or V3, its weights not read yet."""
     interleaved = not isinstance(config, DeepseekV3Config) or config.rope_interleave
     rotary = Rotary(config.rope_parameters, config.qk_rope_head_dim, config.max_position_embeddings, interleaved)
-    dense = config.first_k_dense_replace
+    return Decoder(
+        config, dtype, rotary, attention=lambda i: LatentAttention(config, rotary), ffn=lambda i: _ffn(config, dtype, i)
+    )
+
+
+def build_v1(config: DeepseekMoeConfig, dtype: torch.dtype) -> Decoder:
+    """The model of v1, its weights not read yet."""
+    dim, kv_heads = head_dim(config), config.num_key_value_heads or config.num_attention_heads
+    rotary = Rotary(config.rope_parameters, dim, config.max_position_embeddings)
     return Decoder(
         config,
         dtype,
         rotary,
-        attention=lambda i: LatentAttention(config, rotary),
-        ffn=lambda i: Mlp(config.hidden_size, config.intermediate_size, dtype) if i < dense else DeepseekMoe(config, dtype),
+        attention=lambda i: GroupedAttention(config.hidden_size, config.num_attention_heads, kv_heads, dim, rotary),
+        ffn=lambda i: _ffn(config, dtype, i),
     )
+
+
+def _ffn(config: DeepseekMoeConfig | DeepseekV2Config | DeepseekV3Config, dtype: torch.dtype, i: int) -> nn.Module:
+    if i < config.first_k_dense_replace:
+        return Mlp(config.hidden_size, config.intermediate_size, dtype)
+    return DeepseekMoe(config, dtype, **routing(config))

@@ -9,7 +9,7 @@ import torch
 from recsys_moe.experts import MLPExperts
 from recsys_moe.llm.checkpoints import FAMILIES, parse_config
 from recsys_moe.llm.layers import Decoder
-from recsys_moe.routing import TopKRouter
+from recsys_moe.routing import SwitchRouter, TopKRouter
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -68,10 +68,10 @@ def estimate(values: dict[str, Any], where: Path, context: int | None = None) ->
 def _idle(module: torch.nn.Module) -> int:
     """Parameters of a layer's experts that a token does not choose."""
     router, experts = getattr(module, "router", None), getattr(module, "experts", None)
-    if not isinstance(router, TopKRouter) or not isinstance(experts, MLPExperts):
+    if not isinstance(experts, MLPExperts) or not isinstance(router, TopKRouter | SwitchRouter):
         return 0
     each = sum(weight[0].numel() for weight in experts.weights)
-    return each * (router.linear.num_experts - router.k)
+    return each * (router.linear.num_experts - (router.k if isinstance(router, TopKRouter) else 1))
 
 
 def _attended(model: Decoder) -> int:
