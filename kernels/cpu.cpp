@@ -676,15 +676,14 @@ Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& 
 }
 
 // grad_w[m, n] = Σ_b z[b, m]·x[b, n] for the columns m of some segments of rows, each with its own x: the sums over the rows are
-// taken in blocks of kDepthRows, in order. x_row(segment, b, to) is row b as a pointer, copied to `to` where it has to be made;
-// where no row has to be, they lie `ldx` words apart (else 0), and whole panels are read as they lie.
+// taken in blocks of kDepthRows, in order. x_row(segment, b, to) is row b as a pointer, copied to `to` where it has to be made.
+// Rows that lie a power of two apart fall into few of the cache's sets, so x is packed always.
 constexpr int64_t kDepthRows = 512, kPackWords = 32;
 
 struct Segment { int64_t begin, end, z_column; };  // rows of the sum; first column of z
 
 template <typename T, typename F>
-void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, int64_t width, int64_t depth, float* grad, int64_t ldx,
-                 F&& x_row) {
+void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, int64_t width, int64_t depth, float* grad, F&& x_row) {
   const int64_t count = segments.size(), each = panels(depth), threads = at::get_num_threads();
   // Blocks of whole tiles; where there are few, of about equal size and as many for each thread.
   int64_t blocks = (width + kBlockRows - 1) / kBlockRows, block = kBlockRows;
@@ -695,12 +694,12 @@ void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, 
   int64_t longest = 0;
   for (const auto& s : segments) longest = std::max(longest, s.end - s.begin);
   const int64_t rows = std::min(longest, kDepthRows), size = panel_words<T>(rows), row_words = whole_vecs(words<T>(rows));
-  const int64_t chunks = (words<T>(rows) + kPackWords - 1) / kPackWords, as_they_lie = ldx ? depth / kPanel : 0;
+  const int64_t chunks = (words<T>(rows) + kPackWords - 1) / kPackWords;
   const Tensor packed = at::empty({count * each * size}, at::kFloat);
   float* pp = packed.data_ptr<float>();
   for (int64_t k = 0; k < longest; k += kDepthRows) {
     auto part = [&](const Segment& s) { return std::min(kDepthRows, s.end - s.begin - k); };
-    if (as_they_lie < each) at::parallel_for(0, count * chunks, 1, [&](int64_t from, int64_t to) {
+    at::parallel_for(0, count * chunks, 1, [&](int64_t from, int64_t to) {
       std::vector<T> copy(2 * depth);
       for (int64_t i = from; i < to; ++i) {
         const Segment& s = segments[i / chunks];
@@ -708,7 +707,7 @@ void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, 
         if (here <= 0) continue;
         pack_columns<T>(begin, end, here, depth, size, pp + i / chunks * each * size, [&](int64_t r) {
           return x_row(i / chunks, s.begin + k + r, copy.data() + r % 2 * depth);
-        }, as_they_lie * kPanel);
+        });
       }
     });
     at::parallel_for(0, count * blocks, 1, [&](int64_t from, int64_t to) {
@@ -722,17 +721,14 @@ void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, 
         for (int64_t p = 0; p < each; ++p) {
           float* out = grad + (i / blocks * width + m0) * depth + p * kPanel;
           const int64_t columns = std::min(kPanel, depth - p * kPanel);
-          const bool lies = p < as_they_lie;
-          const float* panel = lies ? reinterpret_cast<const float*>(x_row(i / blocks, s.begin + k, nullptr)) + p * kPanel
-                                    : pp + (i / blocks * each + p) * size;
-          multiply(reinterpret_cast<const T*>(a.data()), stride, units, panel, words<T>(here),
+          multiply(reinterpret_cast<const T*>(a.data()), stride, units, pp + (i / blocks * each + p) * size, words<T>(here),
                    [&](int64_t m, const float* sums) {
                      float* g = out + m * depth;
                      if (!k) return store_panel(sums, g, columns);
                      by_vecs(columns, [&](int64_t c, int64_t n) {
                        store_first(load_first(g + c, n) + load_first(sums + c, n), g + c, n);
                      });
-                   }, lies ? ldx : kPanel);
+                   });
         }
       }
     });
@@ -798,8 +794,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_,
     const T *gz = data<T>(grad_z), *wp = data<T>(w);
     std::vector<Segment> segments;
     for (int64_t g = 0; g < in.groups; ++g) segments.push_back({0, b, g * width});
-    const int64_t ldx = std::is_same_v<T, float> && std::is_same_v<X, T> && !gated ? in.inputs * d : 0;
-    grad_weight(gz, columns, segments, width, d, grad_w.data_ptr<float>(), ldx, [&](int64_t g, int64_t r, T* copy) -> const T* {
+    grad_weight(gz, columns, segments, width, d, grad_w.data_ptr<float>(), [&](int64_t g, int64_t r, T* copy) -> const T* {
       if constexpr (std::is_same_v<X, T>)
         if (!gated) return in.template row<X>(r, g);
       in.template copy_row<X>(r, g, copy);
@@ -884,7 +879,7 @@ std::tuple<Tensor, Tensor> grouped_linear_backward(const Tensor& grad_z_, const 
     using T = decltype(t);
     std::vector<Segment> segments;
     for (int64_t e = 0; e < experts; ++e) segments.push_back({off[e], off[e + 1], 0});
-    grad_weight(data<T>(grad_z), units, segments, units, depth, grad_w.data_ptr<float>(), std::is_same_v<T, float> ? depth : 0,
+    grad_weight(data<T>(grad_z), units, segments, units, depth, grad_w.data_ptr<float>(),
                 [&](int64_t, int64_t r, T*) -> const T* { return data<T>(h) + r * depth; });
     at::parallel_for(0, experts * each, 1, [&](int64_t from, int64_t to) {
       std::vector<float> panel(panel_words<T>(units));

@@ -115,12 +115,13 @@ class Tiles {
 
 // One step along k for a block of (Low ? 16 : 32) rows × (Narrow ? 16 : 32) columns.
 template <bool Low, bool Narrow>
-inline void tiles_step(const char* a, int64_t stride, const float* b, int64_t next) {
-  tile_load<6>(b, next);
+inline void tiles_step(const char* a, int64_t stride, const float* b) {
+  constexpr int64_t kRow = kSums * sizeof(float);
+  tile_load<6>(b, kRow);
   tile_load<4>(a, stride);
   tile_multiply<0, 4, 6>();
   if constexpr (!Narrow) {
-    tile_load<7>(b + kTile, next);
+    tile_load<7>(b + kTile, kRow);
     tile_multiply<1, 4, 7>();
   }
   if constexpr (!Low) {
@@ -130,21 +131,21 @@ inline void tiles_step(const char* a, int64_t stride, const float* b, int64_t ne
   }
 }
 
-// What a block of sums is taken of: rows of A, `stride` bytes apart, `bytes` of each, and as much of a panel, whose words lie `next`
-// floats behind each other. Where the last step is short, `tail` holds the panel's last words with zeros behind.
+// What a block of sums is taken of: rows of A, `stride` bytes apart, `bytes` of each, and as much of a panel. Where the last step is
+// short, `tail` holds the panel's last words with zeros behind.
 struct TileProduct {
   const char* a;
   int64_t stride, bytes;
   const float* panel;
-  int64_t next;
   const float* tail;  // [16][32]
-  int64_t row_end = 0;  // rows of A that are not in the cache yet: where they end, in bytes from `a`; fetch ahead
+  const char* ahead = nullptr;  // rows, `stride` bytes apart too, to fetch into the second-level cache meanwhile:
+  int64_t ahead_from = 0, ahead_to = 0;  // these of them
 };
 
 // Sums [32][ldc] = A·B, or += where `add`.
 template <bool Low, bool Narrow>
 void tiles_block(const TileProduct& p, int64_t rows, float* sums, int64_t ldc, bool add) {
-  constexpr int64_t kStep = 4 * kTile, kAhead = 8 * kStep;
+  constexpr int64_t kStep = 4 * kTile;
   const int64_t ld = ldc * sizeof(float);
   if (add) {
     tile_load<0>(sums, ld);
@@ -157,19 +158,16 @@ void tiles_block(const TileProduct& p, int64_t rows, float* sums, int64_t ldc, b
     tile_zero<2>();
     tile_zero<3>();
   }
-  const auto [a, stride, bytes, panel, next, tail, row_end] = p;
+  const auto [a, stride, bytes, panel, tail, ahead, ahead_from, ahead_to] = p;
   int64_t k = 0;
   for (; k + kStep <= bytes; k += kStep) {
-    if (row_end) {  // behind a row's end the next block's begin, 32 rows on
-      const char* to = a + k + kAhead + (k + kAhead < row_end ? 0 : (kSums - 1) * stride);
-      for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(to + r * stride);
-    }
-    tiles_step<Low, Narrow>(a + k, stride, panel + k / 4 * next, next * sizeof(float));
+    for (int64_t r = ahead_from; r < ahead_to; ++r) __builtin_prefetch(ahead + k + r * stride, 0, 2);
+    tiles_step<Low, Narrow>(a + k, stride, panel + k / 4 * kSums);
   }
   if (k < bytes) {
     alignas(64) char last[kSums][kStep] = {};
     for (int64_t r = 0; r < rows; ++r) std::memcpy(last[r], a + r * stride + k, bytes - k);
-    tiles_step<Low, Narrow>(last[0], kStep, tail, kSums * sizeof(float));
+    tiles_step<Low, Narrow>(last[0], kStep, tail);
   }
   tile_store<0>(sums, ld);
   if constexpr (!Narrow) tile_store<1>(sums + kTile, ld);
@@ -186,12 +184,12 @@ inline void tiles_block(const TileProduct& p, int64_t rows, int64_t columns, flo
 
 // multiply() of cpu_gemm.h by tiles: rows of A, `stride` bytes apart, times one panel of `depth` words; done(row, sums[32]).
 template <typename F>
-void multiply_tiles(const char* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done, int64_t next) {
+void multiply_tiles(const char* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done) {
   alignas(64) float tail[kTile * kSums], sums[kSums * kSums];
   const int64_t rest = depth % kTile;
   if (rest) {
     std::memset(tail, 0, sizeof tail);
-    for (int64_t w = 0; w < rest; ++w) std::memcpy(tail + w * kSums, panel + (depth - rest + w) * next, kSums * sizeof(float));
+    for (int64_t w = 0; w < rest; ++w) std::memcpy(tail + w * kSums, panel + (depth - rest + w) * kSums, kSums * sizeof(float));
   }
   Tiles tiles;
   for (int64_t m = 0; m < rows; m += kSums) {
@@ -199,7 +197,7 @@ void multiply_tiles(const char* a, int64_t stride, int64_t rows, const float* pa
     if constexpr (requires { done.prefetch(m); })
       for (int64_t i = 0; i < count; ++i) done.prefetch(m + i);
     tiles.shape(count);
-    tiles_block({a + m * stride, stride, depth * 4, panel, next, tail}, count, kSums, sums, kSums, false);
+    tiles_block({a + m * stride, stride, depth * 4, panel, tail}, count, kSums, sums, kSums, false);
     for (int64_t i = 0; i < count; ++i) done(m + i, static_cast<const float*>(sums + i * kSums));
   }
 }

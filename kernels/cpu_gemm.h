@@ -50,7 +50,7 @@ inline void multiply_add(Vec& sum, float a, Vec b) {
 }
 
 template <typename T, int Rows, typename F>
-inline void tile(const char* a, int64_t stride, const float* panel, int64_t next, int64_t depth, int64_t row, F&& done) {
+inline void tile(const char* a, int64_t stride, const float* panel, int64_t depth, int64_t row, F&& done) {
   if constexpr (requires { done.prefetch(row); })
     for (int i = 0; i < Rows; ++i) done.prefetch(row + i);
   Vec sum[Rows][kPanelVecs] = {};
@@ -58,7 +58,7 @@ inline void tile(const char* a, int64_t stride, const float* panel, int64_t next
   for (int i = 0; i < Rows; ++i) at[i] = a + i * stride;
   for (int64_t k = 0; k < depth; ++k) {
     Vec b[kPanelVecs];
-    for (int v = 0; v < kPanelVecs; ++v) b[v] = load(panel + k * next + v * kLanes);
+    for (int v = 0; v < kPanelVecs; ++v) b[v] = load(panel + k * kPanel + v * kLanes);
     for (int i = 0; i < Rows; ++i) {
       float word;
       std::memcpy(&word, at[i] + k * sizeof(float), sizeof word);
@@ -71,23 +71,22 @@ inline void tile(const char* a, int64_t stride, const float* panel, int64_t next
   for (int i = 0; i < Rows; ++i) done(row + i, static_cast<const float*>(out + i * kPanel));
 }
 
-// `rows` rows of A, `stride` elements apart, times one panel of `depth` words, each of whose rows lies `next` words behind the one
-// before (a packed one's: kPanel). done(row, sums[kPanel]) for each row in order;
+// `rows` rows of A, `stride` elements apart, times one packed panel of `depth` words. done(row, sums[kPanel]) for each row in order;
 // done.prefetch(row), where there is one, is called for a tile's rows before its sums are taken.
 template <typename T, typename F>
-void multiply(const T* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done, int64_t next = kPanel) {
+void multiply(const T* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done) {
   const char* p = reinterpret_cast<const char*>(a);
   const int64_t bytes = stride * sizeof(T);
 #if RECSYS_MOE_AMX
   if constexpr (std::is_same_v<T, bf16>)
-    if (amx()) return multiply_tiles(p, bytes, rows, panel, depth, done, next);
+    if (amx()) return multiply_tiles(p, bytes, rows, panel, depth, done);
 #endif
   int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows) tile<T, kTileRows>(p + m * bytes, bytes, panel, next, depth, m, done);
+  for (; m + kTileRows <= rows; m += kTileRows) tile<T, kTileRows>(p + m * bytes, bytes, panel, depth, m, done);
   auto rest = [&](auto count) {
     constexpr int Rows = decltype(count)::value;
     if (m + Rows > rows) return;
-    tile<T, Rows>(p + m * bytes, bytes, panel, next, depth, m, done);
+    tile<T, Rows>(p + m * bytes, bytes, panel, depth, m, done);
     m += Rows;
   };
   rest(std::integral_constant<int, 8>{});
@@ -167,15 +166,15 @@ inline Vec words_of(const bf16* row, const bf16* next, int64_t columns) {
   return std::bit_cast<Vec>(next ? halves(row) | halves(next) << 16 : halves(row));
 }
 
-// All panels, or those from column `from` on, of a B whose rows lie along n: their words from `begin` to `end`, row by row (each
-// is read in one go). row(k) is a pointer to row k; a panel has `size` words.
+// All panels of a B whose rows lie along n: their words from `begin` to `end`, row by row (each is read in one go). row(k) is a
+// pointer to row k; a panel has `size` words.
 template <typename T, typename F>
-void pack_columns(int64_t begin, int64_t end, int64_t depth, int64_t columns, int64_t size, float* to, F&& row, int64_t from = 0) {
+void pack_columns(int64_t begin, int64_t end, int64_t depth, int64_t columns, int64_t size, float* to, F&& row) {
   for (int64_t w = begin; w < end; ++w) {
     const int64_t k = w * kPerWord<T>;
     const T* first = row(k);
     const T* second = kPerWord<T> == 2 && k + 1 < depth ? row(k + 1) : nullptr;
-    for (int64_t n = from; n < columns; n += kPanel) {
+    for (int64_t n = 0; n < columns; n += kPanel) {
       float* panel = to + n / kPanel * size + w * kPanel;
       for (int v = 0; v < kPanelVecs; ++v) {
         const int64_t at = n + v * kLanes, left = columns - at;

@@ -42,8 +42,8 @@ inline void add_lanes_of_8(const Vec* v, float* out) {
   std::memcpy(out, &sums, 8 * sizeof(float));
 }
 
-// Rows × Units sums of products, C[Rows][Units].
-template <typename T, int Rows, int Units>
+// Rows × Units sums of products, C[Rows][Units]. The first to read the weights fetches ahead for all.
+template <typename T, int Rows, int Units, bool First>
 inline void lanes_tile(const T* a, int64_t stride, const T* const* w, int64_t depth, float* C) {
   constexpr int64_t kStep = kLanes * kPerWord<T>;
   constexpr int64_t kAhead = 16 * kStep;
@@ -54,7 +54,7 @@ inline void lanes_tile(const T* a, int64_t stride, const T* const* w, int64_t de
     const int64_t ahead = d + kAhead < depth ? d + kAhead : d + kAhead + (Units - 1) * depth;
     Vec wv[Units];
     for (int n = 0; n < Units; ++n) {
-      __builtin_prefetch(w[n] + ahead);
+      if constexpr (First) __builtin_prefetch(w[n] + ahead);
       wv[n] = load_words(w[n] + d, kStep);
     }
     for (int m = 0; m < Rows; ++m) {
@@ -78,17 +78,20 @@ template <typename T, int Units, typename F>
 void lanes_units(const T* a, int64_t stride, int64_t rows, const T* const* w, int64_t depth, F&& done) {
   float C[kLaneRows * Units];
   int64_t m = 0;
-  for (; m + kLaneRows <= rows; m += kLaneRows) {
-    lanes_tile<T, kLaneRows, Units>(a + m * stride, stride, w, depth, C);
-    for (int i = 0; i < kLaneRows; ++i) done(m + i, C + i * Units);
-  }
+  auto tile = [&](auto count, auto first) {
+    constexpr int Rows = decltype(count)::value;
+    lanes_tile<T, Rows, Units, decltype(first)::value>(a + m * stride, stride, w, depth, C);
+    for (int i = 0; i < Rows; ++i) done(m + i, C + i * Units);
+    m += Rows;
+  };
+  constexpr std::integral_constant<int, kLaneRows> all;
+  if (rows >= kLaneRows) tile(all, std::true_type{});
+  while (m + kLaneRows <= rows) tile(all, std::false_type{});
   switch (rows - m) {
-    case 3: lanes_tile<T, 3, Units>(a + m * stride, stride, w, depth, C); break;
-    case 2: lanes_tile<T, 2, Units>(a + m * stride, stride, w, depth, C); break;
-    case 1: lanes_tile<T, 1, Units>(a + m * stride, stride, w, depth, C); break;
-    default: return;
+    case 3: return tile(std::integral_constant<int, 3>{}, std::true_type{});
+    case 2: return tile(std::integral_constant<int, 2>{}, std::true_type{});
+    case 1: return tile(std::integral_constant<int, 1>{}, std::true_type{});
   }
-  for (int i = 0; m + i < rows; ++i) done(m + i, C + i * Units);
 }
 
 // Rows of A against `units` weight rows: z[m·ldz + n].
@@ -147,45 +150,61 @@ inline void pack_batch(const bf16* A, int64_t stride, int64_t rows, int64_t dept
 }
 
 // lanes_layer for a packed batch. Panel after panel passes a block of 32 units; where there are several, a part of the units' rows at
-// a time that fits the first-level cache (an fp32 sum that waits in memory keeps its bits).
+// a time that fits the first-level cache (an fp32 sum that waits in memory keeps its bits). What follows the sums is done to a unit's
+// at once, in the lanes that the rows have; then 16 × 16 of them change places.
 template <typename Y>
 void tiles_layer(const float* batch, int64_t rows, const bf16* weight, int64_t units, int64_t depth, int64_t begin, int64_t end,
                  const float* a, const float* c, int64_t activation, Y* y, int64_t ldy) {
   const bool pairs = activation == kSwiglu;
   const int64_t half = units / 2, bytes = depth * sizeof(bf16), across = panels(rows), ldt = across * kPanel;
-  const int64_t part = across > 1 ? 1024 : bytes, size = batch_panel_words(depth);
-  std::vector<float> sums(kSums * ldt), z(rows * 2 * kSums), ac(2 * 2 * kSums);
+  const int64_t part = across > 1 ? 2048 : bytes, size = batch_panel_words(depth);
+  std::vector<float> gate_sums(kSums * ldt), up_sums(pairs ? kSums * ldt : 0);
   Tiles tiles;
-  for (int64_t n = begin; n < end; n += kSums) {
-    const int64_t count = std::min<int64_t>(kSums, end - n), ldz = pairs ? 2 * count : count;
-    tiles.shape(count);
-    float *an = ac.data(), *cn = an + 2 * kSums;
-    for (int64_t first = n, to = 0; to < ldz; first += half, to += count) {
-      const char* w = reinterpret_cast<const char*>(weight + first * depth);
-      for (int64_t k = 0; k < bytes; k += part) {
-        for (int64_t q = 0; q < across; ++q) {
-          const float* panel = batch + q * size + k / 4 * kPanel;
-          const int64_t here = std::min(part, bytes - k);
-          const TileProduct p{w + k, bytes, here, panel, kPanel, panel + here / 64 * kTile * kPanel, q ? 0 : bytes - k};
-          tiles_block(p, count, std::min(kPanel, rows - q * kPanel), sums.data() + q * kPanel, ldt, k > 0);
-        }
-      }
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        for (int64_t u = 0; u < count; u += kLanes) {
-          Vec block[kLanes];
-          for (int64_t i = 0; i < kLanes; ++i) block[i] = load(sums.data() + (u + i) * ldt + r);
-          transpose(block);
-          for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - r); ++i)
-            store_first(block[i], z.data() + (r + i) * ldz + to + u, std::min<int64_t>(kLanes, count - u));
-        }
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        an[to + i] = a ? a[first + i] : 1.0f;
-        cn[to + i] = c ? c[first + i] : 0.0f;
+  // Sums of the units from `first` on. While a part passes, each panel fetches its share of the next: the part behind or, from the last
+  // on, the units from `after` on.
+  auto sum = [&](int64_t first, int64_t after, int64_t count, float* sums) {
+    const char *w = reinterpret_cast<const char*>(weight + first * depth), *next = reinterpret_cast<const char*>(weight + after * depth);
+    for (int64_t k = 0; k < bytes; k += part) {
+      const int64_t here = std::min(part, bytes - k);
+      const char* ahead = k + part < bytes ? w + k + part : next;
+      for (int64_t q = 0; q < across; ++q) {
+        const float* panel = batch + q * size + k / 4 * kPanel;
+        const TileProduct p{w + k, bytes, here, panel, panel + here / 64 * kTile * kPanel,
+                            ahead, count * q / across, count * (q + 1) / across};
+        tiles_block(p, count, std::min(kPanel, rows - q * kPanel), sums + q * kPanel, ldt, k > 0);
       }
     }
-    for (int64_t r = 0; r < rows; ++r)
-      activate_row(z.data() + r * ldz, y + r * ldy + n, ldz, 1, a ? an : nullptr, c ? cn : nullptr, activation);
+  };
+  for (int64_t n = begin; n < end; n += kSums) {
+    const int64_t count = std::min<int64_t>(kSums, end - n), behind = n + kSums < end ? n + kSums : n;
+    tiles.shape(count);
+    sum(n, pairs ? n + half : behind, count, gate_sums.data());
+    if (pairs) sum(n + half, behind, count, up_sums.data());
+    auto affine = [&](const float* sums, int64_t unit) {
+      Vec v = load(sums);
+      if (a) v = v * a[unit];
+      return c ? v + c[unit] : v;
+    };
+    auto finish = [&](auto&& value) {
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        for (int64_t u = 0; u < count; u += kLanes) {
+          const int64_t here = std::min<int64_t>(kLanes, count - u);
+          Vec block[kLanes] = {};
+          for (int64_t i = 0; i < here; ++i) block[i] = value((u + i) * ldt + r, n + u + i);
+          transpose(block);
+          for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - r); ++i) store_first(block[i], y + (r + i) * ldy + n + u, here);
+        }
+      }
+    };
+    if (pairs) {
+      finish([&](int64_t at, int64_t unit) {
+        return activate<kSilu>(affine(gate_sums.data() + at, unit)) * affine(up_sums.data() + at, unit + half);
+      });
+    } else {
+      with_activation(activation, [&](auto A) {
+        finish([&](int64_t at, int64_t unit) { return activate<decltype(A)::value>(affine(gate_sums.data() + at, unit)); });
+      });
+    }
   }
 }
 
