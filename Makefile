@@ -14,7 +14,9 @@ export PYTHONSAFEPATH := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-long check lint types imports bench bench-kernels scaling results kernels-aot gpu-check clean
+CHECKPOINTS ?= runs/checkpoints/*
+
+.PHONY: help setup demo test test-long check lint types imports bench bench-kernels bench-llm scaling results kernels-aot gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +65,9 @@ bench: $(VENV)/.ready  ## training rate beside the peers', and start-up beside a
 
 bench-kernels: $(VENV)/.ready  ## the expert kernels beside their peers, in the same minutes
 	$(BIN)/recsys-moe bench kernels --figure docs/scaling.png
+
+bench-llm: $(VENV)/.ready  ## the LLM engine beside transformers, on the Hugging Face folders that CHECKPOINTS names
+	$(BIN)/python benchmarks/bench_llm.py $(CHECKPOINTS)
 
 scaling: $(VENV)/.ready  ## what a sample costs along five axes: docs/scaling.md and its plots
 	$(BIN)/python benchmarks/bench_scaling.py

@@ -29,6 +29,7 @@ __all__ = [
     "embedding_bags",
     "expert_mlp",
     "gate_mix",
+    "paged_attention",
     "route_topk",
     "sort_by_expert",
     "sparse_expert_mlp",
@@ -269,6 +270,66 @@ def embedding_bags(
             f"offsets {list(offsets.shape)} do not go together: weights are fp32, {width} to each of squares, offsets [F·B + 1]"
         )
     out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)
+    return out
+
+
+def paged_attention(
+    q_nhd: Tensor,
+    cache: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    blocks: Tensor,
+    *,
+    kv_heads: int,
+    value_at: int,
+    value_dim: int,
+    scale: float,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Causal attention of new tokens to their own sequence's keys and values, which lie in blocks of a cache.
+
+    y[n, h] = Σ_p softmax_p(scale · q[n, h]·key_p)·value_p over the places p of the sequence up to the token's own, the last
+    `window` of them if there is one. A token's result is the same bits whatever other tokens and sequences are in the call,
+    and however its sequence was cut into calls. Inference only.
+
+    Args:
+        q_nhd: `[N, H, D]`, fp32 or bf16: the queries of R sequences, one sequence after the other.
+        cache: `[blocks, places a block, width]` of the same dtype. Of a token's values, key head g is the D from g·D on, value
+            head g the `value_dim` from value_at + g·value_dim on: they may overlap (latent attention).
+        starts: int32 `[R + 1]`, sequence r has the queries from starts[r] on: its last places, already in the cache.
+        lengths: int32 `[R]`, places of each sequence in the cache.
+        blocks: int32 `[R, M]`, the cache's block of each run of places; −1 where no query needs it.
+        kv_heads: G, a divisor of H; query head h reads head h // (H/G).
+
+    Returns:
+        `[N, H, value_dim]` in the dtype of `q_nhd`.
+
+    >>> cache = torch.tensor([[[0.0, 1.0], [0.0, 3.0]]])  # one block of two places: key 0 and value 1, key 0 and value 3
+    >>> starts, lengths = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    >>> blocks, heads = torch.tensor([[0]], dtype=torch.int32), {"kv_heads": 1, "value_at": 1, "value_dim": 1}
+    >>> q = torch.ones(2, 1, 1)
+    >>> paged_attention(q, cache, starts, lengths, blocks, **heads, scale=1.0, backend="reference").flatten().tolist()
+    [1.0, 2.0]
+    """
+    heads, dim = q_nhd.shape[1:]
+    sequences = lengths.shape[0]
+    if heads % kv_heads or max(kv_heads * dim, value_at + kv_heads * value_dim) > cache.shape[-1]:
+        raise ValueError(
+            f"{heads} query heads of {dim}, {kv_heads} key and value heads and values of {value_dim} from {value_at} on do not "
+            f"fit each other or a cache of width {cache.shape[-1]}"
+        )
+    if cache.dtype != q_nhd.dtype or starts.shape != (sequences + 1,) or blocks.dim() != 2 or blocks.shape[0] != sequences:
+        raise ValueError(
+            f"q_nhd {q_nhd.dtype}, cache {cache.dtype}, starts {list(starts.shape)}, lengths {list(lengths.shape)} and blocks "
+            f"{list(blocks.shape)} do not go together: one dtype; R + 1, R and R × M of the others"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1 token, or None")
+    run = implementation(backend, q_nhd.device)
+    if not hasattr(run, "paged_attention"):
+        raise ValueError("paged_attention has no Triton form; use backend='reference'")
+    out: Tensor = run.paged_attention(q_nhd, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window)
     return out
 
 

@@ -10,6 +10,7 @@
 
 #include <set>
 
+#include "cpu_attention.h"
 #include "cpu_embeddings.h"
 #include "cpu_gemm.h"
 #include "cpu_lanes.h"
@@ -1252,6 +1253,8 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("route_topk(Tensor logits, int k, int scoring, bool renormalize, Tensor? bias, Tensor? allowed) -> "
         "(Tensor, Tensor, Tensor)");
   m.def("sort_by_expert(Tensor ids, int experts) -> (Tensor, Tensor)");
+  m.def("paged_attention(Tensor q, Tensor cache, Tensor starts, Tensor lengths, Tensor blocks, int kv_heads, int value_at, "
+        "int value_dim, float scale, int window) -> Tensor");
   m.def("embedding_bags(Tensor weights, Tensor starts, Tensor ids, Tensor offsets, int width, bool mean) -> Tensor");
   m.def("embedding_adagrad(Tensor(a!) weights, Tensor(b!) squares, Tensor starts, Tensor ids, Tensor offsets, Tensor grad, "
         "int width, bool mean, float rate, float eps) -> ()");
@@ -1274,6 +1277,7 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("gate_mix_backward", gate_mix_backward);
   m.impl("route_topk", route_topk);
   m.impl("sort_by_expert", sort_by_expert);
+  m.impl("paged_attention", paged_attention);
   m.impl("embedding_bags", embedding_bags);
   m.impl("embedding_adagrad", embedding_adagrad);
 }

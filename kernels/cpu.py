@@ -166,6 +166,22 @@ def sparse_expert_mlp(
     return ops.combine(h, weights_rk, order, offsets).to(x_bd.dtype)
 
 
+def paged_attention(
+    q_nhd: Tensor,
+    cache: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    blocks: Tensor,
+    kv_heads: int,
+    value_at: int,
+    value_dim: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    attend = torch.ops.recsys_moe.paged_attention
+    return attend(q_nhd, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window or 0)
+
+
 def embedding_bags(weights: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, width: int, mean: bool) -> Tensor:
     return torch.ops.recsys_moe.embedding_bags(weights, starts, ids, offsets, width, mean)
 
@@ -370,6 +386,10 @@ def _register() -> None:
         lambda ctx, grad: (*ops.combine_backward(grad, *ctx.saved_tensors), None, None),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     )
+
+    @fake("recsys_moe::paged_attention")
+    def _(q, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window):  # type: ignore[no-untyped-def]
+        return q.new_empty(*q.shape[:2], value_dim)
 
     @fake("recsys_moe::embedding_bags")
     def _(weights, starts, ids, offsets, width, mean):  # type: ignore[no-untyped-def]

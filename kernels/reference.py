@@ -118,6 +118,35 @@ def sparse_expert_mlp(
     return (scattered.view(r, k, y.shape[-1]) * weights.unsqueeze(-1)).sum(1).to(x_bd.dtype)
 
 
+def paged_attention(
+    q_nhd: Tensor,
+    cache: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    blocks: Tensor,
+    kv_heads: int,
+    value_at: int,
+    value_dim: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    n, heads, dim = q_nhd.shape
+    size = cache.shape[1]
+    y_nhv = q_nhd.new_zeros(n, heads, value_dim)
+    bounds = starts.tolist()
+    for r, length in enumerate(lengths.tolist()):
+        for i in range(bounds[r], bounds[r + 1]):  # token by token: nothing else is there that could matter
+            place = length - bounds[r + 1] + i
+            seen = torch.arange(max(0, place + 1 - window) if window else 0, place + 1, device=cache.device)
+            rows = _wide(cache[blocks[r].long()[seen // size], seen % size])
+            keys = rows[:, : kv_heads * dim].view(-1, kv_heads, dim)
+            values = rows[:, value_at : value_at + kv_heads * value_dim].view(-1, kv_heads, value_dim)
+            q_ghd = _wide(q_nhd[i]).view(kv_heads, heads // kv_heads, dim)
+            weights = torch.softmax(torch.einsum("ghd,pgd->ghp", q_ghd, keys) * scale, -1)
+            y_nhv[i] = torch.einsum("ghp,pgv->ghv", weights, values).flatten(0, 1).to(y_nhv.dtype)
+    return y_nhv
+
+
 def embedding_bags(weights: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, width: int, mean: bool) -> Tensor:
     features = starts.shape[0]
     rows, bags = _bag_rows(starts, ids, offsets, width)

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_moe import cli_llm_serve
+from recsys_moe.cli_llm import llm_app
 from recsys_moe.errors import UserError
 from recsys_moe.process import interrupt_once
 
@@ -55,6 +57,8 @@ bench_app = typer.Typer(
     epilog="Example: `recsys-moe bench kernels layer loop --json`",
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(llm_app, name="llm")
+llm_app.command(epilog=cli_llm_serve.EXAMPLES)(cli_llm_serve.serve)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on standard output.")]
 Overrides = Annotated[

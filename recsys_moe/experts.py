@@ -1,6 +1,5 @@
 """Experts with stacked weights `[E, …]`: one call computes them all."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,7 +18,8 @@ class MLPExperts(nn.Module):
     """E multi-layer perceptrons of one shape: per layer h ← act(norm(W_e·h + b_e)), act is ReLU unless said.
 
     `norm="batch"` normalises each unit of each expert over the batch (Ioffe & Szegedy 2015): batch statistics in
-    training, running ones at inference. `linear_out` adds a last plain linear layer of that width.
+    training, running ones at inference. `linear_out` adds a last plain linear layer of that width. With `activation="swiglu"` a
+    hidden layer has two matrices, one above the other: h ← silu(W_e·h) ⊙ (V_e·h).
 
     The input is `[B, D]` (shared by all) or `[B, E, D]` (one for each, as towers need); or the experts lie in G groups of
     E/G, one after the other, of which group g reads input `source[g]` of `[B, S, D]`, times its gate in `gate_bgd`
@@ -44,9 +44,11 @@ class MLPExperts(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_dim, *dims, *([linear_out] if linear_out else [])]
-        self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o, i)) for i, o in _pairs(widths))
-        self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in widths[1:]) if bias else None
-        self.norms = nn.ModuleList(StackedBatchNorm(num_experts, o) for o in dims) if norm == "batch" else None
+        rows = [2 * width if activation == "swiglu" else width for width in dims] + widths[len(dims) + 1 :]
+        shapes = zip(rows, widths[:-1], strict=True)
+        self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, *shape)) for shape in shapes)
+        self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in rows) if bias else None
+        self.norms = nn.ModuleList(StackedBatchNorm(num_experts, o) for o in rows[: len(dims)]) if norm == "batch" else None
         self.hidden_layers = len(dims)
         self.dropout, self.activation = dropout, activation
         self.dtype = dtype
@@ -164,7 +166,3 @@ class StackedBatchNorm(nn.Module):
     def state(self, training: bool) -> BatchNorm:
         """What the kernels need to know."""
         return BatchNorm(self.weight, self.bias, self.running_mean, self.running_var, training, self.momentum, self.eps)
-
-
-def _pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(widths))

@@ -42,6 +42,12 @@ def kuairand() -> Path:
     return _real_data("kuairand")
 
 
+@pytest.fixture
+def real_data() -> Callable[[str], Path]:
+    """`real_data(name)`: a folder of real data; the test is skipped where it is absent."""
+    return _real_data
+
+
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`cli("evaluate", …, cwd=…)`: a command in this process, which has imported already what takes a new one seconds."""

@@ -1,0 +1,48 @@
+"""From one layout to another: llama2.c's binary files and Hugging Face folders, in fp32 or bf16."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from recsys_moe.errors import UserError
+from recsys_moe.llm import checkpoints, llama2c
+from recsys_moe.llm.layers import Decoder
+
+# What a folder holds beside weights and config.json.
+_BESIDE = ("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+
+
+def convert(
+    source: str | Path, target: str | Path, tokenizer: str | Path | None = None, dtype: torch.dtype | None = None
+) -> Decoder:
+    """Write `source` as `target`; each is a Hugging Face folder or a llama2.c file (`*.bin`).
+
+    Args:
+        tokenizer: llama2.c's tokenizer file, for a folder made from its model.
+        dtype: of the weights that are written; None: as they are.
+
+    Raises:
+        UserError: what `target` is to be is there already, or can't hold the model; a source that can't be read.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise UserError(f"{target} is there already; give another name or remove it")
+    if source.is_file():
+        values, tensors = llama2c.read(source)
+        model = checkpoints.build(values, dtype or torch.float32, source)
+        for name, place in model.tensors().items():
+            assert isinstance(place, torch.Tensor)
+            place.copy_(tensors[name])
+    else:
+        values, model = checkpoints.read_config(source), checkpoints.load(source, dtype)
+    if target.suffix == ".bin":
+        llama2c.write(model, target)
+        return model
+    checkpoints.save(model, values, target)
+    if tokenizer is not None:
+        llama2c.tokenizer(tokenizer).save(str(target / "tokenizer.json"))
+    elif source.is_dir():
+        for path in sorted({path for pattern in _BESIDE for path in source.glob(pattern)}):
+            shutil.copyfile(path, target / path.name)
+    return model

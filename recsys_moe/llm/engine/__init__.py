@@ -1,0 +1,1 @@
+"""The serving engine: schedule → run → sample → emit (`engine.py`), over paged blocks, a scheduler, sampling and stopping."""

@@ -1,0 +1,42 @@
+"""How many tokens each expert was given, as sums over many requests.
+
+Which experts a token chose tells its text (2602.04105), so no single request's choices leave the process: what is counted shows
+only once it is of at least `RELEASE` tokens.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from recsys_moe.routing import SparsePlan
+
+RELEASE = 8192
+
+
+class ExpertLoad:
+    """Counts the choices of every router in a model, from now on. Routers make sparse plans.
+
+    `counts` has, by the router's name, int64 `[E]`: tokens for each expert.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.counts: dict[str, Tensor] = {}
+        self._recent: dict[str, Tensor] = {}
+        self._tokens = 0
+        for name, module in model.named_modules():
+            if hasattr(module, "batch_invariant"):
+                module.register_forward_hook(self._counter(name))
+
+    def ran(self, tokens: int) -> None:
+        """A step of so many tokens is over."""
+        self._tokens += tokens
+        if self._tokens >= RELEASE:
+            self.counts = {name: self.counts.get(name, 0) + recent for name, recent in self._recent.items()}
+            self._recent, self._tokens = {}, 0
+
+    def _counter(self, name: str) -> Any:
+        def count(router: nn.Module, inputs: tuple[Any, ...], plan: SparsePlan) -> None:
+            chosen = plan.offsets.diff().long()
+            self._recent[name] = self._recent[name] + chosen if name in self._recent else chosen
+
+        return count

@@ -1,0 +1,421 @@
+"""What the decoders share: RMS norm, rotary embedding, linear layer, grouped-query attention over the paged cache, the stack.
+
+Shapes: N tokens, D the model's width, H query heads, G key/value heads, d a head's width, E experts, F an expert's width.
+
+Each module says by `tensors()` what its parameters are called in a Hugging Face checkpoint: name → the view of a parameter that
+holds that tensor. Reading a checkpoint fills the views, writing one saves them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recsys_moe.errors import UserError
+from recsys_moe.experts import MLPExperts
+from recsys_moe.kernels import Layer, expert_mlp, paged_attention
+from recsys_moe.llm.batch import KVCache, ModelConfig, TokenBatch
+from recsys_moe.typed import typed
+
+
+class Joined(NamedTuple):
+    """A checkpoint's tensor that is kept in parts: reshaped to `shape`, it is `parts` one after the other along axis 1."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Tensor, ...]
+
+
+Tensors = dict[str, Tensor | Joined]
+
+
+# -- configuration
+
+
+@typed
+class Rope:
+    """Rotary position embedding (2104.09864) and how it is stretched, by transformers' names (`rope_parameters`).
+
+    `linear` divides the frequencies by `factor`; `llama3` the low ones only; `yarn` (2309.00071) those below a ramp, and
+    multiplies sine and cosine by an attention factor.
+    """
+
+    _: KW_ONLY
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings is None:
+            raise ValueError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings; add it")
+        if self.partial_rotary_factor != 1:
+            raise ValueError(f"partial_rotary_factor is {self.partial_rotary_factor}; only whole heads are rotated: 1.0")
+        if self.rope_theta <= 0 or self.factor <= 0:
+            raise ValueError(f"rope_theta is {self.rope_theta} and factor {self.factor}; both must be > 0")
+
+    def frequencies(self, dim: int) -> Tensor:
+        """fp32 `[dim / 2]`: radians a position.
+
+        >>> Rope(rope_theta=100.0).frequencies(4)
+        tensor([1.0000, 0.1000])
+        """
+        steps = self.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+        plain = 1.0 / steps
+        if self.rope_type == "default":
+            return plain
+        if self.rope_type == "linear":
+            return plain / self.factor
+        assert self.original_max_position_embeddings is not None
+        before = self.original_max_position_embeddings
+        if self.rope_type == "llama3":
+            turns = before * plain / (2 * math.pi)
+            smooth = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+            return (1 - smooth) * plain / self.factor + smooth * plain
+        low, high = (
+            dim * math.log(before / (turns * 2 * math.pi)) / (2 * math.log(self.rope_theta))
+            for turns in (self.beta_fast or 32, self.beta_slow or 1)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low
+        ramp = (ramp / (high - low if high != low else 0.001)).clamp(0, 1)
+        return 1.0 / (self.factor * steps) * ramp + plain * (1 - ramp)
+
+    @property
+    def amplitude(self) -> float:
+        """What sine and cosine are multiplied by."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+        return yarn_mscale(self.factor, 1.0)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1·mscale·ln(factor) + 1, YaRN's temperature."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+@typed
+class DecoderConfig:
+    """What every decoder's `config.json` says, by transformers' names."""
+
+    _: KW_ONLY
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    hidden_act: Literal["silu"] = "silu"
+    quantization_config: None = None
+    rope_parameters: Rope = Rope()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+# -- modules
+
+
+def inference(module: nn.Module) -> bool:
+    """Whether a row's result must not depend on the rows beside it."""
+    return not (module.training or torch.is_grad_enabled())
+
+
+class Linear(nn.Linear):
+    """y = W·x + b for `[N, D]`, each row the same bits in any batch at inference; the rows of W may be several layers'."""
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        one = Layer(self.weight.unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0))
+        return expert_mlp(x_nd, one, invariant=inference(self)).squeeze(1)
+
+    def tensors(self, **rows: int) -> Tensors:
+        """The rows of W (and b) in turn, by name."""
+        parts = self.weight.split(list(rows.values()))
+        found: Tensors = {f"{name}.weight": part for name, part in zip(rows, parts, strict=True)}
+        if self.bias is not None:
+            biases = self.bias.split(list(rows.values()))
+            found |= {f"{name}.bias": part for name, part in zip(rows, biases, strict=True)}
+        return found
+
+
+def under(prefix: str, tensors: Tensors) -> Tensors:
+    """The same tensors with their names behind a prefix."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+class RMSNorm(nn.Module):
+    """y = x / √(mean(x²) + eps) · w, row by row, in fp32 (1910.07467).
+
+    >>> RMSNorm(2, eps=0.0)(torch.tensor([[3.0, 3.0]]))
+    tensor([[1., 1.]], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Rotates pairs of a head's values by position · frequency, in fp32.
+
+    The pairs are (x_i, x_{i + d/2}), or neighbours (x_2i, x_2i+1) with `interleaved` (DeepSeek); those come out with the
+    first of each pair in front, which query and key do alike. Sine and cosine lie in a table: computed afresh, their bits
+    would depend on where in a batch a position lies.
+    """
+
+    def __init__(self, rope: Rope, dim: int, positions: int, interleaved: bool = False) -> None:
+        super().__init__()
+        self.interleaved = interleaved
+        angles = torch.arange(positions, dtype=torch.float32, device="cpu").unsqueeze(1) * rope.frequencies(dim)
+        self.table: Tensor
+        self.register_buffer("table", torch.cat([angles.cos(), angles.sin()], 1) * rope.amplitude, persistent=False)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """fp32 `[N, 1, d]`: cosines, then sines."""
+        return self.table[positions].unsqueeze(1)
+
+    def forward(self, x_nhd: Tensor, turn: Tensor) -> Tensor:
+        a, b = (x_nhd[..., 0::2], x_nhd[..., 1::2]) if self.interleaved else x_nhd.chunk(2, -1)
+        a, b = a.float(), b.float()
+        cos, sin = turn.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_nhd.dtype)
+
+
+class Step(NamedTuple):
+    """What the layers share in one step: the batch, where its tokens lie in the cache, cosines and sines."""
+
+    batch: TokenBatch
+    slots: Tensor
+    turn: Tensor
+
+
+class GroupedAttention(nn.Module):
+    """Grouped-query attention (2305.13245): H query heads over G key/value heads, a causal window where there is one.
+
+    The cache holds a token's G keys, then its G values. With `qk_norm`, queries and keys are normalised before the heads are
+    split, and `clip` bounds all three (OLMoE).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary: Rotary,
+        *,
+        window: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: float | None = None,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.window, self.clip = heads, kv_heads, head_dim, window, clip
+        self.rotary = rotary
+        self.sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+        self.qkv = Linear(width, sum(self.sizes), bias=qkv_bias)
+        self.out = Linear(heads * head_dim, width, bias=out_bias)
+        self.q_norm = None if qk_norm is None else RMSNorm(self.sizes[0], qk_norm)
+        self.k_norm = None if qk_norm is None else RMSNorm(self.sizes[1], qk_norm)
+
+    @property
+    def cache_width(self) -> int:
+        return 2 * self.sizes[1]
+
+    @property
+    def products_per_key(self) -> int:
+        """Multiply-adds of a token's heads with one place of the cache."""
+        return 2 * self.heads * self.head_dim
+
+    def forward(self, x_nd: Tensor, step: Step, cache: Tensor) -> Tensor:
+        qkv = self.qkv(x_nd)
+        q, k, v = qkv.split(self.sizes, 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        q, k = (self.rotary(t.unflatten(1, (-1, self.head_dim)), step.turn) for t in (q, k))
+        cache.flatten(0, 1).index_copy_(0, step.slots, torch.cat([k.flatten(1), v], 1))
+        batch = step.batch
+        y = paged_attention(
+            q,
+            cache,
+            batch.starts,
+            batch.lengths,
+            batch.blocks,
+            kv_heads=self.kv_heads,
+            value_at=self.sizes[1],
+            value_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            window=self.window,
+        )
+        out: Tensor = self.out(y.flatten(1))
+        return out
+
+    def tensors(self) -> Tensors:
+        q, k, v = self.sizes
+        found = self.qkv.tensors(q_proj=q, k_proj=k, v_proj=v) | self.out.tensors(o_proj=self.out.out_features)
+        if self.q_norm is not None and self.k_norm is not None:
+            found |= {"q_norm.weight": self.q_norm.weight, "k_norm.weight": self.k_norm.weight}
+        return found
+
+
+class Mlp(nn.Module):
+    """A dense SwiGLU layer (2002.05202), W₂·(silu(W₁·x) ⊙ W₃·x): one expert that every token uses."""
+
+    def __init__(self, width: int, hidden: int, dtype: torch.dtype, bias: bool = False) -> None:
+        super().__init__()
+        self.expert = MLPExperts(1, width, (hidden,), linear_out=width, activation="swiglu", bias=bias, dtype=dtype)
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        out: Tensor = self.expert(x_nd).squeeze(1)
+        return out
+
+    def tensors(self) -> Tensors:
+        (gate_up, down), biases = self.expert.weights, self.expert.biases
+        hidden = down.shape[2]
+        found: Tensors = {
+            "gate_proj.weight": gate_up[0, :hidden],
+            "up_proj.weight": gate_up[0, hidden:],
+            "down_proj.weight": down[0],
+        }
+        if biases is not None:
+            both, last = biases
+            found |= {"gate_proj.bias": both[0, :hidden], "up_proj.bias": both[0, hidden:], "down_proj.bias": last[0]}
+        return found
+
+
+def swiglu_experts(num_experts: int, width: int, hidden: int, dtype: torch.dtype) -> MLPExperts:
+    """E SwiGLU experts with stacked weights: `[E, 2·F, D]` (gate rows first) and `[E, D, F]`."""
+    return MLPExperts(num_experts, width, (hidden,), linear_out=width, activation="swiglu", bias=False, dtype=dtype)
+
+
+def expert_tensors(experts: MLPExperts, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Tensors:
+    """Each expert's three matrices, named as checkpoints name them."""
+    (gate_up, last), hidden = experts.weights, experts.weights[1].shape[2]
+    found: Tensors = {}
+    for e in range(gate_up.shape[0]):
+        found[f"{e}.{gate}.weight"] = gate_up[e, :hidden]
+        found[f"{e}.{up}.weight"] = gate_up[e, hidden:]
+        found[f"{e}.{down}.weight"] = last[e]
+    return found
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    def __init__(self, config: DecoderConfig, attention: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = attention
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn = ffn
+
+    def forward(self, x_nd: Tensor, step: Step, cache: Tensor) -> Tensor:
+        x_nd = x_nd + self.attention(self.attention_norm(x_nd), step, cache)
+        out: Tensor = x_nd + self.ffn(self.ffn_norm(x_nd))
+        return out
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model: embedding, blocks, norm, output layer.
+
+    Args:
+        config: the checkpoint's own.
+        dtype: precision of weights, products and cache.
+        rotary: shared by all layers.
+        attention, ffn: make those of layer i.
+        ffn_name: what layers' feed-forward part is called in checkpoints.
+        window: of every layer, if every one has it.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        rotary: Rotary,
+        attention: Callable[[int], Any],
+        ffn: Callable[[int], Any],
+        ffn_name: str = "mlp",
+        window: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.checkpoint, self.ffn_name = config, ffn_name
+        self.config = ModelConfig(config.vocab_size, config.max_position_embeddings, window, dtype)
+        self.rotary = rotary
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size).normal_(std=0.02))
+        self.blocks = nn.ModuleList(Block(config, attention(i), ffn(i)) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding
+
+    def cache_widths(self) -> list[int]:
+        """Values a token that each layer keeps."""
+        return [block.attention.cache_width for block in self.blocks]  # type: ignore[misc, union-attr]
+
+    @torch.no_grad()
+    def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
+        """Logits of `batch.outputs`, fp32 `[K, vocabulary]`; the new tokens' keys and values go into the cache."""
+        step = Step(batch, batch.slots, self.rotary.at(batch.positions))
+        x_nd = F.embedding(batch.tokens, self.embedding)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x_nd = block(x_nd, step, layer)
+        logits: Tensor = self.head(self.norm(x_nd[batch.outputs]))
+        return logits.float()
+
+    def tensors(self) -> Tensors:
+        """Every tensor of the checkpoint by its name, as views of the parameters."""
+        found: Tensors = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
+        if not self.checkpoint.tie_word_embeddings:
+            found["lm_head.weight"] = self.head.weight
+        for i, block in enumerate(self.blocks):
+            at = f"model.layers.{i}"
+            found[f"{at}.input_layernorm.weight"] = block.attention_norm.weight  # type: ignore[union-attr, assignment]
+            found[f"{at}.post_attention_layernorm.weight"] = block.ffn_norm.weight  # type: ignore[union-attr, assignment]
+            found |= under(f"{at}.self_attn", block.attention.tensors())  # type: ignore[operator, union-attr]
+            found |= under(f"{at}.{self.ffn_name}", block.ffn.tensors())  # type: ignore[operator, union-attr]
+        return found
+
+
+def head_dim(config: Any) -> int:
+    """A head's width: the configuration's own, else hidden_size / heads.
+
+    Raises:
+        UserError: the heads don't divide it.
+    """
+    if getattr(config, "head_dim", None) is not None:
+        return int(config.head_dim)
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"config.json: hidden_size is {config.hidden_size}, which num_attention_heads {config.num_attention_heads} does "
+            "not divide; give head_dim"
+        )
+    return int(config.hidden_size // config.num_attention_heads)

@@ -1,0 +1,117 @@
+"""Text to tokens and back: the `tokenizer.json` of a Hugging Face folder, and its chat template."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from recsys_moe.errors import UserError
+
+Message = dict[str, str]
+
+
+class Tokenizer:
+    """Encodes and decodes as `tokenizer.json` says.
+
+    `eos_ids` are the tokens that end a text, of `generation_config.json` or `config.json`.
+    """
+
+    def __init__(
+        self, inner: tokenizers.Tokenizer, eos_ids: tuple[int, ...] = (), template: str | None = None, names: Any = None
+    ) -> None:
+        self._inner, self.eos_ids, self._names = inner, eos_ids, dict(names or {})
+        # A template is somebody else's program: it runs where it can neither reach Python nor change what it is given.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = None if template is None else environment.from_string(template)
+        except TemplateError as error:
+            raise UserError(f"the chat template can't be read: {error}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._inner.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, with those that the tokenizer puts around it."""
+        ids: list[int] = self._inner.encode(text).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without control tokens."""
+        text: str = self._inner.decode(list(ids))
+        return text
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation (`role` and `content` each) up to where the assistant answers.
+
+        Raises:
+            UserError: there is no chat template, or it refuses the messages.
+        """
+        if self._template is None:
+            raise UserError("this model has no chat template: send a prompt to completions instead")
+        try:
+            text = self._template.render(messages=list(messages), add_generation_prompt=True, **self._names)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise UserError(f"the chat template refuses these messages: {error}") from None
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def load(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder.
+
+    Raises:
+        UserError: there is no `tokenizer.json`, or a file that can't be read.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no tokenizer.json; give tokens by their numbers, or add it")
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path} can't be read ({error})") from None
+    settings = _json(folder / "tokenizer_config.json")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    if (file := folder / "chat_template.jinja").is_file():
+        template = file.read_text()
+    names = {key: _text(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    return Tokenizer(inner, eos_ids(folder), template, {key: text for key, text in names.items() if text is not None})
+
+
+def eos_ids(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a text: `eos_token_id` of `generation_config.json`, else of `config.json`."""
+    for name in ("generation_config.json", "config.json"):
+        found = _json(folder / name).get("eos_token_id")
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (int(found),)
+    return ()
+
+
+def _text(token: Any) -> str | None:
+    """A special token in `tokenizer_config.json` is its text or a description of it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return values
+
+
+def _refuse(message: str) -> None:
+    """What templates call to say no."""
+    raise TemplateError(message)

@@ -1,0 +1,273 @@
+"""OpenAI's forms: what a completion or chat request may say, and how answers and errors look.
+
+Names and meanings are those of the OpenAI API; `top_k`, `min_p`, `ignore_eos` and `cache_salt` are vLLM's additions to it. What
+would change the answer and is not built is refused, never ignored.
+"""
+
+import reprlib
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from recsys_moe.errors import nearest
+from recsys_moe.llm.engine.engine import Completion, Request, Update
+from recsys_moe.llm.engine.sampling import Sampling, TokenLogprob
+from recsys_moe.llm.engine.stopping import Decode
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is no character; send whole ones") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Prompt = str | list[int]
+Told = Update | Completion
+
+
+class ApiError(Exception):
+    """An answer that is none: a status, one sentence, and OpenAI's words for what is wrong with which parameter."""
+
+    def __init__(self, status: int, sentence: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(sentence)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        return error_body(self.status, str(self), self.param, self.code)
+
+
+def error_body(status: int, sentence: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kinds = {429: "rate_limit_error", 404: "not_found_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": sentence, "type": kind, "param": param, "code": code}}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    include_usage: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """What both kinds of requests may say."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = False
+    cache_salt: Annotated[Text, Field(max_length=256)] | None = None
+    user: str | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+
+    @field_validator("frequency_penalty", "presence_penalty")
+    @classmethod
+    def _neutral(cls, value: float | None) -> float | None:
+        if value:
+            raise ValueError("penalties are not built; leave it out or send 0")
+        return value
+
+    def sampling(self, seed: int) -> Sampling:
+        """How choice after choice is drawn; `seed` where the request has none."""
+        return Sampling(
+            temperature=1.0 if self.temperature is None else float(self.temperature),
+            top_k=max(self.top_k or 0, 0),
+            top_p=1.0 if self.top_p is None else float(self.top_p),
+            min_p=float(self.min_p or 0.0),
+            seed=seed,
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(GenerationRequest):
+    """A text, or several, to go on with; each as text or as tokens. `logprobs` says how many of the most probable tokens."""
+
+    prompt: Text | list[Text] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(GenerationRequest):
+    """A conversation to go on with, through the tokenizer's chat template."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+def invalid(error: Any, kind: type[BaseModel]) -> ApiError:
+    """What a validation error says first, in one sentence; an unknown key explains a missing one better than the other way."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
+    # Of a union's members the path names types; only the field itself is anybody's own word.
+    name = path[0] if path else None
+    if name is None:
+        return ApiError(400, "the body is not a JSON object with Content-Type application/json; send one")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{'.'.join(path)!r} is not known; {nearest(path[-1], kind.model_fields)}", name)
+    if first["type"] == "missing":
+        return ApiError(400, f"{'.'.join(path)!r} is missing; add it", name)
+    said = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"][0].lower() + first["msg"][1:]
+    return ApiError(400, f"{name!r} is {reprlib.repr(first['input'])}; {said}", name)
+
+
+# -- answers
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+class Form(Protocol):
+    """How choices are written: `whole` ones, or `part` by part behind an `opening`."""
+
+    def opening(self) -> list[dict[str, Any]]: ...
+
+    def part(self, choice: int, told: Told) -> dict[str, Any]: ...
+
+    def whole(self, choice: int, told: Told) -> dict[str, Any]: ...
+
+    def wrap_part(self, choices: list[dict[str, Any]]) -> dict[str, Any]: ...
+
+    def wrap(self, choices: list[dict[str, Any]]) -> dict[str, Any]: ...
+
+
+class CompletionForm:
+    """`echo` has each choice's prompt as text, to stand before what follows it."""
+
+    def __init__(self, model: str, decode: Decode, requests: list[Request], echo: list[str] | None) -> None:
+        self._decode, self._requests, self._echo = decode, requests, echo
+        self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._begun: set[int] = set()
+        self._offsets = [0] * len(requests)
+
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+    def part(self, choice: int, told: Told) -> dict[str, Any]:
+        request, first = self._requests[choice], choice not in self._begun
+        self._begun.add(choice)
+        text = self._echo[choice] + told.text if self._echo and first else told.text
+        scores = None
+        if request.logprobs is not None:
+            unscored = request.prompt[0] if first and request.score_prompt else None
+            scores = completion_logprobs(self._decode, (*told.prompt_logprobs, *told.logprobs), self._offsets[choice], unscored)
+            self._offsets[choice] += sum(map(len, scores["tokens"]))
+        return {"index": choice, "text": text, "logprobs": scores, "finish_reason": told.finish}
+
+    whole = part
+
+    def wrap(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head | {"object": "text_completion", "choices": choices}
+
+    wrap_part = wrap
+
+
+class ChatForm:
+    def __init__(self, model: str, decode: Decode, requests: list[Request]) -> None:
+        self._decode, self._requests = decode, requests
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def opening(self) -> list[dict[str, Any]]:
+        said = {"role": "assistant", "content": ""}
+        return [
+            {"index": choice, "delta": said, "logprobs": None, "finish_reason": None} for choice in range(len(self._requests))
+        ]
+
+    def part(self, choice: int, told: Told) -> dict[str, Any]:
+        return {"index": choice, "delta": {"content": told.text}, **self._rest(choice, told)}
+
+    def whole(self, choice: int, told: Told) -> dict[str, Any]:
+        message = {"role": "assistant", "content": told.text, "refusal": None}
+        return {"index": choice, "message": message, **self._rest(choice, told)}
+
+    def wrap(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head | {"object": "chat.completion", "choices": choices}
+
+    def wrap_part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._head | {"object": "chat.completion.chunk", "choices": choices}
+
+    def _rest(self, choice: int, told: Told) -> dict[str, Any]:
+        scored = self._requests[choice].logprobs is not None
+        scores = chat_logprobs(self._decode, told.logprobs) if scored else None
+        return {"logprobs": scores, "finish_reason": told.finish}
+
+
+def completion_logprobs(
+    decode: Decode, scored: Iterable[TokenLogprob], offset: int, first: int | None = None
+) -> dict[str, list[Any]]:
+    """The older form: lists of tokens, of their log-probabilities, of maps of the most probable, and where each begins.
+
+    `first` is a prompt's first token, which nothing comes before: it has no probability.
+    """
+    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    entries: list[tuple[int, float | None, dict[str, float] | None]] = [] if first is None else [(first, None, None)]
+    entries += [(s.token, s.logprob, {decode([t]): p for t, p in reversed((*s.top, (s.token, s.logprob)))}) for s in scored]
+    for token, logprob, top in entries:
+        text = decode([token])
+        told["tokens"].append(text)
+        told["token_logprobs"].append(logprob)
+        told["top_logprobs"].append(top)
+        told["text_offset"].append(offset)
+        offset += len(text)
+    return told
+
+
+def chat_logprobs(decode: Decode, scored: Iterable[TokenLogprob]) -> dict[str, Any]:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = decode([token])
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [entry(s.token, s.logprob) | {"top_logprobs": [entry(*pair) for pair in s.top]} for s in scored]
+    return {"content": content, "refusal": None}

@@ -1,0 +1,193 @@
+"""Each family against transformers: a small random model that it saved, read here, gives its logits, tokens and routing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from recsys_moe.llm.batch import BLOCK, KVCache, TokenBatch
+from recsys_moe.llm.checkpoints import load
+from recsys_moe.llm.layers import Decoder
+from recsys_moe.routing import SparsePlan, TopKRouter
+
+transformers.logging.set_verbosity_error()
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "initializer_range": 0.3,  # the default's logits are nearly equal: an argmax would say little
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+LATENT = {
+    **SMALL,
+    "num_key_value_heads": 4,
+    "hidden_size": 64,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama": (
+        lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True, attention_bias=True, rope_parameters=LLAMA3),
+        transformers.LlamaForCausalLM,
+    ),
+    "mistral": (lambda: transformers.MistralConfig(**GROUPED, head_dim=16, sliding_window=20), transformers.MistralForCausalLM),
+    "mixtral": (
+        lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=6, num_experts_per_tok=2, sliding_window=None),
+        transformers.MixtralForCausalLM,
+    ),
+    "mixtral-window": (
+        lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=9),
+        transformers.MixtralForCausalLM,
+    ),
+    "qwen2_moe": (
+        lambda: transformers.Qwen2MoeConfig(
+            **{**GROUPED, "num_hidden_layers": 3},
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+            num_experts=6,
+            num_experts_per_tok=3,
+            mlp_only_layers=[0],
+        ),
+        transformers.Qwen2MoeForCausalLM,
+    ),
+    "qwen2_moe-window": (
+        lambda: transformers.Qwen2MoeConfig(
+            **GROUPED,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=40,
+            num_experts=6,
+            num_experts_per_tok=3,
+            norm_topk_prob=True,
+            use_sliding_window=True,
+            sliding_window=11,
+        ),
+        transformers.Qwen2MoeForCausalLM,
+    ),
+    "olmoe": (
+        lambda: transformers.OlmoeConfig(**GROUPED, num_experts=8, num_experts_per_tok=3, clip_qkv=1.5),
+        transformers.OlmoeForCausalLM,
+    ),
+    "deepseek_v2": (
+        lambda: transformers.DeepseekV2Config(
+            **LATENT,
+            n_shared_experts=2,
+            q_lora_rank=20,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=1.5,
+            rope_parameters=YARN,
+        ),
+        transformers.DeepseekV2ForCausalLM,
+    ),
+    "deepseek_v2-lite": (
+        lambda: transformers.DeepseekV2Config(**LATENT, n_shared_experts=1, q_lora_rank=None),
+        transformers.DeepseekV2ForCausalLM,
+    ),
+    "deepseek_v3": (
+        lambda: transformers.DeepseekV3Config(
+            **LATENT, n_shared_experts=1, q_lora_rank=20, n_group=4, topk_group=2, rope_parameters=YARN
+        ),
+        transformers.DeepseekV3ForCausalLM,
+    ),
+}
+PROMPT, NEW = 37, 64
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """transformers' model of a family, in fp32 and with its biases away from 0, and the folder that it saved."""
+    config, kind = MODELS[request.param]
+    torch.manual_seed(0)
+    model = kind(config()).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith(("bias", "norm.weight", "layernorm.weight")):
+                tensor.add_(torch.randn_like(tensor) / 5)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def batch(tokens: Tensor, done: int, blocks: Tensor, outputs: Tensor | None = None) -> TokenBatch:
+    """The next tokens of one sequence, `done` tokens of which are in the cache."""
+    n = len(tokens)
+    int32 = torch.int32
+    return TokenBatch(
+        tokens,
+        torch.arange(done, done + n),
+        torch.tensor([0, n], dtype=int32),
+        torch.tensor([done + n], dtype=int32),
+        blocks,
+        torch.arange(n) if outputs is None else outputs,
+    )
+
+
+def greedy(model: Decoder, prompt: Tensor, steps: int) -> tuple[list[int], Tensor]:
+    """Prefill, then token by token: the tokens, and the logits of the prompt and of each step but the last."""
+    blocks = torch.randperm(20)[: (len(prompt) + steps) // BLOCK + 1].int().unsqueeze(0)
+    cache = KVCache.allocate(model, 20)
+    logits = [model(batch(prompt, 0, blocks), cache)]
+    made = [int(logits[0][-1].argmax())]
+    while len(made) < steps:
+        logits.append(model(batch(torch.tensor(made[-1:]), len(prompt) + len(made) - 1, blocks), cache))
+        made.append(int(logits[-1][0].argmax()))
+    return made, torch.cat(logits)
+
+
+def test_logits_tokens_and_routing_are_transformers_own(peer: tuple[Any, Path]) -> None:
+    theirs, folder = peer
+    model = load(folder)
+    prompt = torch.randint(0, SMALL["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(1))
+    plans: list[SparsePlan] = []
+    for router in model.modules():
+        if isinstance(router, TopKRouter):
+            router.register_forward_hook(lambda _m, _i, plan: plans.append(plan))
+    made, logits = greedy(model, prompt, NEW)
+    with torch.no_grad():
+        generated = theirs.generate(prompt[None], max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)[0]
+        assert made == generated[PROMPT:].tolist()
+        chosen: list[Tensor] = []
+        hooks = [m for name, m in theirs.named_modules() if name.endswith((".gate", ".router"))]
+        for gate in hooks:
+            gate.register_forward_hook(lambda _m, _i, out: chosen.append(out[2]))
+        expected = theirs(generated[None, :-1]).logits[0]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    layers = len(hooks)
+    assert len(plans) == layers * NEW
+    for layer in range(layers):
+        ours = torch.cat([plan.expert_ids for plan in plans[layer::layers]])
+        assert torch.equal(ours.sort(1).values.long(), chosen[layer].sort(1).values)
