@@ -15,7 +15,7 @@ from recsys_moe.serving.features import FeatureTable
 from recsys_moe.serving.fuse import Formula
 from recsys_moe.serving.metrics import Metrics
 from recsys_moe.serving.models import Model, Models
-from recsys_moe.serving.ranking import Stores, Timer, answer, formula_of, gather, score
+from recsys_moe.serving.ranking import Stores, Timer, answer, formula_of, gather, inputs_of
 from recsys_moe.serving.requests import Items, RankHead, ScoreRequest, rows_to_table
 from recsys_moe.serving.traffic import route, shadow_of
 from recsys_moe.serving.watch import Watched
@@ -92,7 +92,7 @@ class Service:
         formula = formula_of(request, model, self.formula, self.config)
         gathered = gather(request, items, model, self.config, stores)
         timer.ended("features")
-        scores = score(gathered, model)
+        scores = model.predictor.score_inputs(inputs_of(gathered, model))
         timer.ended("score")
         result = answer(request, items, model, scores, formula(scores))
         timer.ended("rank")
@@ -111,7 +111,8 @@ class Service:
     def _score_unseen(self, request: RankHead, items: Items, request_id: str, model: Model) -> None:
         """Score a request with the shadow model as well, whose scores are logged, in the request's order."""
         try:
-            scores = score(gather(request, items, model, self.config, self._stores), model)
+            inputs = inputs_of(gather(request, items, model, self.config, self._stores), model)
+            scores = model.predictor.score_inputs(inputs)
         except UserError as error:
             log.warning("shadow %s can't score request %s: %s", model.name, request_id, error)
             return
