@@ -154,7 +154,7 @@ void tiles_layer(const float* batch, int64_t rows, const bf16* weight, int64_t u
   const bool pairs = activation == kSwiglu;
   const int64_t half = units / 2, bytes = depth * sizeof(bf16), across = panels(rows), ldt = across * kPanel;
   const int64_t part = across > 1 ? 1024 : bytes, size = batch_panel_words(depth);
-  std::vector<float> sums(kSums * ldt), z(rows * 2 * kSums), ac(2 * 2 * kSums);
+  std::vector<float> sums(kSums * ldt), z(pairs ? rows * 2 * kSums : 0), ac(2 * 2 * kSums);
   Tiles tiles;
   for (int64_t n = begin; n < end; n += kSums) {
     const int64_t count = std::min<int64_t>(kSums, end - n), ldz = pairs ? 2 * count : count;
@@ -170,21 +170,35 @@ void tiles_layer(const float* batch, int64_t rows, const bf16* weight, int64_t u
           tiles_block(p, count, std::min(kPanel, rows - q * kPanel), sums.data() + q * kPanel, ldt, k > 0);
         }
       }
-      for (int64_t r = 0; r < rows; r += kLanes) {
-        for (int64_t u = 0; u < count; u += kLanes) {
-          Vec block[kLanes];
-          for (int64_t i = 0; i < kLanes; ++i) block[i] = load(sums.data() + (u + i) * ldt + r);
-          transpose(block);
-          for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - r); ++i)
-            store_first(block[i], z.data() + (r + i) * ldz + to + u, std::min<int64_t>(kLanes, count - u));
+      // Sums lie unit by unit: 16 × 16 of them at a time are turned into rows of units.
+      auto turned = [&](auto&& done) {
+        for (int64_t r = 0; r < rows; r += kLanes) {
+          for (int64_t u = 0; u < count; u += kLanes) {
+            Vec block[kLanes];
+            for (int64_t i = 0; i < kLanes; ++i) block[i] = load(sums.data() + (u + i) * ldt + r);
+            transpose(block);
+            for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - r); ++i)
+              done(r + i, u, std::min<int64_t>(kLanes, count - u), block[i]);
+          }
         }
-      }
+      };
       for (int64_t i = 0; i < count; ++i) {
         an[to + i] = a ? a[first + i] : 1.0f;
         cn[to + i] = c ? c[first + i] : 0.0f;
       }
+      if (pairs) {
+        turned([&](int64_t r, int64_t u, int64_t some, Vec v) { store_first(v, z.data() + r * ldz + to + u, some); });
+        continue;
+      }
+      with_activation(activation, [&](auto A) {
+        turned([&](int64_t r, int64_t u, int64_t some, Vec v) {
+          if (a) v = v * load(an + u);
+          if (c) v = v + load(cn + u);
+          store_first(activate<decltype(A)::value>(v), y + r * ldy + n + u, some);
+        });
+      });
     }
-    for (int64_t r = 0; r < rows; ++r)
+    for (int64_t r = 0; r < rows && pairs; ++r)
       activate_row(z.data() + r * ldz, y + r * ldy + n, ldz, 1, a ? an : nullptr, c ? cn : nullptr, activation);
   }
 }
