@@ -9,6 +9,7 @@ Fitting is a sum over chunks: `PartialStatistics.of(table)` anywhere, `merge` in
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
 from typing import Any, Literal, TypeGuard
@@ -115,6 +116,19 @@ class Inputs:
     ids: npt.NDArray[np.int32]
     dense: npt.NDArray[np.float32]
     lists: tuple[Jagged, ...] = ()
+
+
+def concatenate(pieces: SequenceOf[Inputs]) -> Inputs:
+    """The rows of all pieces, one piece after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    lists = []
+    for parts in zip(*(piece.lists for piece in pieces), strict=True):
+        ends = np.cumsum([0, *(len(part.values) for part in parts)])
+        offsets = [part.offsets[1:] + end for part, end in zip(parts, ends, strict=False)]
+        lists.append(Jagged(np.concatenate([part.values for part in parts]), np.concatenate([[0], *offsets]).astype(np.int32)))
+    ids, dense = (np.concatenate([getattr(piece, name) for piece in pieces], 1) for name in ("ids", "dense"))
+    return Inputs(ids, dense, tuple(lists))
 
 
 @dataclass

@@ -9,7 +9,6 @@ replica that has only just started takes the next one). The first name is that o
 one `Model` and uses nothing else: a swap in its midst does not touch it.
 """
 
-import hashlib
 import json
 import logging
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from recsys_moe.bundle import weights_digest
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.predictor import Predictor
 from recsys_moe.selftest import check
@@ -59,13 +59,12 @@ def load(name: str, choice: Choice) -> Model:
     """
     folder = Path(choice.folder)
     predictor = Predictor(folder)
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    digest = weights_digest(folder)
     check(predictor)
     columns = predictor.bundle.schema.feature_columns
     for rows in WARM_ROWS:
         predictor.score(pa.table({column: pa.nulls(rows) for column in columns}))
-    return Model(name, choice.version, f"{predictor.bundle.config.model.name}:{digest}", predictor)
+    return Model(name, choice.version, digest, predictor)
 
 
 class Models:

@@ -77,11 +77,6 @@ def gather(request: RankHead, items: Items, model: Model, config: ServeConfig, s
         UserError: a feature that is nowhere, a list of another length than `ids`, a value of the wrong kind; names it.
     """
     ids, given = items.ids, items.features
-    if len(ids) > config.max_candidates:
-        raise UserError(
-            f"candidates.ids has {len(ids):,} candidates, more than serve.max_candidates = {config.max_candidates:,}; "
-            "send fewer"
-        )
     for name, values in given.items():
         if len(values) != len(ids):
             raise UserError(
