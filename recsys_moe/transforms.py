@@ -139,16 +139,16 @@ class Encoded:
     missing; a vector), `hashes` and `null` `[N]` (of what crosses read, or has rows of its own), `lists` (many ids a row).
     """
 
-    ids: npt.NDArray[np.int32] | None = None
-    dense: npt.NDArray[np.float32] | None = None
-    hashes: Hashes | None = None
-    null: npt.NDArray[np.bool_] | None = None
+    ids: Any = None
+    dense: Any = None
+    hashes: Any = None
+    null: Any = None
     lists: Jagged | None = None
 
     def take(self, rows: npt.NDArray[np.int32]) -> "Encoded":
         """The rows that `rows` `[M]` names, the last one by −1."""
-        singles = (None if each is None else each[..., rows] for each in (self.ids, self.dense, self.hashes, self.null))
-        return Encoded(*singles, None if self.lists is None else self.lists.take(rows))  # type: ignore[arg-type]
+        ids, dense, hashes, null = (None if e is None else e[..., rows] for e in (self.ids, self.dense, self.hashes, self.null))
+        return Encoded(ids, dense, hashes, null, None if self.lists is None else self.lists.take(rows))
 
 
 @dataclass(frozen=True)
@@ -280,14 +280,13 @@ class Transform:
         for cross, buckets in self._crosses:
             parts = [encoded[name] for name in cross.of]
             ids[row] = buckets.of_hashes(
-                combine([part.hashes for part in parts]),  # type: ignore[misc]
-                reduce(np.logical_or, [part.null for part in parts]),  # type: ignore[arg-type]
+                combine([part.hashes for part in parts]),
+                reduce(np.logical_or, [part.null for part in parts]),
             )
             row += 1
         flag = len(self._numeric)
         for place, (number, _) in enumerate(self._numeric):
             found = encoded[number.name]
-            assert found.dense is not None
             dense[place] = found.dense[0]
             if number.missing_indicator:
                 dense[flag] = found.dense[1]
@@ -301,7 +300,6 @@ class Transform:
         # int64 ids of all would double a batch; two int32 ones of few do not.
         for name in self.own_rows:
             found = encoded[name]
-            assert found.hashes is not None
             halves = np.where(found.null, MISSING, np.maximum(found.hashes, 1)).astype("<u8")
             ids[row : row + 2] = halves.view("<i4").reshape(-1, 2).T
             row += 2
