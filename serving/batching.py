@@ -2,12 +2,14 @@
 
 A request costs its rows, and as much as `FIXED` rows more for what it takes by itself. The time that a row takes is measured
 as requests go. A lone request does not wait for others; what stands in front of a request may take half of the deadline, and
-what has waited longer than the whole is refused as well. So is a request alone never, however long it takes.
+what has waited longer than the whole is refused as well. A request that finds
+nothing before it is never refused, however long it takes.
 """
 
 import asyncio
 import logging
 import math
+import statistics
 import threading
 import time
 from collections import deque
@@ -23,8 +25,8 @@ from recsys_moe.transforms import Inputs, concatenate
 log = logging.getLogger(__name__)
 
 FIXED = 50
-_FADE = 0.1
-"""Weight of the newest call in the time that a row takes."""
+_CALLS = 15
+"""The latest calls, whose median says how long a row takes."""
 
 
 class Overloaded(Exception):
@@ -83,7 +85,8 @@ class Batcher:
         self._rows, self._deadline_s = rows, deadline_s
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
-        self._cost, self._seconds_each, self._ended = 0, 0.0, False
+        self._paces = deque[float](maxlen=_CALLS)
+        self._cost, self._seconds_each, self._busy, self._ended = 0, 0.0, False, False
         self.calls = self.largest = 0
         self._thread = threading.Thread(target=self._run, name="score", daemon=True)
         self._thread.start()
@@ -105,6 +108,11 @@ class Batcher:
             self._changed.notify()
         return await waiting.future
 
+    def settle(self) -> None:
+        """Wait until nothing is under way, what follows answers included."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy and not self._queue)
+
     def close(self) -> None:
         with self._changed:
             self._ended = True
@@ -117,19 +125,23 @@ class Batcher:
             self._score(batch)
             seconds = time.perf_counter() - started
             cost = sum(each.cost for each in batch)
-            self._seconds_each += (seconds / cost - self._seconds_each) * (_FADE if self._seconds_each else 1)
+            self._paces.append(seconds / cost)
+            self._seconds_each = statistics.median(self._paces)  # one call that was held up is no slow machine
             for each in batch:
                 try:
                     each.job.afterwards()
                 except Exception:
                     log.exception("what follows an answer failed")
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
 
     def _take(self) -> list[_Waiting]:
         """What waits, as much as one call may have; nothing at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._ended)
             batch = list[_Waiting]()
-            rows = 0
+            rows, self._busy = 0, True
             while self._queue and (not batch or rows + self._queue[0].job.rows <= self._rows):
                 batch.append(self._queue.popleft())
                 rows += batch[-1].job.rows

@@ -9,6 +9,7 @@ For each model the columns are transformed once, when model or file are new: a r
 
 import weakref
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,9 @@ class FeatureTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def names(self) -> list[str]:
-        return [name for name in self._table.column_names if name != self.key]
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._table.column_names) - {self.key}
 
     def find(self, texts: pa.Array) -> npt.NDArray[np.int32]:
         """The row of each key `[N]`, −1 where the file has none; `texts` are in the form of `as_category`."""

@@ -14,7 +14,9 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -22,11 +24,14 @@ from recsys_moe.bundle import weights_digest
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.predictor import Predictor
 from recsys_moe.selftest import check
+from recsys_moe.serving.requests import to_column
+from recsys_moe.transforms import Encoded
 from recsys_moe.typed import parse, typed
 
 log = logging.getLogger(__name__)
 
 WARM_ROWS = (1, 200)
+KEPT = 20_000
 
 
 @typed
@@ -45,6 +50,22 @@ class Model:
     version: str
     digest: str
     predictor: Predictor
+
+    @cached_property
+    def encode_one(self) -> Callable[[str, Any, str], Encoded]:
+        """What a single value of a feature becomes; `whose` it is, says a mistake. The latest texts and whole numbers are kept.
+
+        Raises (when called):
+            UserError: a value of the wrong kind.
+        """
+        transform = self.predictor.bundle.transform
+        features = {feature.name: feature for feature in transform.schema.features}
+
+        def encode(name: str, value: Any, whose: str) -> Encoded:
+            return transform.encode(name, pa.chunked_array([to_column([value], features[name], whose)]))
+
+        kept = lru_cache(KEPT, typed=True)(encode)
+        return lambda name, value, whose: (kept if isinstance(value, str | int) else encode)(name, value, whose)
 
     @property
     def described(self) -> dict[str, str]:

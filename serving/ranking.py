@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from recsys_moe.columns import as_category
 from recsys_moe.errors import UserError, nearest
-from recsys_moe.schema import Categorical, Cross
+from recsys_moe.schema import Categorical, Cross, Feature
 from recsys_moe.serving.config import FormulaConfig, ServeConfig
 from recsys_moe.serving.features import FeatureTable
 from recsys_moe.serving.fuse import Formula
@@ -34,7 +34,7 @@ class Gathered:
     """Where each feature of a request comes from: its column, of one value where that holds for all `rows`, or a feature
     file. `ignored` are names that are no features, `unknown` how many ids (the candidates' and the user's) the files lack."""
 
-    sources: "dict[str, pa.ChunkedArray | Lookup]"
+    sources: "dict[str, Column | One | Lookup]"
     rows: int
     ignored: list[str]
     unknown: int
@@ -45,14 +45,11 @@ class Gathered:
         Raises:
             UserError: a value of the wrong kind; names the column and the value.
         """
-        return {
-            name: source.encoded(name, transform) if isinstance(source, Lookup) else transform.encode(name, source)
-            for name, source in self.sources.items()
-        }
+        return {name: source.encoded(name, transform) for name, source in self.sources.items()}
 
     def table(self) -> pa.Table:
         """The same as plain rows."""
-        columns = {name: source.column(name) if isinstance(source, Lookup) else source for name, source in self.sources.items()}
+        columns = {name: source.column(name) for name, source in self.sources.items()}
         every = {n: c if len(c) == self.rows else pa.repeat(c[0], self.rows) for n, c in columns.items()}
         return pa.table(every)
 
@@ -82,35 +79,64 @@ def gather(request: RankHead, items: Items, model: Model, config: ServeConfig, s
             raise UserError(
                 f"candidates.features.{name} has {len(values):,} values for {len(ids):,} candidates; send one for each, or null"
             )
-    sources, schema = dict[str, pa.ChunkedArray | Lookup](), model.predictor.bundle.schema
+    sources, schema = dict[str, Column | One | Lookup](), model.predictor.bundle.schema
     of_items = Lookup(stores.items, ids, config.item_key, "candidate {}")
     of_user = Lookup(stores.user, [request.user_id], config.user_key, "user_id")
-    column: Any
     for feature in schema.features:
         name = feature.name
         if isinstance(feature, Cross):  # of columns that others read
             continue
         if name in given:
-            values = given[name]
-            column = values if isinstance(values, pa.ChunkedArray) else to_column(values, feature, "candidate {}")
+            sources[name] = Column(given[name], feature)
         elif name in request.context:
-            column = to_column([request.context[name]], feature, "context")
+            sources[name] = One(request.context[name], "context", model)
         elif name in request.user:
-            column = to_column([request.user[name]], feature, "user")
+            sources[name] = One(request.user[name], "user", model)
         elif name == config.item_key:
-            column = to_column(ids, feature, "candidate {}")
+            sources[name] = Column(ids, feature)
         elif name == config.user_key:
-            column = to_column([request.user_id], feature, "user_id")
+            sources[name] = One(request.user_id, "user_id", model)
         elif name in of_items:
-            column = of_items
+            sources[name] = of_items
         elif name in of_user:
-            column = of_user
+            sources[name] = of_user
         else:
             raise _missing(name, [*given, *request.context, *request.user])
-        sources[name] = pa.chunked_array([column]) if isinstance(column, pa.Array) else column
     sent = dict.fromkeys([*given, *request.context, *request.user])
     found = [lookup for lookup in (of_items, of_user) if lookup in sources.values()]
     return Gathered(sources, len(ids), [n for n in sent if n not in sources], sum(lookup.unknown for lookup in found))
+
+
+@dataclass
+class Column:
+    """A value for each candidate, as JSON or Arrow has them."""
+
+    values: Sequence[Any] | pa.ChunkedArray
+    feature: Feature
+
+    def encoded(self, name: str, transform: Transform) -> Encoded:
+        return transform.encode(name, self.column(name))
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        if isinstance(self.values, pa.ChunkedArray):
+            return self.values
+        return pa.chunked_array([to_column(self.values, self.feature, "candidate {}")])
+
+
+@dataclass
+class One:
+    """A value that holds for all candidates."""
+
+    value: Any
+    whose: str
+    model: Model
+
+    def encoded(self, name: str, transform: Transform) -> Encoded:
+        return self.model.encode_one(name, self.value, self.whose)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        (feature,) = [f for f in self.model.predictor.bundle.schema.features if f.name == name]
+        return pa.chunked_array([to_column([self.value], feature, self.whose)])
 
 
 class Lookup:
