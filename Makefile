@@ -14,7 +14,7 @@ export PYTHONSAFEPATH := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: help setup demo test test-long check lint types imports bench bench-kernels scaling results kernels-aot gpu-check clean
+.PHONY: help setup demo test test-long check lint types imports bench bench-kernels bench-serve scaling results kernels-aot gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,6 +63,9 @@ bench: $(VENV)/.ready  ## training rate beside the peers', and start-up beside a
 
 bench-kernels: $(VENV)/.ready  ## the expert kernels beside their peers, in the same minutes
 	$(BIN)/recsys-moe bench kernels --figure docs/scaling.png
+
+bench-serve: $(VENV)/.ready  ## the service on one core, its client on another, beside the peers' modules
+	$(BIN)/python benchmarks/bench_serve.py runs/bench_serve
 
 scaling: $(VENV)/.ready  ## what a sample costs along five axes: docs/scaling.md and its plots
 	$(BIN)/python benchmarks/bench_scaling.py

@@ -92,7 +92,7 @@ def _with_whole_paths(config: ServeConfig) -> ServeConfig:
 
 
 def _replica_listens_on(port: int) -> None:
-    """Serve's direct ingress takes a replica's port from a range, which is this one. Before Serve is imported anywhere."""
+    """Serve's direct ingress takes a replica's port from a range, which is this one. Its actors inherit these settings."""
     settings = {
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),

@@ -98,8 +98,9 @@ def test_a_user_is_transformed_once(client: TestClient, monkeypatch: pytest.Monk
         return as_category(column, name)
 
     monkeypatch.setattr("recsys_moe.transforms.as_category", watched)
-    rank(client)
-    assert seen == [("colour", 1)]
+    for _ in range(2):
+        rank(client, user={"colour": "not seen before"})
+    assert seen == [("colour", 1)]  # and kept
 
 
 @pytest.mark.parametrize(
