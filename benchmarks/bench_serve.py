@@ -1,9 +1,9 @@
 """The scoring service beside its peers, in the same minutes: `python benchmarks/bench_serve.py FOLDER`.
 
 HoME with 6 tasks, 40 features whose inputs are 512 numbers (a table of a million rows of dimension 32 among them), bf16; 200
-candidates by id. The predictor in process, from ids to scores, takes turns, ten calls each, with the peer's network alone (experts_peers.py,
-eager and compiled, fp32 and bf16). The service runs as `recsys-moe serve` does, on one core with all of Ray's processes; the
-client on the other: closed loops of 1, 8 and 32, then an open loop of four times what was the most.
+candidates by id. The predictor in process, from ids to scores, takes turns of ten calls with the peer's network alone
+(experts_peers.py, eager and compiled, fp32 and bf16). The service runs as `recsys-moe serve` does, on one core with all of
+Ray's processes; the client on the other: closed loops of 1, 8 and 32, then an open loop of four times what was the most.
 """
 
 import asyncio
@@ -216,7 +216,7 @@ def main(folder: Path, part: str) -> None:
             make_bundle(folder / precision, precision)
         make_items(folder / "items.arrow")
     elif part == "predictor":
-        print(json.dumps(in_process(folder, Path(os.environ.get("RECSYS_MOE_PEERS", "../shared/bench")), 12)))
+        print(json.dumps(in_process(folder, Path(os.environ.get("RECSYS_MOE_PEERS", "../shared/bench")), 10)))
     elif part == "client":
         client_main(sys.argv[3], folder)
     elif part == "serve":
