@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tritonclient.http as tritonclient
 import uvicorn
 from fastapi.testclient import TestClient
 
@@ -17,8 +18,6 @@ from recsys_moe.predictor import Predictor
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.config import ServeConfig
 from tests.test_serving import save
-
-tritonclient = pytest.importorskip("tritonclient.http")
 
 COLOURS, PRICES = ["red", "green", "", "unseen"], [1.0, 2.5, float("nan"), 3.0]
 ROWS = pa.table({"colour": ["red", "green", None, "unseen"], "price": [1.0, 2.5, None, 3.0]})
