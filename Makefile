@@ -16,7 +16,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 CHECKPOINTS ?= runs/checkpoints/*
 
-.PHONY: help setup demo test test-long check lint types imports bench bench-kernels bench-llm scaling results kernels-aot gpu-check clean
+.PHONY: help setup demo test test-long check lint types imports bench bench-kernels bench-serve bench-llm scaling results kernels-aot gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,9 @@ bench-kernels: $(VENV)/.ready  ## the expert kernels beside their peers, in the 
 
 bench-llm: $(VENV)/.ready  ## the LLM engine beside transformers, on the Hugging Face folders that CHECKPOINTS names
 	$(BIN)/python benchmarks/bench_llm.py $(CHECKPOINTS)
+
+bench-serve: $(VENV)/.ready  ## the service on one core, its client on another, beside the peers' modules
+	$(BIN)/python benchmarks/bench_serve.py runs/bench_serve
 
 scaling: $(VENV)/.ready  ## what a sample costs along five axes: docs/scaling.md and its plots
 	$(BIN)/python benchmarks/bench_scaling.py

@@ -360,18 +360,18 @@ void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weigh
 }
 
 #if RECSYS_MOE_AMX
-// A layer by AMX tiles. Pieces that follow each other may read the same rows, which are packed once.
+// A layer by AMX tiles. Rows that several pieces read are packed once.
 template <typename Y>
 void tiles_layer_all(const std::vector<Piece<bf16, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation) {
   const int64_t units = weight.size(1), depth = weight.size(2), size = batch_panel_words(depth);
   struct Panel { const bf16* A; int64_t stride, rows; };
   std::vector<Panel> batch;
   std::vector<int64_t> first_panel;  // of a piece
-  for (size_t i = 0; i < pieces.size(); ++i) {
-    const auto& p = pieces[i];
-    const bool again = i && pieces[i - 1].A == p.A && pieces[i - 1].rows == p.rows;
-    first_panel.push_back(again ? first_panel.back() : batch.size());
-    for (int64_t r = 0; r < p.rows && !again; r += kPanel) batch.push_back({p.A + r * p.stride, p.stride, p.rows - r});
+  std::map<std::pair<const bf16*, int64_t>, int64_t> known;
+  for (const auto& p : pieces) {
+    const auto [found, fresh] = known.emplace(std::pair(p.A, p.rows), batch.size());
+    first_panel.push_back(found->second);
+    for (int64_t r = 0; r < p.rows && fresh; r += kPanel) batch.push_back({p.A + r * p.stride, p.stride, p.rows - r});
   }
   const Tensor packed = at::empty({static_cast<int64_t>(batch.size()) * size}, at::kFloat);
   float* to = packed.data_ptr<float>();
@@ -608,9 +608,14 @@ Tensor dense_forward(const Tensor& x, const OptionalTensor& gate, const Tensor& 
       const int64_t rows = std::min(kBlock, b - begin);
       std::vector<std::vector<T>> copies(in.groups);
       std::vector<std::pair<const T*, int64_t>> A(in.groups);
+      std::vector<int64_t> first(in.groups);  // group that reads the same
+      for (int64_t g = 0; g < in.groups; ++g)
+        while (first[g] < g && !in.same(g, first[g])) ++first[g];
       at::parallel_for(0, in.groups, grain(rows * d), [&](int64_t from, int64_t to) {
-        for (int64_t g = from; g < to; ++g) A[g] = in.template rows<X, T>(begin, begin + rows, g, copies[g]);
+        for (int64_t g = from; g < to; ++g)
+          if (first[g] == g) A[g] = in.template rows<X, T>(begin, begin + rows, g, copies[g]);
       });
+      for (int64_t g = 0; g < in.groups; ++g) A[g] = A[first[g]];
       std::vector<Piece<T, T>> pieces;
       for (int64_t e = 0; e < experts; ++e) {
         const auto [a, stride] = A[e / group];

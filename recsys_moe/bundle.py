@@ -11,6 +11,7 @@
 No pickle: loading a bundle runs no code from it.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -107,6 +108,13 @@ class Bundle:
     @property
     def schema(self) -> Schema:
         return self.transform.schema
+
+
+def weights_digest(folder: Path) -> str:
+    """A bundle's family and a digest of its weights, as `home:0a1b2c3d4e5f`."""
+    with (folder / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return f"{read_description(folder)[0].model.name}:{digest}"
 
 
 def save_bundle(

@@ -621,6 +621,28 @@ def serve(
         serve_forever(shelf.served, _section(config, "serve"), ready, shelf.refresh)
 
 
+@app.command(epilog="Example: `recsys-moe replay features/ --json`")
+def replay(
+    log: Annotated[Path, typer.Argument(help="The folder that `serve.feature_log` names, or one of its files.")],
+    model: Annotated[Path | None, typer.Option(help="The bundle's folder; the one that served, unless said.")] = None,
+    json: Json = False,
+) -> None:
+    """Score a feature log again, from the features as they were served: the scores must be the same bits."""
+    from dataclasses import asdict
+
+    from recsys_moe.console import print_json, stdout
+    from recsys_moe.replay import replay as run
+
+    found = run(log, model)
+    stdout.print(f"{found.rows:,} rows of {found.files:,} files: {found.differ:,} differ (at most by {found.difference:.3g})")
+    if json:
+        print_json(asdict(found))
+    if found.differ:
+        raise UserError(
+            f"{found.differ:,} of {found.rows:,} rows have other scores now; see whether processor or library changed"
+        )
+
+
 @app.command(epilog="Example: `recsys-moe demo --rows 200000`")
 def demo(
     rows: Annotated[int, typer.Option(min=10_000, help="Synthetic log rows.")] = 200_000,

@@ -87,6 +87,12 @@ class MLPExperts(nn.Module):
             invariant=self._invariant(),
         )
 
+    def freeze(self) -> None:
+        """Keep the weights in the products' precision alone, for inference from now on."""
+        for weight in self.weights:
+            weight.requires_grad_(False)
+            weight.data = weight.data.to(self.dtype)
+
     def _invariant(self) -> bool:
         """At inference a row's result must not depend on the rows that come with it."""
         return not (self.training or torch.is_grad_enabled())

@@ -14,6 +14,7 @@ import torch
 from recsys_moe.bundle import Bundle
 from recsys_moe.embeddings import jagged_tensors
 from recsys_moe.errors import UserError
+from recsys_moe.experts import MLPExperts
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.metrics import TaskMetrics
 from recsys_moe.routing import RoutingPlan
@@ -27,6 +28,9 @@ class Predictor:
 
     def __init__(self, folder: Path) -> None:
         self.bundle = Bundle(folder)
+        for module in self.bundle.model.modules():
+            if isinstance(module, MLPExperts):
+                module.freeze()
 
     @property
     def score_names(self) -> tuple[str, ...]:

@@ -8,9 +8,10 @@ Fitting is a sum over chunks: `PartialStatistics.of(table)` anywhere, `merge` in
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, partial, reduce
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -40,6 +41,9 @@ Columns = Mapping[str, pa.ChunkedArray]
 
 MISSING, UNKNOWN = 0, 1
 """Ids of a category that is null and of one that the training part does not have; the vocabulary or the buckets follow."""
+
+_FEW = 5000
+"""A table of fewer rows than this is a request's."""
 
 _SKETCH = 4096
 """Quantile points kept per chunk and column: exact while a chunk has no more distinct values than that."""
@@ -91,6 +95,17 @@ class Jagged:
     values: npt.NDArray[np.int32]
     offsets: npt.NDArray[np.int32]
 
+    def take(self, rows: npt.NDArray[np.int32]) -> "Jagged":
+        """The rows that `rows` names, the last one by −1.
+
+        >>> Jagged(np.array([5, 6, 7], np.int32), np.array([0, 2, 3], np.int32)).take(np.array([-1, 0])).values.tolist()
+        [7, 5, 6]
+        """
+        starts, lengths = self.offsets[:-1][rows], np.diff(self.offsets)[rows]
+        offsets = np.r_[0, np.cumsum(lengths)].astype(np.int32)
+        place = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return Jagged(self.values[place], offsets)
+
 
 @dataclass
 class Inputs:
@@ -101,6 +116,39 @@ class Inputs:
     ids: npt.NDArray[np.int32]
     dense: npt.NDArray[np.float32]
     lists: tuple[Jagged, ...] = ()
+
+
+def concatenate(pieces: SequenceOf[Inputs]) -> Inputs:
+    """The rows of all pieces, one piece after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    lists = []
+    for parts in zip(*(piece.lists for piece in pieces), strict=True):
+        ends = np.cumsum([0, *(len(part.values) for part in parts)])
+        offsets = [part.offsets[1:] + end for part, end in zip(parts, ends, strict=False)]
+        lists.append(Jagged(np.concatenate([part.values for part in parts]), np.concatenate([[0], *offsets]).astype(np.int32)))
+    ids, dense = (np.concatenate([getattr(piece, name) for piece in pieces], 1) for name in ("ids", "dense"))
+    return Inputs(ids, dense, tuple(lists))
+
+
+@dataclass
+class Encoded:
+    """What becomes of one feature's column of N rows, before the features are put together; what its kind has not is None.
+
+    `ids` int32 `[N]` (a category, a number's bucket), `dense` float32 `[k, N]` (a number and, where asked for, whether it is
+    missing; a vector), `hashes` and `null` `[N]` (of what crosses read, or has rows of its own), `lists` (many ids a row).
+    """
+
+    ids: Any = None
+    dense: Any = None
+    hashes: Any = None
+    null: Any = None
+    lists: Jagged | None = None
+
+    def take(self, rows: npt.NDArray[np.int32]) -> "Encoded":
+        """The rows that `rows` `[M]` names, the last one by −1."""
+        ids, dense, hashes, null = (None if e is None else e[..., rows] for e in (self.ids, self.dense, self.hashes, self.null))
+        return Encoded(ids, dense, hashes, null, None if self.lists is None else self.lists.take(rows))
 
 
 @dataclass(frozen=True)
@@ -118,9 +166,16 @@ class Vocabulary:
 
     def __init__(self, values: tuple[str, ...]) -> None:
         self.cardinality = len(values) + 2
-        self._values = pa.array(values, pa.string())
+        self._texts, self._values = values, pa.array(values, pa.string())
+
+    @cached_property
+    def _ids(self) -> dict[str | None, int]:
+        return {None: MISSING, **{text: place + 2 for place, text in enumerate(self._texts)}}
 
     def __call__(self, texts: pa.Array) -> npt.NDArray[np.int32]:
+        if len(texts) < _FEW:  # Arrow numbers the whole vocabulary in each call
+            found = self._ids
+            return np.array([found.get(text, UNKNOWN) for text in texts.to_pylist()], np.int32)
         position = pc.fill_null(pc.index_in(texts, value_set=self._values), UNKNOWN - 2).to_numpy()
         missing = pc.is_null(texts).to_numpy(zero_copy_only=False)
         ids: npt.NDArray[np.int32] = np.where(missing, MISSING, position + 2)
@@ -162,13 +217,14 @@ class Transform:
             return Buckets(buckets) if buckets else Vocabulary(vocabularies[feature.name])
 
         own = [f for f in schema.features if isinstance(f, Hashed) and f.collisions == "none"]
-        self._single = [(f, encoder(f)) for f in schema.features if isinstance(f, Categorical | Hashed) and f not in own]
+        single = [(f, encoder(f)) for f in schema.features if isinstance(f, Categorical | Hashed) and f not in own]
+        self._single = [f for f, _ in single]
         self._crosses = [(f, Buckets(f.buckets)) for f in schema.features if isinstance(f, Cross)]
         self._lists = [(f, encoder(f)) for f in schema.features if isinstance(f, Multi | Sequence)]
         self._numeric = [(f, numeric[f.name]) for f in schema.features if isinstance(f, Numeric)]
         self._embeddings = [f for f in schema.features if isinstance(f, Embedding)]
         bucketed = [(f, s) for f, s in self._numeric if f.buckets]
-        one_id = [*self._single, *self._crosses]
+        one_id = [*single, *self._crosses]
         self.sparse_names = [f.name for f, _ in one_id] + [f.name + BUCKET_SUFFIX for f, _ in bucketed]
         self.cardinalities = [e.cardinality for _, e in one_id] + [len(s.boundaries) + 2 for _, s in bucketed]
         self.own_rows = [f.name for f in own]
@@ -180,6 +236,14 @@ class Transform:
         self.dense_names += [f.name + MISSING_SUFFIX for f, _ in self._numeric if f.missing_indicator]
         self.dense_names += [f"{f.name}.{i}" for f in self._embeddings for i in range(f.dim)]
         self.lists = [ListInput(f.name, encoder.cardinality, f.pooling, f.max_length) for f, encoder in self._lists]
+        crossed = {name for cross, _ in self._crosses for name in cross.of}
+        self._encoders: dict[str, Callable[[pa.ChunkedArray], Encoded]] = {
+            **{f.name: partial(self._category, name=f.name, encoder=e, hashed=f.name in crossed) for f, e in single},
+            **{f.name: partial(self._category, name=f.name, encoder=None, hashed=True) for f in own},
+            **{f.name: partial(self._number, number=f, fitted=s) for f, s in self._numeric},
+            **{f.name: partial(_vector, feature=f) for f in self._embeddings},
+            **{f.name: partial(_list, feature=f, encoder=e) for f, e in self._lists},
+        }
 
     def __call__(self, table: pa.Table) -> Inputs:
         """Transform the rows of `table`, which has at least the feature columns.
@@ -196,55 +260,71 @@ class Transform:
         Raises:
             UserError: a value of the wrong kind; names the column and the value.
         """
+        return self.assemble({name: self.encode(name, columns[name]) for name in self.schema.feature_columns}, rows)
+
+    def encode(self, name: str, column: pa.ChunkedArray | pa.Array) -> Encoded:
+        """What a feature's column becomes by itself.
+
+        Raises:
+            UserError: a value of the wrong kind; names the column and the value.
+        """
+        return self._encoders[name](column)
+
+    def assemble(self, encoded: Mapping[str, Encoded], rows: int) -> Inputs:
+        """The inputs of `rows` rows, from what their columns have become; one of a single row counts for all."""
         ids = np.empty((len(self.id_names), rows), np.int32)
         dense = np.empty((len(self.dense_names), rows), np.float32)
-        self._write_categories(columns, ids)
-        self._write_numbers(columns, ids[len(self._single) + len(self._crosses) :], dense)
-        low = len(self.dense_names)
-        for vector in reversed(self._embeddings):
-            high, low = low, low - vector.dim
-            dense[low:high] = as_vectors(columns[vector.name], vector.name, vector.dim).T
-        lists = (_jagged(columns, feature, encoder) for feature, encoder in self._lists)
-        return Inputs(ids, dense, tuple(_repeated(found, rows) for found in lists))
-
-    def _write_categories(self, table: Columns, ids: npt.NDArray[np.int32]) -> None:
-        crossed = {name for cross, _ in self._crosses for name in cross.of}
-        hashes: dict[str, tuple[Hashes, npt.NDArray[np.bool_]]] = {}
-        for row, (feature, encoder) in enumerate(self._single):
-            texts = as_category(table[feature.name], feature.name)
-            ids[row] = encoder(texts)
-            if feature.name in crossed:
-                hashes[feature.name] = _hash_column(texts)
-        for name in self.own_rows:
-            hashes[name] = _hash_column(as_category(table[name], name))
-        for row, (cross, buckets) in enumerate(self._crosses, len(self._single)):
-            parts, missing = zip(*(hashes[name] for name in cross.of), strict=True)
-            ids[row] = buckets.of_hashes(combine(parts), reduce(np.logical_or, missing))
-        # int64 ids of all would double a batch; two int32 ones of few do not.
-        for row, name in enumerate(self.own_rows):
-            found, null = hashes[name]
-            found = np.where(null, MISSING, np.maximum(found, 1)).astype("<u8")
-            low = len(self.id_names) - 2 * (len(self.own_rows) - row)
-            ids[low : low + 2] = found.view("<i4").reshape(-1, 2).T
-
-    def _write_numbers(self, table: Columns, ids: npt.NDArray[np.int32], dense: npt.NDArray[np.float32]) -> None:
-        next_id, next_flag = 0, len(self._numeric)
-        for row, (number, fitted) in enumerate(self._numeric):
-            x = as_number(table[number.name], number.name)
-            missing = np.isnan(x)
-            if number.buckets:
-                bucket = np.searchsorted(np.asarray(fitted.boundaries), x, side="right") + 1
-                ids[next_id] = np.where(missing, MISSING, bucket)
-                next_id += 1
+        for row, feature in enumerate(self._single):
+            ids[row] = encoded[feature.name].ids
+        row = len(self._single)
+        for cross, buckets in self._crosses:
+            parts = [encoded[name] for name in cross.of]
+            ids[row] = buckets.of_hashes(
+                combine([part.hashes for part in parts]),
+                reduce(np.logical_or, [part.null for part in parts]),
+            )
+            row += 1
+        flag = len(self._numeric)
+        for place, (number, _) in enumerate(self._numeric):
+            found = encoded[number.name]
+            dense[place] = found.dense[0]
             if number.missing_indicator:
-                dense[next_flag] = missing
-                next_flag += 1
-            x = signed_log1p(x) if number.log1p else x
-            x = (x - fitted.mean) / fitted.std if number.standardise else x
-            x = np.where(missing, 0.0, x)
-            if np.abs(x).max(initial=0) > np.finfo(np.float32).max:
-                raise UserError(f"column {number.name!r} holds a value too large for float32; replace it by null")
-            dense[row] = x
+                dense[flag] = found.dense[1]
+                flag += 1
+            if number.buckets:
+                ids[row] = found.ids
+                row += 1
+        for vector in self._embeddings:
+            dense[flag : flag + vector.dim] = encoded[vector.name].dense
+            flag += vector.dim
+        # int64 ids of all would double a batch; two int32 ones of few do not.
+        for name in self.own_rows:
+            found = encoded[name]
+            halves = np.where(found.null, MISSING, np.maximum(found.hashes, 1)).astype("<u8")
+            ids[row : row + 2] = halves.view("<i4").reshape(-1, 2).T
+            row += 2
+        lists = (encoded[feature.name].lists for feature, _ in self._lists)
+        return Inputs(ids, dense, tuple(_repeated(found, rows) for found in lists if found is not None))
+
+    def _category(self, column: pa.ChunkedArray, name: str, encoder: Vocabulary | Buckets | None, hashed: bool) -> Encoded:
+        texts = as_category(column, name)
+        hashes, null = _hash_column(texts) if hashed else (None, None)
+        return Encoded(ids=None if encoder is None else encoder(texts), hashes=hashes, null=null)
+
+    def _number(self, column: pa.ChunkedArray, number: Numeric, fitted: NumericStatistics) -> Encoded:
+        x = as_number(column, number.name)
+        missing = np.isnan(x)
+        bucket = None
+        if number.buckets:
+            place = np.searchsorted(np.asarray(fitted.boundaries), x, side="right") + 1
+            bucket = np.where(missing, MISSING, place).astype(np.int32)
+        x = signed_log1p(x) if number.log1p else x
+        x = (x - fitted.mean) / fitted.std if number.standardise else x
+        x = np.where(missing, 0.0, x)
+        if np.abs(x).max(initial=0) > np.finfo(np.float32).max:
+            raise UserError(f"column {number.name!r} holds a value too large for float32; replace it by null")
+        dense = np.stack([x, missing]) if number.missing_indicator else x[None]
+        return Encoded(ids=bucket, dense=dense.astype(np.float32))
 
 
 def _hash_column(texts: pa.Array) -> tuple[Hashes, npt.NDArray[np.bool_]]:
@@ -255,9 +335,9 @@ def _has_vocabulary(feature: Any) -> TypeGuard[Categorical | Multi | Sequence]:
     return isinstance(feature, Categorical) or (isinstance(feature, Multi | Sequence) and not feature.buckets)
 
 
-def _list_texts(table: Columns | pa.Table, feature: Multi | Sequence) -> tuple[npt.NDArray[np.int64], pa.Array]:
+def _list_texts(column: pa.ChunkedArray, feature: Multi | Sequence) -> tuple[npt.NDArray[np.int64], pa.Array]:
     """How many values of each row the model sees, and which, on end."""
-    lengths, texts = as_lists(table[feature.name], feature.name, feature.separator)
+    lengths, texts = as_lists(column, feature.name, feature.separator)
     if isinstance(feature, Multi) and texts.null_count:
         rows = np.repeat(np.arange(len(lengths)), lengths)
         present = pc.is_valid(texts).to_numpy(zero_copy_only=False)
@@ -278,13 +358,21 @@ def _repeated(found: Jagged, rows: int) -> Jagged:
     return Jagged(np.tile(found.values, rows), offsets)
 
 
-def _jagged(table: Columns, feature: Multi | Sequence, encoder: Vocabulary | Buckets) -> Jagged:
-    lengths, texts = _list_texts(table, feature)
+def _jagged(column: pa.ChunkedArray, feature: Multi | Sequence, encoder: Vocabulary | Buckets) -> Jagged:
+    lengths, texts = _list_texts(column, feature)
     if len(texts) > np.iinfo(np.int32).max:
         raise UserError(
             f"column {feature.name!r} holds {len(texts):,} values in {len(lengths):,} rows, which is too many; set max_length"
         )
     return Jagged(encoder(texts), np.r_[0, np.cumsum(lengths)].astype(np.int32))
+
+
+def _list(column: pa.ChunkedArray, feature: Multi | Sequence, encoder: Vocabulary | Buckets) -> Encoded:
+    return Encoded(lists=_jagged(column, feature, encoder))
+
+
+def _vector(column: pa.ChunkedArray, feature: Embedding) -> Encoded:
+    return Encoded(dense=as_vectors(column, feature.name, feature.dim).T)
 
 
 class PartialStatistics:
@@ -316,7 +404,7 @@ class PartialStatistics:
                 case Categorical():
                     partial._counts[feature.name] = _count(as_category(table[feature.name], feature.name))
                 case Multi() | Sequence() if not feature.buckets:
-                    partial._counts[feature.name] = _count(_list_texts(table, feature)[1])
+                    partial._counts[feature.name] = _count(_list_texts(table[feature.name], feature)[1])
                 case Numeric():
                     x = as_number(table[feature.name], feature.name)
                     x = x[~np.isnan(x)]

@@ -1,6 +1,11 @@
-"""The scoring service on Ray Serve."""
+"""The scoring service on Ray Serve.
+
+On one machine a client talks to the replica itself: Serve's direct ingress, on the port that is configured, without a hop
+between. Serve's own proxy runs beside it, on loopback and a port of the system's choice, and nobody calls it.
+"""
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -20,7 +25,6 @@ from recsys_moe.process import keep_freed_memory, local_ray_options, neutral_dir
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.config import ServeConfig
 from recsys_moe.serving.observe import log_as_json
-from recsys_moe.serving.service import Service
 from recsys_moe.serving.watch import refreshing
 
 
@@ -37,7 +41,8 @@ def build_app(served: Path, config: ServeConfig) -> serve.Application:
     class Score:
         pass
 
-    deployment = serve.deployment(Score, name="score", max_ongoing_requests=100, ray_actor_options={"num_cpus": 1})
+    # What is too much, the replica says itself, at once (see batching.py).
+    deployment = serve.deployment(Score, name="score", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 1})
     application: serve.Application = deployment.bind()
     return application
 
@@ -56,14 +61,15 @@ def serve_forever(
         UserError: a model that can't be served, or the port is taken.
     """
     config = _with_whole_paths(config)  # replicas stand elsewhere
-    Service(served, config)  # a mistake is told here, not by a replica that keeps on dying
-    port = _free_port(config)
+    build_api(served, config).state.batcher.close()  # a mistake is told here, not by a replica that keeps on dying
+    port = _free_port(config.host, config.port)
+    _replica_listens_on(port)
     with neutral_directory() as neutral:
         with chdir(neutral):
             ray.init(**local_ray_options(object_store_mb=100))
         try:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(http_options=serve.HTTPOptions(host=config.host, port=port))
+            serve.start(http_options=serve.HTTPOptions(host=config.host, port=_free_port("127.0.0.1", 0)))
             serve.run(build_app(served.absolute(), config), name="recsys_moe", logging_config={"log_level": "WARNING"})
             # After Ray, which sets a handler of its own that prints a stack.
             stopping = threading.Event()
@@ -85,15 +91,26 @@ def _with_whole_paths(config: ServeConfig) -> ServeConfig:
     return replace(config, **whole)
 
 
-def _free_port(config: ServeConfig) -> int:
-    """The configured port, which nobody listens on; for 0 one of the system's choice."""
+def _replica_listens_on(port: int) -> None:
+    """Serve's direct ingress takes a replica's port from a range, which is this one. Its actors inherit these settings."""
+    settings = {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+    os.environ.update(settings)
+
+
+def _free_port(host: str, wanted: int) -> int:
+    """The port, which nobody listens on; for 0 one of the system's choice."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((config.host, config.port))
+            probe.bind((host, wanted))
         except OSError as error:
             raise UserError(
-                f"serve.host:port {config.host}:{config.port} can't be listened on ({error.strerror}); choose another port"
+                f"serve.host:port {host}:{wanted} can't be listened on ({error.strerror}); choose another port"
             ) from None
         port: int = probe.getsockname()[1]
         return port

@@ -3,8 +3,13 @@
 The file has a key column and feature columns, as log rows have them. In one record batch without compression nothing of it
 is read before it is asked for; otherwise it is read into memory. It is replaced, never written over (see
 `recsys_moe.serving.watch`); who still reads the old one keeps it.
+
+For each model the columns are transformed once, when model or file are new: a request takes rows of what came out.
 """
 
+import weakref
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,7 @@ import pyarrow as pa
 from recsys_moe.columns import as_category
 from recsys_moe.errors import UserError
 from recsys_moe.hashing import hash_texts
+from recsys_moe.transforms import Encoded, Transform
 
 
 class FeatureTable:
@@ -42,6 +48,7 @@ class FeatureTable:
         hashes = hash_texts(texts)
         self._rows = np.argsort(hashes, kind="stable").astype(np.int32)
         self._hashes = hashes[self._rows]
+        self._encoded = weakref.WeakKeyDictionary[Transform, Mapping[str, Encoded]]()
         again = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
         if len(again):
             twice = texts[int(self._rows[again[0]])].as_py()
@@ -50,9 +57,9 @@ class FeatureTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def names(self) -> list[str]:
-        return [name for name in self._table.column_names if name != self.key]
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._table.column_names) - {self.key}
 
     def find(self, texts: pa.Array) -> npt.NDArray[np.int32]:
         """The row of each key `[N]`, −1 where the file has none; `texts` are in the form of `as_category`."""
@@ -65,6 +72,22 @@ class FeatureTable:
         found = as_category(self._table[self.key].take(pa.array(np.maximum(rows, 0))), self.key)
         same = np.array(found.to_pylist(), object) == np.array(texts.to_pylist(), object)
         return np.where(same, rows, -1).astype(np.int32)
+
+    def encoded(self, transform: Transform) -> Mapping[str, Encoded]:
+        """A model's features among the columns, for all rows and, behind them, for a row without any value: 4 bytes for each
+        number that the model reads of a row.
+
+        Raises:
+            UserError: a value of the wrong kind; names the column and the value.
+        """
+        if transform not in self._encoded:
+            wanted = [name for name in self.names if name in transform.schema.feature_columns]
+            columns = {name: pa.chunked_array([*(c := self._table[name]).chunks, pa.nulls(1, c.type)]) for name in wanted}
+            try:
+                self._encoded[transform] = {name: transform.encode(name, column) for name, column in columns.items()}
+            except UserError as error:
+                raise UserError(f"feature file {str(self._path)!r} does not fit the model: {error}") from None
+        return self._encoded[transform]
 
     def take(self, name: str, rows: npt.NDArray[np.int32]) -> pa.ChunkedArray:
         """A column of these rows, null where the row is −1."""

@@ -1,5 +1,6 @@
 """What stands before the routes: a body's size, packed and unpacked, and one form for every failure."""
 
+import asyncio
 import logging
 from typing import Any
 
@@ -17,26 +18,34 @@ def refuse(status: int, sentence: str, headers: Any = None) -> Response:
 
 
 class LimitBody:
-    """ASGI middleware: a body larger than `max_bytes` is answered 413, however it is sent; what is packed with gzip or zstd is
-    unpacked, up to the same limit."""
+    """ASGI middleware: a body larger than `max_bytes` is answered 413, however it is sent, and one that takes longer than
+    `seconds` 408; what is packed with gzip or zstd is unpacked, up to the same limit."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
+        self.app, self.max_bytes, self.seconds = app, max_bytes, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self.max_bytes:
-                await self._too_large("body")(scope, receive, send)
-                return
+        try:
+            async with asyncio.timeout(self.seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self.max_bytes:
+                        break
+        except TimeoutError:
+            late = f"the body did not arrive within serve.body_seconds = {self.seconds:g}; send it again"
+            await refuse(408, late, {"connection": "close"})(scope, receive, send)
+            return
+        if len(body) > self.max_bytes:
+            await self._too_large("body")(scope, receive, send)
+            return
         whole = bytes(body)
         packing = dict(scope["headers"]).get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
         if packing != "identity":

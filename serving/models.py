@@ -9,24 +9,29 @@ replica that has only just started takes the next one). The first name is that o
 one `Model` and uses nothing else: a swap in its midst does not touch it.
 """
 
-import hashlib
 import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from recsys_moe.bundle import weights_digest
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.predictor import Predictor
 from recsys_moe.selftest import check
+from recsys_moe.serving.requests import to_column
+from recsys_moe.transforms import Encoded
 from recsys_moe.typed import parse, typed
 
 log = logging.getLogger(__name__)
 
 WARM_ROWS = (1, 200)
+KEPT = 20_000
 
 
 @typed
@@ -46,6 +51,22 @@ class Model:
     digest: str
     predictor: Predictor
 
+    @cached_property
+    def encode_one(self) -> Callable[[str, Any, str], Encoded]:
+        """What a single value of a feature becomes; `whose` it is, says a mistake. The latest texts and whole numbers are kept.
+
+        Raises (when called):
+            UserError: a value of the wrong kind.
+        """
+        transform = self.predictor.bundle.transform
+        features = {feature.name: feature for feature in transform.schema.features}
+
+        def encode(name: str, value: Any, whose: str) -> Encoded:
+            return transform.encode(name, pa.chunked_array([to_column([value], features[name], whose)]))
+
+        kept = lru_cache(KEPT, typed=True)(encode)
+        return lambda name, value, whose: (kept if isinstance(value, str | int) else encode)(name, value, whose)
+
     @property
     def described(self) -> dict[str, str]:
         return {"name": self.name, "version": self.version, "digest": self.digest}
@@ -59,13 +80,12 @@ def load(name: str, choice: Choice) -> Model:
     """
     folder = Path(choice.folder)
     predictor = Predictor(folder)
-    with (folder / "model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    digest = weights_digest(folder)
     check(predictor)
     columns = predictor.bundle.schema.feature_columns
     for rows in WARM_ROWS:
         predictor.score(pa.table({column: pa.nulls(rows) for column in columns}))
-    return Model(name, choice.version, f"{predictor.bundle.config.model.name}:{digest}", predictor)
+    return Model(name, choice.version, digest, predictor)
 
 
 class Models:

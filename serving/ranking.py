@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import pyarrow as pa
 
 from recsys_moe.columns import as_category
 from recsys_moe.errors import UserError, nearest
-from recsys_moe.schema import Categorical, Cross
+from recsys_moe.schema import Categorical, Cross, Feature
 from recsys_moe.serving.config import FormulaConfig, ServeConfig
 from recsys_moe.serving.features import FeatureTable
 from recsys_moe.serving.fuse import Formula
 from recsys_moe.serving.models import Model
 from recsys_moe.serving.requests import Items, RankHead, to_column
+from recsys_moe.transforms import Encoded, Inputs, Transform
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,27 @@ class Stores:
 
 @dataclass
 class Gathered:
-    """A request's feature columns: of one value where it holds for all `rows`. `ignored` are names that are no features,
-    `unknown` how many ids (the candidates' and the user's) the feature files lack."""
+    """Where each feature of a request comes from: its column, of one value where that holds for all `rows`, or a feature
+    file. `ignored` are names that are no features, `unknown` how many ids (the candidates' and the user's) the files lack."""
 
-    columns: dict[str, pa.ChunkedArray]
+    sources: "dict[str, Column | One | Lookup]"
     rows: int
     ignored: list[str]
     unknown: int
+
+    def encoded(self, transform: Transform) -> dict[str, Encoded]:
+        """What the columns become.
+
+        Raises:
+            UserError: a value of the wrong kind; names the column and the value.
+        """
+        return {name: source.encoded(name, transform) for name, source in self.sources.items()}
+
+    def table(self) -> pa.Table:
+        """The same as plain rows."""
+        columns = {name: source.column(name) for name, source in self.sources.items()}
+        every = {n: c if len(c) == self.rows else pa.repeat(c[0], self.rows) for n, c in columns.items()}
+        return pa.table(every)
 
 
 @dataclass
@@ -58,65 +74,98 @@ def gather(request: RankHead, items: Items, model: Model, config: ServeConfig, s
         UserError: a feature that is nowhere, a list of another length than `ids`, a value of the wrong kind; names it.
     """
     ids, given = items.ids, items.features
-    if len(ids) > config.max_candidates:
-        raise UserError(
-            f"candidates.ids has {len(ids):,} candidates, more than serve.max_candidates = {config.max_candidates:,}; "
-            "send fewer"
-        )
     for name, values in given.items():
         if len(values) != len(ids):
             raise UserError(
                 f"candidates.features.{name} has {len(values):,} values for {len(ids):,} candidates; send one for each, or null"
             )
-    columns, schema = dict[str, pa.ChunkedArray](), model.predictor.bundle.schema
-    of_items = _Lookup(stores.items, ids, config.item_key, "candidate {}")
-    of_user = _Lookup(stores.user, [request.user_id], config.user_key, "user_id")
+    sources, schema = dict[str, Column | One | Lookup](), model.predictor.bundle.schema
+    of_items = Lookup(stores.items, ids, config.item_key, "candidate {}")
+    of_user = Lookup(stores.user, [request.user_id], config.user_key, "user_id")
     for feature in schema.features:
         name = feature.name
         if isinstance(feature, Cross):  # of columns that others read
             continue
         if name in given:
-            values = given[name]
-            column = values if isinstance(values, pa.ChunkedArray) else to_column(values, feature, "candidate {}")
+            sources[name] = Column(given[name], feature)
         elif name in request.context:
-            column = to_column([request.context[name]], feature, "context")
+            sources[name] = One(request.context[name], "context", model)
         elif name in request.user:
-            column = to_column([request.user[name]], feature, "user")
+            sources[name] = One(request.user[name], "user", model)
         elif name == config.item_key:
-            column = to_column(ids, feature, "candidate {}")
+            sources[name] = Column(ids, feature)
         elif name == config.user_key:
-            column = to_column([request.user_id], feature, "user_id")
+            sources[name] = One(request.user_id, "user_id", model)
         elif name in of_items:
-            column = of_items.column(name)
+            sources[name] = of_items
         elif name in of_user:
-            column = of_user.column(name)
+            sources[name] = of_user
         else:
             raise _missing(name, [*given, *request.context, *request.user])
-        columns[name] = column if isinstance(column, pa.ChunkedArray) else pa.chunked_array([column])
     sent = dict.fromkeys([*given, *request.context, *request.user])
-    return Gathered(columns, len(ids), [n for n in sent if n not in columns], of_items.unknown + of_user.unknown)
+    found = [lookup for lookup in (of_items, of_user) if lookup in sources.values()]
+    return Gathered(sources, len(ids), [n for n in sent if n not in sources], sum(lookup.unknown for lookup in found))
 
 
-class _Lookup:
-    """The columns of a feature file for some ids, which are looked up when the first column is asked for."""
+@dataclass
+class Column:
+    """A value for each candidate, as JSON or Arrow has them."""
+
+    values: Sequence[Any] | pa.ChunkedArray
+    feature: Feature
+
+    def encoded(self, name: str, transform: Transform) -> Encoded:
+        return transform.encode(name, self.column(name))
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        if isinstance(self.values, pa.ChunkedArray):
+            return self.values
+        return pa.chunked_array([to_column(self.values, self.feature, "candidate {}")])
+
+
+@dataclass
+class One:
+    """A value that holds for all candidates."""
+
+    value: Any
+    whose: str
+    model: Model
+
+    def encoded(self, name: str, transform: Transform) -> Encoded:
+        return self.model.encode_one(name, self.value, self.whose)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        (feature,) = [f for f in self.model.predictor.bundle.schema.features if f.name == name]
+        return pa.chunked_array([to_column([self.value], feature, self.whose)])
+
+
+class Lookup:
+    """The columns of a feature file for some ids, which are looked up when they are first needed."""
 
     def __init__(self, table: FeatureTable | None, ids: Sequence[Any], key: str | None, whose: str) -> None:
         self._table, self._ids, self._key, self._whose = table, ids, key or "", whose
-        self._rows: npt.NDArray[np.int32] | None = None
 
     def __contains__(self, name: str) -> bool:
         return self._table is not None and name in self._table.names
 
+    @cached_property
+    def _rows(self) -> npt.NDArray[np.int32]:
+        assert self._table is not None
+        ids = to_column(self._ids, Categorical(self._key, "categorical"), self._whose)
+        return self._table.find(as_category(ids, self._key))
+
+    def encoded(self, name: str, transform: Transform) -> Encoded:
+        """What a feature's column becomes, looked up where it has been computed."""
+        assert self._table is not None
+        return self._table.encoded(transform)[name].take(self._rows)
+
     def column(self, name: str) -> pa.ChunkedArray:
         assert self._table is not None
-        if self._rows is None:
-            ids = to_column(self._ids, Categorical(self._key, "categorical"), self._whose)
-            self._rows = self._table.find(as_category(ids, self._key))
         return self._table.take(name, self._rows)
 
     @property
     def unknown(self) -> int:
-        return 0 if self._rows is None else int((self._rows < 0).sum())
+        return int((self._rows < 0).sum())
 
 
 def _missing(name: str, sent: list[str]) -> UserError:
@@ -128,14 +177,14 @@ def _missing(name: str, sent: list[str]) -> UserError:
     )
 
 
-def score(gathered: Gathered, model: Model) -> npt.NDArray[np.float32]:
-    """Scores `[S, N]`: a column of one value is transformed once.
+def inputs_of(gathered: Gathered, model: Model) -> Inputs:
+    """What the model reads of a request's rows: a column of one value is transformed once.
 
     Raises:
         UserError: a value of the wrong kind; names the column and the value.
     """
-    predictor = model.predictor
-    return predictor.score_inputs(predictor.bundle.transform.of_columns(gathered.columns, gathered.rows))
+    transform = model.predictor.bundle.transform
+    return transform.assemble(gathered.encoded(transform), gathered.rows)
 
 
 def wanted_scores(request: RankHead, model: Model) -> list[str]:

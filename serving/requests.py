@@ -17,7 +17,6 @@ from recsys_moe.schema import Feature as AnyFeature
 from recsys_moe.schema import Sequence as SequenceFeature
 from recsys_moe.serving.config import FormulaConfig
 
-Value = str | float | int | bool | None
 Id = StrictStr | StrictInt
 Form = TypeVar("Form", bound=BaseModel)
 
@@ -29,7 +28,7 @@ class ScoreRequest(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid")
-    rows: Annotated[list[dict[str, Value | list[Value]]], Field(min_length=1)]
+    rows: Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
 class ScoreResponse(BaseModel):

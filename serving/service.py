@@ -1,7 +1,5 @@
 """Everything behind the routes, without HTTP: the models, the formula, and what becomes of a request."""
 
-import logging
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,13 @@ import yaml
 from recsys_moe import typed
 from recsys_moe.errors import UserError
 from recsys_moe.serving.config import FormulaConfig, ServeConfig
+from recsys_moe.serving.featurelog import FeatureLog
 from recsys_moe.serving.features import FeatureTable
 from recsys_moe.serving.fuse import Formula
 from recsys_moe.serving.metrics import Metrics
 from recsys_moe.serving.models import Model, Models
-from recsys_moe.serving.ranking import Stores, Timer, answer, formula_of, gather, score
-from recsys_moe.serving.requests import Items, RankHead, ScoreRequest, rows_to_table
-from recsys_moe.serving.traffic import route, shadow_of
+from recsys_moe.serving.ranking import Stores
 from recsys_moe.serving.watch import Watched
-
-log = logging.getLogger(__name__)
 
 
 class Service:
@@ -33,12 +28,19 @@ class Service:
     def __init__(self, served: Path, config: ServeConfig) -> None:
         self.config, self.metrics = config, Metrics()
         self._file = Watched(Path(config.formula_file), self._read_formula) if config.formula_file else None
-        self._items = _feature_file(config.item_features, config.item_key)
-        self._users = _feature_file(config.user_features, config.user_key)
-        self.models = Models(served, lambda model: Formula(self.formula, model.predictor.score_names))
+        self._items = self._feature_file(config.item_features, config.item_key)
+        self._users = self._feature_file(config.user_features, config.user_key)
+        self.models = Models(served, self._check_fit)
+        self.features = FeatureLog(Path(config.feature_log)) if config.feature_log else None
         for diverted in (config.canary, config.shadow):
             if diverted is not None:
                 self.models.find(diverted.model)
+
+    def _check_fit(self, model: Model) -> None:
+        Formula(self.formula, model.predictor.score_names)
+        for table in (self.stores.items, self.stores.user):
+            if table is not None:
+                table.encoded(model.predictor.bundle.transform)  # so that no request has to wait for it
 
     @property
     def formula(self) -> FormulaConfig:
@@ -47,15 +49,25 @@ class Service:
     @property
     def refreshed(self) -> list[Callable[[], None]]:
         """What looks for changes."""
-        return [self.models.refresh, *(file.refresh for file in self._files)]
+        log_of_features = [self.features.refresh] if self.features else []
+        return [self.models.refresh, *(file.refresh for file in self._files), *log_of_features]
 
     @property
     def _files(self) -> list[Watched[Any]]:
         return [file for file in (self._file, self._items, self._users) if file]
 
     @property
-    def _stores(self) -> Stores:
+    def stores(self) -> Stores:
         return Stores(self._items.value if self._items else None, self._users.value if self._users else None)
+
+    def _feature_file(self, path: str | None, key: str | None) -> Watched[FeatureTable] | None:
+        def read(file: Path) -> FeatureTable:
+            table = FeatureTable(file, key or "")
+            for model in self.models.all() if hasattr(self, "models") else ():
+                table.encoded(model.predictor.bundle.transform)
+            return table
+
+        return Watched(Path(path), read) if path else None
 
     def _read_formula(self, path: Path) -> FormulaConfig:
         try:
@@ -67,56 +79,6 @@ class Service:
         for model in self.models.all() if hasattr(self, "models") else ():
             Formula(formula, model.predictor.score_names)
         return formula
-
-    def score(self, request: ScoreRequest) -> dict[str, Any]:
-        """Scores of plain rows, by the first model."""
-        if len(request.rows) > self.config.max_rows:
-            raise UserError(f"{len(request.rows):,} rows are more than serve.max_rows = {self.config.max_rows:,}; send fewer")
-        model = self.models.find(None)
-        predictor = model.predictor
-        scores = predictor.score(rows_to_table(request.rows, predictor.bundle.schema))
-        return {"model": model.digest, "scores": {t: s.tolist() for t, s in zip(predictor.score_names, scores, strict=True)}}
-
-    def rank(self, body: bytes, parse: Callable[[bytes], tuple[RankHead, Items]]) -> dict[str, Any]:
-        """The answer to a ranking request, which `parse` reads, as `requests.RankResponse` has it.
-
-        Raises:
-            UserError: the request can't be answered; says why.
-        """
-        timer = Timer()
-        request, items = parse(body)
-        timer.ended("parse")
-        request_id = request.request_id or secrets.token_hex(8)
-        key = str(request_id if request.user_id is None else request.user_id)
-        model, stores = self.models.find(route(request.model, key, self.config.canary)), self._stores
-        formula = formula_of(request, model, self.formula, self.config)
-        gathered = gather(request, items, model, self.config, stores)
-        timer.ended("features")
-        scores = score(gathered, model)
-        timer.ended("score")
-        result = answer(request, items, model, scores, formula(scores))
-        timer.ended("rank")
-        shadow = shadow_of(key, self.config.shadow)
-        if shadow is not None:
-            self._score_unseen(request, items, request_id, self.models.find(shadow))
-        self.metrics.ranked(model, scores, timer.ms, gathered.unknown)
-        told = {
-            "candidates": gathered.rows,
-            "ignored": gathered.ignored,
-            "unknown_ids": gathered.unknown,
-            "timings_ms": timer.ms,
-        }
-        return {"request_id": request_id, **result, **told}
-
-    def _score_unseen(self, request: RankHead, items: Items, request_id: str, model: Model) -> None:
-        """Score a request with the shadow model as well, whose scores are logged, in the request's order."""
-        try:
-            scores = score(gather(request, items, model, self.config, self._stores), model)
-        except UserError as error:
-            log.warning("shadow %s can't score request %s: %s", model.name, request_id, error)
-            return
-        rounded = {n: [float(f"{x:.6g}") for x in s.tolist()] for n, s in zip(model.predictor.score_names, scores, strict=True)}
-        log.info("shadow", extra={"told": {"shadow": model.described, "request_id": request_id, "scores": rounded}})
 
     def describe(self, name: str | None = None) -> dict[str, Any]:
         """What a model is: tasks, features, metrics."""
@@ -143,7 +105,3 @@ class Service:
             "models": [model.described | {"refused": self.models.refused.get(model.name, {})} for model in self.models.all()],
             "refused": [file.refused for file in self._files if file.refused],
         }
-
-
-def _feature_file(path: str | None, key: str | None) -> Watched[FeatureTable] | None:
-    return Watched(Path(path), lambda file: FeatureTable(file, key or "")) if path else None

@@ -33,6 +33,7 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
 
 def samples(client: TestClient) -> dict[tuple[str, ...], float]:
     """Every sample by its name and labels."""
+    client.app.state.batcher.settle()  # type: ignore[attr-defined]  # what follows an answer is counted behind it
     families = text_string_to_metric_families(client.get("/metrics").text)
     return {(s.name, *(v for _, v in sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 

@@ -63,7 +63,7 @@ def test_scores_are_the_bits_of_plain_rows_and_the_order_is_the_formulas(client:
     assert answer["scores"] == {"click": click[order].tolist(), "buy": buy[order].tolist()}
     np.testing.assert_allclose(answer["fused"], fused[order], rtol=1e-15)
     assert answer["model"]["name"] == "bundle"
-    assert set(answer["timings_ms"]) == {"parse", "features", "score", "rank"}
+    assert set(answer["timings_ms"]) == {"parse", "wait", "features", "score", "rank"}
 
 
 def test_tasks_and_top_n_choose_what_is_returned(client: TestClient) -> None:
@@ -98,8 +98,9 @@ def test_a_user_is_transformed_once(client: TestClient, monkeypatch: pytest.Monk
         return as_category(column, name)
 
     monkeypatch.setattr("recsys_moe.transforms.as_category", watched)
-    rank(client)
-    assert seen == [("colour", 1)]
+    for _ in range(2):
+        rank(client, user={"colour": "not seen before"})
+    assert seen == [("colour", 1)]  # and kept
 
 
 @pytest.mark.parametrize(

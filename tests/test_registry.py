@@ -199,7 +199,7 @@ def test_a_request_names_its_model_or_gets_a_canary_by_user(
         by_user = {user: version(user_id=user) for user in range(20)}
         assert set(by_user.values()) == {"0", "1"}
         assert by_user == {user: version(user_id=str(user), request_id=f"again {user}") for user in range(20)}
-        shadows = [record.__dict__["told"] for record in caplog.records if record.message == "shadow"]
+    shadows = [record.__dict__["told"] for record in caplog.records if record.message == "shadow"]
     assert len(shadows) == 43
     expected = Predictor(bundles[2]).score(pa.table({"colour": ["red"] * 3, "price": [1.0, 2.0, 3.0]}))
     assert {s["shadow"]["version"] for s in shadows} == {"2"}
