@@ -50,7 +50,7 @@ inline void multiply_add(Vec& sum, float a, Vec b) {
 }
 
 template <typename T, int Rows, typename F>
-inline void tile(const char* a, int64_t stride, const float* panel, int64_t depth, int64_t row, F&& done) {
+inline void tile(const char* a, int64_t stride, const float* panel, int64_t next, int64_t depth, int64_t row, F&& done) {
   if constexpr (requires { done.prefetch(row); })
     for (int i = 0; i < Rows; ++i) done.prefetch(row + i);
   Vec sum[Rows][kPanelVecs] = {};
@@ -58,7 +58,7 @@ inline void tile(const char* a, int64_t stride, const float* panel, int64_t dept
   for (int i = 0; i < Rows; ++i) at[i] = a + i * stride;
   for (int64_t k = 0; k < depth; ++k) {
     Vec b[kPanelVecs];
-    for (int v = 0; v < kPanelVecs; ++v) b[v] = load(panel + k * kPanel + v * kLanes);
+    for (int v = 0; v < kPanelVecs; ++v) b[v] = load(panel + k * next + v * kLanes);
     for (int i = 0; i < Rows; ++i) {
       float word;
       std::memcpy(&word, at[i] + k * sizeof(float), sizeof word);
@@ -71,10 +71,11 @@ inline void tile(const char* a, int64_t stride, const float* panel, int64_t dept
   for (int i = 0; i < Rows; ++i) done(row + i, static_cast<const float*>(out + i * kPanel));
 }
 
-// `rows` rows of A, `stride` elements apart, times one packed panel of `depth` words. done(row, sums[kPanel]) for each row in order;
-// done.prefetch(row), where there is one, is called for a tile's rows before its sums are taken.
+// `rows` rows of A, `stride` elements apart, times one panel of `depth` words, whose rows lie `next` words behind each other (a
+// packed one's: kPanel; bf16 panels are always packed). done(row, sums[kPanel]) for each row in order; done.prefetch(row), where there
+// is one, is called for a tile's rows before its sums are taken.
 template <typename T, typename F>
-void multiply(const T* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done) {
+void multiply(const T* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done, int64_t next = kPanel) {
   const char* p = reinterpret_cast<const char*>(a);
   const int64_t bytes = stride * sizeof(T);
 #if RECSYS_MOE_AMX
@@ -82,11 +83,11 @@ void multiply(const T* a, int64_t stride, int64_t rows, const float* panel, int6
     if (amx()) return multiply_tiles(p, bytes, rows, panel, depth, done);
 #endif
   int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows) tile<T, kTileRows>(p + m * bytes, bytes, panel, depth, m, done);
+  for (; m + kTileRows <= rows; m += kTileRows) tile<T, kTileRows>(p + m * bytes, bytes, panel, next, depth, m, done);
   auto rest = [&](auto count) {
     constexpr int Rows = decltype(count)::value;
     if (m + Rows > rows) return;
-    tile<T, Rows>(p + m * bytes, bytes, panel, depth, m, done);
+    tile<T, Rows>(p + m * bytes, bytes, panel, next, depth, m, done);
     m += Rows;
   };
   rest(std::integral_constant<int, 8>{});
