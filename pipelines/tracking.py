@@ -124,8 +124,8 @@ def open_client(uri: str) -> "MlflowClient":
 
     from mlflow.tracking import MlflowClient
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("mlflow", "alembic"):  # whose errors are tracebacks: what fails is told in a sentence
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     database = sqlite_file(uri)
     with answering(uri), _alone_with(database) if database else nullcontext():
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
