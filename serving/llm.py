@@ -199,6 +199,11 @@ def build_llm_api(model: LanguageModel, tokenizer: Tokenizer, name: str, config:
             )
         return refuse(error.status_code, "the body can't be read as JSON (UTF-8, no deep nesting, numbers below 4,300 digits)")
 
+    def check_choices(body: GenerationRequest, prompts: int) -> None:
+        choices = prompts * (body.n or 1)
+        if choices > config.max_choices:
+            raise ApiError(400, f"{choices} choices are asked for, more than {config.max_choices}; send fewer at a time", "n")
+
     def check_model(asked: str) -> None:
         if asked != name:
             raise ApiError(404, f"the model {asked[:80]!r} is not served here; ask for {name!r}", "model", "model_not_found")
@@ -212,9 +217,6 @@ def build_llm_api(model: LanguageModel, tokenizer: Tokenizer, name: str, config:
         score_prompt: bool = False,
     ) -> list[llm.Request]:
         """A request to the engine for each choice; without `max_tokens`, to the end of the context."""
-        choices = len(prompts) * (body.n or 1)
-        if choices > config.max_choices:
-            raise ApiError(400, f"{choices} choices are asked for, more than {config.max_choices}; send fewer at a time", "n")
         seed = secrets.randbits(62) if body.seed is None else body.seed
         # A tenant is whoever sends the same key.
         key = hashlib.sha256(request.headers.get("authorization", "").encode()).digest()
@@ -257,6 +259,7 @@ def build_llm_api(model: LanguageModel, tokenizer: Tokenizer, name: str, config:
         check_model(body.model)
         if not body.prompts:
             raise ApiError(400, "'prompt' is empty; send a text, or tokens", "prompt")
+        check_choices(body, len(body.prompts))
         prompts = [await tokens_of(tokenizer, prompt) for prompt in body.prompts]
         most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         scored = body.echo and body.logprobs is not None
@@ -268,6 +271,7 @@ def build_llm_api(model: LanguageModel, tokenizer: Tokenizer, name: str, config:
     @api.post("/v1/chat/completions", summary="Go on with a conversation")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check_model(body.model)
+        check_choices(body, 1)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         prompt = await asyncio.to_thread(tokenizer.chat, messages)
         top = (body.top_logprobs or 0) if body.logprobs else None
