@@ -77,7 +77,7 @@ def test_a_bad_body_is_a_4xx_in_no_time(client: TestClient, path: str, body: byt
 
 @pytest.mark.parametrize("packing", ["gzip", "zstd"])
 def test_a_bomb_is_not_unpacked(client: TestClient, packing: str) -> None:
-    large = b" " * 2**30
+    large = b" " * 2**26
     bomb = gzip.compress(large, 1) if packing == "gzip" else pa.compress(large, "zstd", asbytes=True)
     del large
     before = pa.total_allocated_bytes()
