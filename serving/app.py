@@ -4,27 +4,21 @@ On one machine a client talks to the replica itself: Serve's direct ingress, on 
 between. Serve's own proxy runs beside it, on loopback and a port of the system's choice, and nobody calls it.
 """
 
-import logging
 import os
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable
-from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from fastapi import FastAPI
 from ray import serve
 
-from recsys_moe.errors import UserError
-from recsys_moe.process import keep_freed_memory, local_ray_options, neutral_directory, use_all_cores
+from recsys_moe.process import keep_freed_memory, use_all_cores
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.config import ServeConfig
 from recsys_moe.serving.observe import log_as_json
+from recsys_moe.serving.running import free_port, running
 from recsys_moe.serving.watch import refreshing
 
 
@@ -62,26 +56,14 @@ def serve_forever(
     """
     config = _with_whole_paths(config)  # replicas stand elsewhere
     build_api(served, config).state.batcher.close()  # a mistake is told here, not by a replica that keeps on dying
-    port = _free_port(config.host, config.port)
+    port = free_port(config.host, config.port)
     _replica_listens_on(port)
-    with neutral_directory() as neutral:
-        with chdir(neutral):
-            ray.init(**local_ray_options(object_store_mb=100))
-        try:
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(http_options=serve.HTTPOptions(host=config.host, port=_free_port("127.0.0.1", 0)))
-            serve.run(build_app(served.absolute(), config), name="recsys_moe", logging_config={"log_level": "WARNING"})
-            # After Ray, which sets a handler of its own that prints a stack.
-            stopping = threading.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, frame: stopping.set())
-            ready(f"http://{config.host}:{port}")
-            with refreshing([refresh], config.poll_seconds):
-                while not stopping.is_set():
-                    time.sleep(0.2)
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+    application = build_app(served.absolute(), config)
+    with running(application, "recsys_moe", config.host, free_port("127.0.0.1", 0)) as stopping:
+        ready(f"http://{config.host}:{port}")
+        with refreshing([refresh], config.poll_seconds):
+            while not stopping.is_set():
+                time.sleep(0.2)
 
 
 def _with_whole_paths(config: ServeConfig) -> ServeConfig:
@@ -100,17 +82,3 @@ def _replica_listens_on(port: int) -> None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
     os.environ.update(settings)
-
-
-def _free_port(host: str, wanted: int) -> int:
-    """The port, which nobody listens on; for 0 one of the system's choice."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, wanted))
-        except OSError as error:
-            raise UserError(
-                f"serve.host:port {host}:{wanted} can't be listened on ({error.strerror}); choose another port"
-            ) from None
-        port: int = probe.getsockname()[1]
-        return port

@@ -40,7 +40,7 @@ class LimitBody:
                     if len(body) > self.max_bytes:
                         break
         except TimeoutError:
-            late = f"the body did not arrive within serve.body_seconds = {self.seconds:g}; send it again"
+            late = f"the body did not arrive within {self.seconds:g} s; send it again"
             await refuse(408, late, {"connection": "close"})(scope, receive, send)
             return
         if len(body) > self.max_bytes:

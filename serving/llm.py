@@ -65,7 +65,7 @@ class Tokenizer(Protocol):
 @typed
 class LLMServeConfig:
     """Where the service listens and how much it takes: sequences at once and waiting, tokens of a step, MiB of the KV cache and
-    of a body, choices of one request (its prompts times `n`).
+    of a body, seconds that a body may take to arrive, choices of one request (its prompts times `n`).
     """
 
     host: str = "127.0.0.1"
@@ -73,6 +73,7 @@ class LLMServeConfig:
     limits: Limits = Limits()
     kv_cache_mb: Annotated[float, Field(gt=0)] = 512
     max_body_mb: Annotated[float, Field(gt=0)] = 4
+    body_seconds: Annotated[float, Field(gt=0)] = 10
     max_choices: Annotated[int, Field(ge=1)] = 16
     log_file: str | None = None
 
@@ -170,7 +171,7 @@ def build_llm_api(model: LanguageModel, tokenizer: Tokenizer, name: str, config:
 
     api = FastAPI(title="recsys-moe llm", version=__version__, description="Completions and chats.", lifespan=lifespan)
     api.state.engine = engine
-    api.add_middleware(LimitPrompt, max_bytes=int(config.max_body_mb * 2**20))
+    api.add_middleware(LimitPrompt, max_bytes=int(config.max_body_mb * 2**20), seconds=config.body_seconds)
     api.add_middleware(AnswerFailures)
     api.add_middleware(InOpenAIForm)
     api.add_middleware(Observe, answered=metrics.answered)  # the last one added is the outermost

@@ -1,25 +1,19 @@
 """The LLM service on Ray Serve."""
 
 import gc
-import logging
-import signal
-import threading
 import time
 from collections.abc import Callable
-from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 
-import ray
 from fastapi import FastAPI
 from ray import serve
 
 from recsys_moe.llm.batch import LanguageModel
-from recsys_moe.process import local_ray_options, neutral_directory, use_all_cores
-from recsys_moe.serving.app import _free_port
-from recsys_moe.serving.config import ServeConfig
+from recsys_moe.process import use_all_cores
 from recsys_moe.serving.llm import LLMServeConfig, Tokenizer, build_llm_api
 from recsys_moe.serving.observe import log_as_json
+from recsys_moe.serving.running import free_port, running
 
 Load = Callable[[], tuple[LanguageModel, Tokenizer]]
 """Reads the model; called by the replica, which stands in another folder."""
@@ -56,21 +50,8 @@ def serve_llm_forever(load: Load, name: str, config: LLMServeConfig, ready: Call
     config = replace(config, log_file=str(Path(config.log_file).absolute()) if config.log_file else None)
     build_llm_api(*load(), name, config)  # a mistake is told here, not by a replica that keeps on dying
     gc.collect()  # the model is read again where it runs
-    port = _free_port(ServeConfig(host=config.host, port=config.port))
-    with neutral_directory() as neutral:
-        with chdir(neutral):
-            ray.init(**local_ray_options(object_store_mb=100))
-        try:
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)
-            serve.start(http_options=serve.HTTPOptions(host=config.host, port=port))
-            serve.run(build_llm_app(load, name, config), name="recsys_moe_llm", logging_config={"log_level": "WARNING"})
-            # After Ray, which sets a handler of its own that prints a stack.
-            stopping = threading.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, frame: stopping.set())
-            ready(f"http://{config.host}:{port}")
-            while not stopping.is_set():
-                time.sleep(0.2)
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+    port = free_port(config.host, config.port)
+    with running(build_llm_app(load, name, config), "recsys_moe_llm", config.host, port) as stopping:
+        ready(f"http://{config.host}:{port}")
+        while not stopping.is_set():
+            time.sleep(0.2)
