@@ -260,6 +260,8 @@ def as_texts(value: Any, feature: Multi | SequenceFeature) -> list[str | None] |
         return None
     if not isinstance(value, list):
         raise UserError("which is not a list; send a list of values or null")
+    if any(isinstance(v, list | dict) for v in value):
+        raise UserError("which is not one value or a list of values; send those or null")
     return [as_text(v) for v in value]
 
 

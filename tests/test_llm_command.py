@@ -104,6 +104,7 @@ def idle(url: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_served(folder: Path) -> None:
     text = tokenizer.load(folder)
     prompt, chat = text.encode("The quick"), text.chat([{"role": "user", "content": "the lazy dog"}])

@@ -194,6 +194,7 @@ def test_evaluation_equals_training_time(trained: dict[str, Any], work: Path, ru
             assert summary["test"][task][name] == pytest.approx(value, abs=1e-6), (task, name)
 
 
+@pytest.mark.long
 def test_a_registered_model_goes_on_with_new_rows(trained: dict[str, Any], work: Path, feed: pa.Table, run_here: Any) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -258,6 +259,7 @@ def test_score_writes_every_row_in_order(trained: dict[str, Any], work: Path, fe
     np.testing.assert_allclose(np.stack([scores[t].to_numpy() for t in TASKS]), expected, atol=1e-6)
 
 
+@pytest.mark.long
 def test_an_unwritable_output_leaves_nothing(trained: dict[str, Any], work: Path, run_here: Any) -> None:
     source = "runs/feed_synth/logs/part-00000.parquet"
     result, _ = run_here("score", trained["bundle"], source, "no/such/folder/out.parquet", cwd=work, code=2)
@@ -373,6 +375,7 @@ def test_the_service_documents_itself(served: str) -> None:
         assert "/v1/score" in json.load(response)["paths"]
 
 
+@pytest.mark.long
 def test_a_database_of_ones_own_keeps_the_run(work: Path, run_here: Any) -> None:
     setting = "tracking.uri=sqlite:///own/rel.db"
     summary, _ = run("train", *SETTINGS, "train.epochs=1", setting, cwd=work)
@@ -382,6 +385,7 @@ def test_a_database_of_ones_own_keeps_the_run(work: Path, run_here: Any) -> None
         assert evaluated["test"][task]["logloss"] == pytest.approx(summary["test"][task]["logloss"], abs=1e-6)
 
 
+@pytest.mark.long
 def test_another_cluster_is_left_alone(work: Path) -> None:
     summary, _ = run("data", "prepare", *SETTINGS[:3], "--force", cwd=work, RAY_ADDRESS="127.0.0.1:1")
     assert summary["rows"]["train"] == 6400
@@ -418,6 +422,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("interruptible", "trained")
 @pytest.mark.parametrize("whom", ["the group", pytest.param("the driver", marks=pytest.mark.long)])
 def test_an_interrupted_run_is_marked_killed(whom: str, work: Path) -> None:
@@ -447,6 +452,7 @@ def test_an_interrupted_run_is_marked_killed(whom: str, work: Path) -> None:
     assert not processes_of(f"RECSYS_MOE_TEST_INTERRUPT={HERE}")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("interruptible", "trained")
 def test_a_run_that_is_interrupted_early_leaves_no_folder(work: Path) -> None:
     before = set((work / "runs" / "train").iterdir())

@@ -53,6 +53,7 @@ def test_settings_are_laid_over_model_and_training() -> None:
         with_settings(MMoEConfig(), TrainConfig(), {"model.lr": 1})
 
 
+@pytest.mark.long
 def test_a_search_goes_on_with_the_trials_that_are_missing(tmp_path: Path, clicks: Callable[..., Any]) -> None:
     base = compare_job(tmp_path, clicks, "mmoe")
     # The second choice of the rate is absurd: training with it fails or falls behind.
