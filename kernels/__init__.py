@@ -30,6 +30,8 @@ __all__ = [
     "expert_mlp",
     "gate_mix",
     "paged_attention",
+    "rms_norm",
+    "rotary",
     "route_topk",
     "sort_by_expert",
     "sparse_expert_mlp",
@@ -330,6 +332,38 @@ def paged_attention(
     if not hasattr(run, "paged_attention"):
         raise ValueError("paged_attention has no Triton form; use backend='reference'")
     out: Tensor = run.paged_attention(q_nhd, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
+    """y = w · x / √(mean(x²) + eps) over the last axis (1910.07467), in fp32 up to the weight; a row's bits are its own.
+
+    Args:
+        x: `[…, D]`, fp32 or bf16.
+        weight: `[D]`.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), 12.5, backend="reference").tolist()
+    [[0.6000000238418579, 0.800000011920929]]
+    """
+    out: Tensor = implementation(backend, x.device).rms_norm(x, weight, eps)
+    return out
+
+
+def rotary(x_nhd: Tensor, turn_nd: Tensor, *, interleaved: bool = False, backend: Backend = "auto") -> Tensor:
+    """Rotary position embedding (2104.09864): each pair (a, b) of a head becomes (a·cos − b·sin, b·cos + a·sin), in fp32.
+
+    Args:
+        x_nhd: `[N, H, D]`; the pairs are (x_i, x_{i + D/2}), or neighbours with `interleaved`, whose results come out with the
+            first of each pair in front: a query and a key that went through alike have the product they should.
+        turn_nd: fp32 `[N, D]`, each token's D/2 cosines, then its sines.
+
+    >>> quarter = torch.tensor([[0.0, 1.0]])  # cos 0, sin 1
+    >>> rotary(torch.tensor([[[2.0, 5.0]]]), quarter, backend="reference").tolist()
+    [[[-5.0, 2.0]]]
+    """
+    if turn_nd.shape != (x_nhd.shape[0], x_nhd.shape[2]) or x_nhd.shape[2] % 2 or turn_nd.dtype != torch.float32:
+        raise ValueError(f"x_nhd {list(x_nhd.shape)} and turn_nd {turn_nd.dtype} {list(turn_nd.shape)} do not go together")
+    out: Tensor = implementation(backend, x_nhd.device).rotary(x_nhd, turn_nd, interleaved)
     return out
 
 

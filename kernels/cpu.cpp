@@ -11,6 +11,7 @@
 #include <set>
 
 #include "cpu_attention.h"
+#include "cpu_decoder.h"
 #include "cpu_embeddings.h"
 #include "cpu_gemm.h"
 #include "cpu_lanes.h"
@@ -1260,6 +1261,8 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("sort_by_expert(Tensor ids, int experts) -> (Tensor, Tensor)");
   m.def("paged_attention(Tensor q, Tensor cache, Tensor starts, Tensor lengths, Tensor blocks, int kv_heads, int value_at, "
         "int value_dim, float scale, int window) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rotary(Tensor x, Tensor turn, bool interleaved) -> Tensor");
   m.def("embedding_bags(Tensor weights, Tensor starts, Tensor ids, Tensor offsets, int width, bool mean) -> Tensor");
   m.def("embedding_adagrad(Tensor(a!) weights, Tensor(b!) squares, Tensor starts, Tensor ids, Tensor offsets, Tensor grad, "
         "int width, bool mean, float rate, float eps) -> ()");
@@ -1283,6 +1286,8 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("route_topk", route_topk);
   m.impl("sort_by_expert", sort_by_expert);
   m.impl("paged_attention", paged_attention);
+  m.impl("rms_norm", rms_norm);
+  m.impl("rotary", rotary);
   m.impl("embedding_bags", embedding_bags);
   m.impl("embedding_adagrad", embedding_adagrad);
 }

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recsys_moe.kernels import reference
 from recsys_moe.kernels.types import BatchNorm, Layer, Scoring
 
 log = logging.getLogger("recsys_moe.kernels")
@@ -180,6 +181,18 @@ def paged_attention(
 ) -> Tensor:
     attend = torch.ops.recsys_moe.paged_attention
     return attend(q_nhd, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window or 0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return reference.rms_norm(x, weight, eps)
+    return torch.ops.recsys_moe.rms_norm(x, weight, eps)
+
+
+def rotary(x_nhd: Tensor, turn_nd: Tensor, interleaved: bool) -> Tensor:
+    if torch.is_grad_enabled() and x_nhd.requires_grad:
+        return reference.rotary(x_nhd, turn_nd, interleaved)
+    return torch.ops.recsys_moe.rotary(x_nhd, turn_nd, interleaved)
 
 
 def embedding_bags(weights: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, width: int, mean: bool) -> Tensor:
@@ -390,6 +403,14 @@ def _register() -> None:
     @fake("recsys_moe::paged_attention")
     def _(q, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window):  # type: ignore[no-untyped-def]
         return q.new_empty(*q.shape[:2], value_dim)
+
+    @fake("recsys_moe::rms_norm")
+    def _(x, weight, eps):  # type: ignore[no-untyped-def]
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    @fake("recsys_moe::rotary")
+    def _(x, turn, interleaved):  # type: ignore[no-untyped-def]
+        return x.new_empty(x.shape)
 
     @fake("recsys_moe::embedding_bags")
     def _(weights, starts, ids, offsets, width, mean):  # type: ignore[no-untyped-def]

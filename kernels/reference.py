@@ -147,6 +147,17 @@ def paged_attention(
     return y_nhv
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _wide(x)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotary(x_nhd: Tensor, turn_nd: Tensor, interleaved: bool) -> Tensor:
+    a, b = (x_nhd[..., 0::2], x_nhd[..., 1::2]) if interleaved else x_nhd.chunk(2, -1)
+    cos, sin = turn_nd.unsqueeze(1).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_nhd.dtype)
+
+
 def embedding_bags(weights: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, width: int, mean: bool) -> Tensor:
     features = starts.shape[0]
     rows, bags = _bag_rows(starts, ids, offsets, width)

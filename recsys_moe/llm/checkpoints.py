@@ -73,7 +73,7 @@ def save(model: Decoder, values: dict[str, Any], folder: str | Path, shard_bytes
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in model.tensors().items():
-        whole = tensor if isinstance(tensor, Tensor) else torch.cat(tensor.parts, 1).flatten(0, 1)
+        whole = tensor if isinstance(tensor, Tensor) else tensor.whole()
         if groups[-1] and size + whole.nbytes > shard_bytes:
             groups.append({})
             size = 0
@@ -195,13 +195,11 @@ def fill(model: Decoder, paths: list[Path]) -> None:
         if isinstance(target, Tensor):
             files.read_into(name, target)
         else:
-            sizes = [part.shape[1] for part in target.parts]
-            for part, piece in zip(target.parts, files[name].view(target.shape).split(sizes, 1), strict=True):
-                part.copy_(piece)
+            target.copy_(files[name])
 
 
 def _check(name: str, target: Tensor | Joined, stored: Any, path: Path) -> None:
-    shape = list(target.shape) if isinstance(target, Tensor) else [target.shape[0] * target.shape[1], *target.shape[2:]]
+    shape = list(target.shape)
     if stored.get_shape() != shape:
         raise UserError(f"{path}: {name!r} is {stored.get_shape()}, not {shape} as config.json asks")
     if stored.get_dtype() not in _READABLE:

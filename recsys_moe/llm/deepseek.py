@@ -30,7 +30,7 @@ from recsys_moe.llm.layers import (
     under,
     yarn_mscale,
 )
-from recsys_moe.routing import TopKRouter
+from recsys_moe.routing import TopKRouter, sparse_plan
 from recsys_moe.typed import typed
 
 
@@ -155,7 +155,7 @@ class LatentAttention(nn.Module):
         return out
 
     def tensors(self) -> Tensors:
-        shape = (self.heads, self.nope + self.value, self.latent)
+        shape = (self.heads * (self.nope + self.value), self.latent)
         found: Tensors = {
             "kv_a_layernorm.weight": self.latent_norm.weight,
             "kv_b_proj.weight": Joined(shape, (self.w_uk.transpose(1, 2), self.w_uv)),
@@ -168,23 +168,38 @@ class LatentAttention(nn.Module):
 
 
 class DeepseekMoe(nn.Module):
-    """Σ_k w_k·expert_k(x) + shared(x), all n shared experts side by side as one that is n times as wide."""
+    """Σ_k w_k·expert_k(x) + Σ_s shared_s(x): the n shared experts are experts that every token chooses, with weight 1.
+
+    Checkpoints keep them as one that is n times as wide, which is the same.
+    """
 
     def __init__(self, config: DeepseekMoeConfig | DeepseekConfig, dtype: torch.dtype, **routing: Any) -> None:
         super().__init__()
         width, experts, hidden = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
         self.router = TopKRouter(width, experts, config.num_experts_per_tok, **routing)
-        self.experts = swiglu_experts(experts, width, hidden, dtype)
-        self.shared = Mlp(width, hidden * config.n_shared_experts, dtype)
+        self.experts = swiglu_experts(experts + config.n_shared_experts, width, hidden, dtype)
+        self.routed, self.num_shared = experts, config.n_shared_experts
 
     def forward(self, x_nd: Tensor) -> Tensor:
-        return self.experts.combine(x_nd, self.router(x_nd)) + self.shared(x_nd)
+        plan, rows, total = self.router(x_nd), x_nd.shape[0], self.routed + self.num_shared
+        shared = torch.arange(self.routed, total, dtype=torch.int32).expand(rows, -1)
+        ids = torch.cat([plan.expert_ids, shared], 1)
+        weights = torch.cat([plan.weights, plan.weights.new_ones(rows, self.num_shared)], 1)
+        return self.experts.combine(x_nd, sparse_plan(ids, weights, total))
 
     def tensors(self) -> Tensors:
         found: Tensors = {"gate.weight": self.router.linear.weight}
         if self.router.correction_bias is not None:
             found["gate.e_score_correction_bias"] = self.router.correction_bias
-        return found | under("experts", expert_tensors(self.experts)) | under("shared_experts", self.shared.tensors())
+        (gate_up, down), routed = self.experts.weights, self.routed
+        hidden = down.shape[2]
+        wide = (self.num_shared * hidden, down.shape[1])
+        found |= {
+            "shared_experts.gate_proj.weight": Joined(wide, (gate_up[routed:, :hidden],)),
+            "shared_experts.up_proj.weight": Joined(wide, (gate_up[routed:, hidden:],)),
+            "shared_experts.down_proj.weight": Joined(wide[::-1], tuple(w.unsqueeze(1) for w in down[routed:])),
+        }
+        return found | under("experts", expert_tensors(self.experts, routed))
 
 
 def routing(config: DeepseekMoeConfig | DeepseekV2Config | DeepseekV3Config) -> dict[str, Any]:

@@ -17,16 +17,25 @@ from torch import Tensor, nn
 
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts
-from recsys_moe.kernels import Layer, expert_mlp, paged_attention
+from recsys_moe.kernels import Layer, expert_mlp, paged_attention, rms_norm, rotary
 from recsys_moe.llm.batch import KVCache, ModelConfig, TokenBatch
 from recsys_moe.typed import typed
 
 
 class Joined(NamedTuple):
-    """A checkpoint's tensor that is kept in parts: reshaped to `shape`, it is `parts` one after the other along axis 1."""
+    """A checkpoint's matrix that is kept in parts: with a third axis, it is `parts` one after the other along the second."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     parts: tuple[Tensor, ...]
+
+    def whole(self) -> Tensor:
+        return torch.cat(self.parts, 1).view(self.shape)
+
+    def copy_(self, matrix: Tensor) -> None:
+        first, *_, last = self.parts[0].shape
+        sizes = [part.shape[1] for part in self.parts]
+        for part, piece in zip(self.parts, matrix.view(first, -1, last).split(sizes, 1), strict=True):
+            part.copy_(piece)
 
 
 Tensors = dict[str, Tensor | Joined]
@@ -165,11 +174,7 @@ def under(prefix: str, tensors: Tensors) -> Tensors:
 
 
 class RMSNorm(nn.Module):
-    """y = x / √(mean(x²) + eps) · w, row by row, in fp32 (1910.07467).
-
-    >>> RMSNorm(2, eps=0.0)(torch.tensor([[3.0, 3.0]]))
-    tensor([[1., 1.]], grad_fn=<MulBackward0>)
-    """
+    """y = w · x / √(mean(x²) + eps), row by row (1910.07467)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -177,16 +182,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Rotary(nn.Module):
-    """Rotates pairs of a head's values by position · frequency, in fp32.
+    """Rotates pairs of a head's values by position · frequency; neighbours with `interleaved` (DeepSeek).
 
-    The pairs are (x_i, x_{i + d/2}), or neighbours (x_2i, x_2i+1) with `interleaved` (DeepSeek); those come out with the
-    first of each pair in front, which query and key do alike. Sine and cosine lie in a table: computed afresh, their bits
-    would depend on where in a batch a position lies.
+    Sine and cosine lie in a table: computed afresh, their bits would depend on where in a batch a position lies.
     """
 
     def __init__(self, rope: Rope, dim: int, positions: int, interleaved: bool = False) -> None:
@@ -197,14 +199,11 @@ class Rotary(nn.Module):
         self.register_buffer("table", torch.cat([angles.cos(), angles.sin()], 1) * rope.amplitude, persistent=False)
 
     def at(self, positions: Tensor) -> Tensor:
-        """fp32 `[N, 1, d]`: cosines, then sines."""
-        return self.table[positions].unsqueeze(1)
+        """fp32 `[N, d]`: cosines, then sines."""
+        return self.table[positions]
 
     def forward(self, x_nhd: Tensor, turn: Tensor) -> Tensor:
-        a, b = (x_nhd[..., 0::2], x_nhd[..., 1::2]) if self.interleaved else x_nhd.chunk(2, -1)
-        a, b = a.float(), b.float()
-        cos, sin = turn.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_nhd.dtype)
+        return rotary(x_nhd, turn, interleaved=self.interleaved)
 
 
 class Step(NamedTuple):
@@ -317,11 +316,13 @@ def swiglu_experts(num_experts: int, width: int, hidden: int, dtype: torch.dtype
     return MLPExperts(num_experts, width, (hidden,), linear_out=width, activation="swiglu", bias=False, dtype=dtype)
 
 
-def expert_tensors(experts: MLPExperts, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> Tensors:
-    """Each expert's three matrices, named as checkpoints name them."""
+def expert_tensors(
+    experts: MLPExperts, count: int, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> Tensors:
+    """The three matrices of each of the first `count` experts, named as checkpoints name them."""
     (gate_up, last), hidden = experts.weights, experts.weights[1].shape[2]
     found: Tensors = {}
-    for e in range(gate_up.shape[0]):
+    for e in range(count):
         found[f"{e}.{gate}.weight"] = gate_up[e, :hidden]
         found[f"{e}.{up}.weight"] = gate_up[e, hidden:]
         found[f"{e}.{down}.weight"] = last[e]

@@ -48,7 +48,8 @@ class MixtralMoe(nn.Module):
         return self.experts.combine(x_nd, self.router(x_nd))
 
     def tensors(self) -> Tensors:
-        return {"gate.weight": self.router.linear.weight} | under("experts", expert_tensors(self.experts, "w1", "w3", "w2"))
+        experts = expert_tensors(self.experts, self.router.linear.num_experts, "w1", "w3", "w2")
+        return {"gate.weight": self.router.linear.weight} | under("experts", experts)
 
 
 def build(config: MixtralConfig, dtype: torch.dtype) -> Decoder:

@@ -47,7 +47,9 @@ class OlmoeMoe(nn.Module):
         return self.experts.combine(x_nd, self.router(x_nd))
 
     def tensors(self) -> Tensors:
-        return {"gate.weight": self.router.linear.weight} | under("experts", expert_tensors(self.experts))
+        return {"gate.weight": self.router.linear.weight} | under(
+            "experts", expert_tensors(self.experts, self.router.linear.num_experts)
+        )
 
 
 def build(config: OlmoeConfig, dtype: torch.dtype) -> Decoder:

@@ -70,7 +70,7 @@ class Qwen2Moe(nn.Module):
     def tensors(self) -> Tensors:
         return (
             {"gate.weight": self.router.linear.weight, "shared_expert_gate.weight": self.shared_gate.weight}
-            | under("experts", expert_tensors(self.experts))
+            | under("experts", expert_tensors(self.experts, self.router.linear.num_experts))
             | under("shared_expert", self.shared.tensors())
         )
 
