@@ -99,7 +99,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """What the folder's `config.json` says."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give one with config.json and *.safetensors")
-    return _read_json(folder / name)
+    return read_json(folder / name)
 
 
 def family(values: dict[str, Any], where: Path) -> str:
@@ -151,7 +151,7 @@ def shards(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise UserError(f"{index}: {strange[0]!r} is not the plain name of a file in this folder")
         paths = [folder / name for name in names]
@@ -238,7 +238,12 @@ def _rope(values: dict[str, Any], theta: float) -> dict[str, Any]:
     return rope
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        UserError: no such file, or something else in it.
+    """
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,6 +1,5 @@
 """Text to tokens and back: the `tokenizer.json` of a Hugging Face folder, and its chat template."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from recsys_moe.errors import UserError
+from recsys_moe.llm.checkpoints import read_json
 
 Message = dict[str, str]
 
@@ -101,15 +101,7 @@ def _text(token: Any) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return values
+    return read_json(path) if path.is_file() else {}
 
 
 def _refuse(message: str) -> None:
