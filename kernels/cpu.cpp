@@ -310,8 +310,9 @@ struct Piece { int64_t expert; const T* A; int64_t rows, stride; Y* y; int64_t l
 
 // How a layer's sums are taken depends on the layer alone, never on the batch: long ones lane by lane (weights are read once
 // and as they lie), short ones, where adding up the lanes would cost too much, in order of k (weights are packed on the way).
-// Dense experts meet hundreds of rows, which packing suits; a sparse expert often meets few. AMX tiles have an order of their own.
-constexpr int64_t kDenseLanes = 1024, kSparseLanes = 512;
+// Dense experts meet hundreds of rows, which packing suits; a sparse expert often meets few. Few units (a gate's) would leave most of
+// a panel empty. AMX tiles have an order of their own.
+constexpr int64_t kDenseLanes = 1024, kSparseLanes = 512, kFewUnits = 16;
 
 // A layer's outputs dealt to the threads in equal shares of multiply-adds, cut at multiples of `step`: run(piece, begin, end).
 template <typename T, typename Y, typename F>
@@ -450,7 +451,7 @@ void run_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, con
   if constexpr (std::is_same_v<T, bf16>)
     if (amx()) return tiles_layer_all(pieces, weight, f, activation);
 #endif
-  if (weight.size(2) >= lanes_from) lanes_layer_all(pieces, weight, f, activation);
+  if (weight.size(2) >= lanes_from || weight.size(1) <= kFewUnits) lanes_layer_all(pieces, weight, f, activation);
   else panels_layer(pieces, weight, f, activation);
 }
 
@@ -1083,10 +1084,18 @@ std::tuple<Tensor, Tensor> gate_mix(const Tensor& logits_, const Tensor& experts
           if (rp) w[k] += rp[i * e + seen[k]];
         }
         const Y* y = yp + i / t * e * h;
-        by_vecs(h, [&](int64_t j, int64_t n) {
+        constexpr int kAtOnce = 4;  // vectors of a row: a gate of two experts would spend its time on the loop over them
+        int64_t j = 0;
+        for (; j + kAtOnce * kLanes <= h; j += kAtOnce * kLanes) {
+          Vec sum[kAtOnce] = {};
+          for (int64_t k = 0; k < count; ++k)
+            for (int v = 0; v < kAtOnce; ++v) sum[v] += w[k] * load(y + seen[k] * h + j + v * kLanes);
+          for (int v = 0; v < kAtOnce; ++v) store(sum[v], zp + i * h + j + v * kLanes);
+        }
+        by_vecs(h - j, [&](int64_t at, int64_t n) {
           Vec sum = {};
-          for (int64_t k = 0; k < count; ++k) sum += w[k] * load_first(y + seen[k] * h + j, n);
-          store_first(sum, zp + i * h + j, n);
+          for (int64_t k = 0; k < count; ++k) sum += w[k] * load_first(y + seen[k] * h + j + at, n);
+          store_first(sum, zp + i * h + j + at, n);
         });
       }
     });
