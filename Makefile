@@ -38,7 +38,7 @@ demo: $(VENV)/.ready  ## log rows to a served score, end to end, in minutes
 	$(BIN)/recsys-moe demo
 
 test: $(VENV)/.ready  ## the test suite
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile
 
 test-long: $(VENV)/.ready  ## soaks, overload, chaos, big data
 	$(BIN)/pytest -m long
