@@ -43,6 +43,11 @@ def convert(
     if tokenizer is not None:
         llama2c.tokenizer(tokenizer).save(str(target / "tokenizer.json"))
     elif source.is_dir():
-        for path in sorted({path for pattern in _BESIDE for path in source.glob(pattern)}):
-            shutil.copyfile(path, target / path.name)
+        copy_beside(source, target)
     return model
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy a checkpoint's tokenizer and settings of generation."""
+    for path in sorted({path for pattern in _BESIDE for path in source.glob(pattern)}):
+        shutil.copyfile(path, target / path.name)
