@@ -199,7 +199,9 @@ def _write(
         made.save(str(folder / "tokenizer.json"))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}
         write_json(folder / "tokenizer_config.json", settings)
-        ends = (made.token_to_id(END),)
+        end = made.token_to_id(END)
+        assert end is not None
+        ends = (end,)
     tokenizer = load(folder)
     counts: dict[str, int] = {}
     for part, texts in (("train", train), ("validation", validation)):

@@ -29,6 +29,7 @@ from recsys_moe.balance import (
     importance_loss,
     load_loss,
     plan_statistics,
+    sum_over_layers,
     z_loss,
 )
 from recsys_moe.checkpoint import Checkpoints
@@ -39,7 +40,7 @@ from recsys_moe.kernels import sort_by_expert
 from recsys_moe.llm import checkpoints as folders
 from recsys_moe.llm.layers import Decoder, RMSNorm
 from recsys_moe.llm.text import Windows
-from recsys_moe.routing import SparsePlan, TopKRouter
+from recsys_moe.routing import HashRouter, SparsePlan, TopKRouter
 from recsys_moe.typed import typed
 
 Event = dict[str, Any]
@@ -159,7 +160,7 @@ def sparse_parts(model: Decoder) -> dict[int, nn.Module]:
 
 @contextmanager
 def plans_of(model: Decoder, change: Callable[[SparsePlan], SparsePlan] = lambda plan: plan) -> Iterator[dict[int, SparsePlan]]:
-    """The plans that the routers make within the block, by layer, the last ones each; `change` may put another in their place."""
+    """The plans that the routers make within the block, each layer's last one; `change` may put another in its place."""
     found: dict[int, SparsePlan] = {}
 
     def watch(layer: int) -> Callable[..., SparsePlan]:
@@ -169,7 +170,7 @@ def plans_of(model: Decoder, change: Callable[[SparsePlan], SparsePlan] = lambda
 
         return keep
 
-    hooks = [part.router.register_forward_hook(watch(i)) for i, part in sparse_parts(model).items()]  # type: ignore[operator, union-attr]
+    hooks = [part.router.register_forward_hook(watch(i)) for i, part in sparse_parts(model).items()]  # type: ignore[union-attr]
     try:
         yield found
     finally:
@@ -191,8 +192,8 @@ def whole_plan(plan: SparsePlan, rows: int) -> SparsePlan:
         everyones = gather_pieces(tensor.detach(), rows)
         return torch.cat([everyones[: mine.start], tensor, everyones[mine.stop :]])
 
-    parts = {name: gathered(getattr(plan, name)) for name in ("expert_ids", "chosen_ids", "weights", "logits", "chance")}
-    assert parts["expert_ids"] is not None
+    names = ("expert_ids", "chosen_ids", "weights", "logits", "chance")
+    parts: dict[str, Any] = {name: gathered(getattr(plan, name)) for name in names}
     order, offsets = sort_by_expert(parts["expert_ids"], plan.num_experts)
     return replace(plan, **parts, order=order, offsets=offsets)
 
@@ -291,8 +292,8 @@ class LmTrainer:
         with plans_of(self.model, self._capped) as plans:
             logits = self.model.score(windows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum") / rows
-        whole = {layer: _pieces_of_sequences(plan, config) for layer, plan in plans.items()}
-        balance = {name: sum(LOSSES[name](plan) for plan in whole.values()) for name in self._balanced} if whole else {}
+        whole = {layer: whole_plan(plan, rows) for layer, plan in plans.items()}
+        balance = {name: sum_over_layers(LOSSES[name], [*whole.values()]) for name in self._balanced} if whole else {}
         weighted = [getattr(config.balance, name) * value for name, value in balance.items()]
         self.optimizer.zero_grad(set_to_none=True)
         (loss + sum(weighted)).backward()
@@ -400,11 +401,6 @@ class LmTrainer:
         folders.save(written, values, folder)
 
 
-def _pieces_of_sequences(plan: SparsePlan, config: LmTrainConfig) -> SparsePlan:
-    """`whole_plan` for rows that are shared out by sequences."""
-    return whole_plan(plan, config.batch_size * config.context)
-
-
 def check_settings(model: Decoder, config: LmTrainConfig) -> None:
     """Refuse what the model has no part for.
 
@@ -430,21 +426,23 @@ def check_settings(model: Decoder, config: LmTrainConfig) -> None:
             f"train.balance.bias_rate is {config.balance.bias_rate}, but the model's routers have no correction bias; use "
             "model=deepseek_v3, or model=routed model.router.correction_bias=true"
         )
-    with torch.no_grad(), plans_of(model) as plans:
-        model.score(torch.zeros(1, 1, dtype=torch.int64))
-    for field in fields(config.balance):
-        if field.name in LOSSES and getattr(config.balance, field.name):
+    for name in (field.name for field in fields(config.balance) if field.name in LOSSES):
+        for router in routers if getattr(config.balance, name) else []:
+            x = (
+                torch.zeros(1, dtype=torch.int64)
+                if isinstance(router, HashRouter)
+                else torch.zeros(1, model.embedding.shape[1])
+            )
             try:
-                for plan in plans.values():
-                    LOSSES[field.name](plan)
+                LOSSES[name](router(x))
             except ValueError as error:
-                raise UserError(f"train.balance.{field.name} can't be used with the model's router: {error}") from None
+                raise UserError(f"train.balance.{name} can't be used with the model's router: {error}") from None
 
 
 def _set_frozen(model: Decoder, config: LmTrainConfig) -> None:
     if config.freeze == "nothing":
         return
-    experts = {id(p) for part in sparse_parts(model).values() for p in part.experts.parameters()}  # type: ignore[operator, union-attr]
+    experts = {id(p) for part in sparse_parts(model).values() for p in part.experts.parameters()}  # type: ignore[union-attr]
     for parameter in model.parameters():
         parameter.requires_grad_((id(parameter) in experts) == (config.freeze == "others"))
 
