@@ -139,6 +139,7 @@ def drive(folder: RunFolder, start: Callable[[RunFolder], Work], on_event: Tell,
                     _tell_rest(run, folder)
                     _tell_bundle(run, folder, summary)
                     _tell_health(run, folder)
+                    _tell_expert_use(run, folder)
             except TrackingLost as lost:
                 if summary is None:
                     on_event({"kind": "warning", "message": f"{lost}. Training goes on without it."})
@@ -208,6 +209,31 @@ def _tell_health(run: Run, folder: RunFolder) -> None:
         run.log_files(folder.health, "health")
 
 
+def _tell_expert_use(run: Run, folder: RunFolder) -> None:
+    """Draw how a language model's experts were used, and store the picture and a table with the run."""
+    looks = {event["step"]: event["layers"] for event in folder.events() if event["kind"] == "experts"}
+    if looks:
+        from recsys_moe.pictures import save_expert_use
+
+        save_expert_use(sorted(looks.items()), folder.health)
+        run.log_files(folder.health, "experts")
+
+
+def expert_metrics(layers: dict[str, Any]) -> dict[str, float]:
+    """{"layer 0": {"load": [0.25, 0.75], "dead": [], …}} → {"experts.layer_0.load.0": 0.25, …, "experts.layer_0.dead": 0}."""
+    found: dict[str, float] = {}
+    for layer, figures in layers.items():
+        at = f"experts.{layer.replace(' ', '_')}"
+        for name, value in figures.items():
+            if name == "dead":
+                found[f"{at}.dead"] = len(value)
+            elif isinstance(value, list):
+                found |= {f"{at}.{name}.{e}": x for e, x in enumerate(value)}
+            else:
+                found[f"{at}.{name}"] = value
+    return found
+
+
 def _anomalies(events: list[Event]) -> list[str]:
     """Each warning of an anomaly once, though a run that went on may have told it again."""
     first: dict[tuple[str, ...], str] = {}
@@ -259,6 +285,7 @@ def _sync(folder: RunFolder) -> dict[str, Any]:
         if status == "FINISHED":
             _tell_bundle(run, folder, events[-1])
             _tell_health(run, folder)
+            _tell_expert_use(run, folder)
         run.ends_as, run.ended = status, folder.record.ended
     folder.update(status=status, synced=True)
     record = folder.record
@@ -397,7 +424,9 @@ def _log(run: Run, event: Event) -> None:
     """Send an event's metrics, as of when it happened."""
     if event["kind"] == "health":
         metrics = dict[str, Any](Health.from_json(event["health"]).metrics())
-    elif event["kind"] in ("before", "step", "epoch"):
+    elif event["kind"] == "experts":
+        metrics = expert_metrics(event["layers"])
+    elif event["kind"] in ("before", "step", "epoch", "evaluation"):
         metrics = {k: v for k, v in event.items() if k.startswith(("train.", "validation.", "before."))}
         for part in ("validation", "before"):
             for task, values in event.get(part, {}).items():

@@ -396,3 +396,31 @@ def save_health(history: Sequence[tuple[int, Health]], warnings_told: Sequence[s
     with (folder / "experts.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     (folder / "warnings.txt").write_text("".join(f"{message}\n" for message in warnings_told) or "no anomaly\n")
+
+
+def draw_expert_use(history: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]]]) -> Figure:
+    """Each layer's load by expert over the steps: 1 is an even share."""
+    layers = list(history[-1][1])
+    experts = max(len(history[-1][1][layer]["load"]) for layer in layers)
+    figure = Figure((2 + 0.3 * max(len(history), 8), 1 + len(layers) * (0.5 + 0.16 * experts)), layout="constrained")
+    axes = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+    for axis, layer in zip(axes, layers, strict=True):
+        load_es = np.array([looks[layer]["load"] for _, looks in history]).T
+        image = axis.imshow(load_es * len(load_es), aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
+        axis.set_xticks(range(len(history)), [f"{step:,}" for step, _ in history], rotation=90)
+        axis.set_yticks(range(len(load_es)))
+        _titled(axis, f"{layer}: load by expert over the steps, in even shares")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def save_expert_use(history: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]]], folder: Path) -> None:
+    """`load.png` and, as it was at the end, `experts.csv`: a row for each expert of each layer."""
+    folder.mkdir(exist_ok=True)
+    with drawing():
+        (folder / "load.png").write_bytes(render(draw_expert_use(history)))
+    with (folder / "experts.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["layer", "expert", "load", "importance"])
+        for layer, figures in history[-1][1].items():
+            rows.writerows([layer, e, *both] for e, both in enumerate(zip(figures["load"], figures["importance"], strict=True)))

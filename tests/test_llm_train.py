@@ -1,0 +1,450 @@
+"""Training language models: gradients of transformers' own models, naive losses, resume to the bit, workers, the whole road."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from recsys_moe.checkpoint import Checkpoints
+from recsys_moe.errors import UserError
+from recsys_moe.llm import checkpoints
+from recsys_moe.llm.batch import BLOCK, KVCache, TokenBatch
+from recsys_moe.llm.convert import convert
+from recsys_moe.llm.layers import Decoder
+from recsys_moe.llm.text import TextConfig, byte_tokenizer, prepare_text, read_documents
+from recsys_moe.llm.trainer import BalanceConfig, LmTrainConfig, LmTrainer, plans_of, trainable
+from recsys_moe.llm.upcycle import split, upcycled
+from recsys_moe.routing import require_invariant
+
+transformers.logging.set_verbosity_error()
+BASE: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LATENT = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_key_value_heads": 4,
+}
+ROUTED = {**BASE, "model_type": "routed_decoder", "num_experts": 4}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {**BASE, "model_type": "llama", "sliding_window": 9},
+    "mixtral": {**BASE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {**BASE, "model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.5},
+    "qwen2_moe": {
+        **BASE,
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [0],
+    },
+    "deepseek_v2": {**BASE, **LATENT, "model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "q_lora_rank": 20},
+    "deepseek_v3": {**BASE, **LATENT, "model_type": "deepseek_v3"},
+    "switch": {**BASE, "model_type": "switch_decoder", "num_experts": 4, "tie_word_embeddings": True},
+    "top_p": {**ROUTED, "router": {"name": "top_p", "p": 0.6}},
+    "noisy": {**ROUTED, "router": {"name": "noisy_top_k", "k": 2}},
+    "norm": {**ROUTED, "router": {"name": "norm", "k": 2}},
+    "gshard": {**ROUTED, "router": {"name": "gshard", "second": "drop"}},
+    "hash": {**ROUTED, "router": {"name": "hash"}},
+    "biased": {**ROUTED, "router": {"name": "top_k", "k": 2, "scoring": "sigmoid", "correction_bias": True}},
+}
+
+
+def model_of(values: dict[str, Any], scale: float = 1.0) -> Decoder:
+    model = trainable(values, torch.float32, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(scale)
+    return model
+
+
+@torch.no_grad()
+def served(model: Decoder, tokens_bt: Tensor) -> Tensor:
+    """The logits that inference gives, over the paged cache."""
+    rows, length = tokens_bt.shape
+    blocks = torch.arange(rows * -(-length // BLOCK), dtype=torch.int32).view(rows, -1)
+    batch = TokenBatch(
+        tokens_bt.flatten(),
+        torch.arange(length).repeat(rows),
+        torch.arange(0, rows * length + 1, length, dtype=torch.int32),
+        torch.full((rows,), length, dtype=torch.int32),
+        blocks,
+        torch.arange(rows * length),
+    )
+    model.eval()
+    logits = model(batch, KVCache.allocate(model, blocks.numel())).view(rows, length, -1)
+    model.train()
+    return logits
+
+
+def some_tokens(rows: int = 3, length: int = 21) -> Tensor:
+    return torch.randint(0, 257, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("values", FAMILIES.values(), ids=FAMILIES)
+def test_training_computes_what_inference_does_and_reaches_every_weight(values: dict[str, Any]) -> None:
+    model = model_of(values, scale=8.0)
+    tokens = some_tokens()
+    model.eval()  # routers' noise is for training alone
+    logits = model.score(tokens)
+    torch.testing.assert_close(logits, served(model, tokens), atol=1e-4, rtol=0)
+    model.train()
+    F.cross_entropy(model.score(tokens).flatten(0, 1), tokens.flatten()).backward()
+    still = ("noise",)  # its gradient is the load loss's
+    without = [
+        n for n, p in model.named_parameters() if (p.grad is None or not p.grad.any()) and not any(s in n for s in still)
+    ]
+    assert not [name for name in without if "router.linear" not in name or "hash" not in str(values)]
+
+
+PEERS: dict[str, tuple[Any, Any]] = {
+    "llama": (lambda: transformers.LlamaConfig(**BASE, tie_word_embeddings=True), transformers.LlamaForCausalLM),
+    "mixtral": (
+        lambda: transformers.MixtralConfig(
+            **BASE, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.0
+        ),
+        transformers.MixtralForCausalLM,
+    ),
+    "olmoe": (
+        lambda: transformers.OlmoeConfig(**BASE, num_experts=4, num_experts_per_tok=2),
+        transformers.OlmoeForCausalLM,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", PEERS)
+def test_loss_and_gradients_are_transformers_own(family: str, tmp_path: Path) -> None:
+    config, kind = PEERS[family]
+    torch.manual_seed(0)
+    theirs = kind(config()).train()
+    theirs.save_pretrained(tmp_path / "before")
+    ours = trainable(checkpoints.read_config(tmp_path / "before"), torch.float32, 0, tmp_path / "before")
+    tokens = some_tokens()
+    loss = F.cross_entropy(ours.score(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    expected = theirs(tokens, labels=tokens).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    # Gradients by the checkpoint's names: each side's put in the weights' place, and saved by its own road.
+    with torch.no_grad():
+        for model in (ours, theirs):
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.copy_(parameter.grad)
+    theirs.save_pretrained(tmp_path / "gradients")
+    wanted = trainable(checkpoints.read_config(tmp_path / "before"), torch.float32, 0, tmp_path / "gradients").tensors()
+    for name, gradient in ours.tensors().items():
+        assert isinstance(gradient, Tensor)
+        torch.testing.assert_close(gradient, wanted[name], atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- text
+
+
+def text_file(folder: Path, size: int = 6000) -> Path:
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "naïve", "dog"]
+    path = folder / "text.txt"
+    path.write_text(" ".join(rng.choice(words, size)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    return prepare_text(TextConfig(str(text_file(folder))), folder / "tokens", None)[0]
+
+
+def test_tokens_of_a_text_are_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first\n<|endoftext|>\nsecond übung\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("third, which is the longest of them all", encoding="utf-8")
+    assert read_documents(str(tmp_path)) == ["first", "second übung", "third, which is the longest of them all"]
+    for kind in ("byte", "bpe"):
+        config = TextConfig(str(tmp_path), tokenizer=kind, vocab_size=270, validation=0.2)  # type: ignore[arg-type]
+        folder, text = prepare_text(config, tmp_path / kind, None)
+        parts = [np.load(folder / f"{part}.npy") for part in ("train", "validation")]
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        whole = "".join(theirs.decode(part) for part in parts).replace("<|endoftext|>", "")
+        assert whole == "".join(read_documents(str(tmp_path)))
+        assert [len(part) for part in parts] == [text.tokens["train"], text.tokens["validation"]]
+        assert theirs.eos_token_id == text.eos_id == text.vocab_size - 1
+    assert byte_tokenizer().decode(byte_tokenizer().encode("naïve 🙂").ids) == "naïve 🙂"
+
+
+# ---- balance
+
+MOE = FAMILIES["mixtral"]
+SHORT = LmTrainConfig(steps=6, warmup=2, batch_size=4, context=16, lr=1e-2, evaluate_steps=3)
+
+
+def test_losses_and_the_bias_follow_a_naive_loop(tokens: Path) -> None:
+    factors = BalanceConfig(auxiliary=0.3, z=0.1, importance=0.2, entropy=0.05, bias_rate=0.01)
+    told: list[dict[str, Any]] = []
+    trainer = LmTrainer(tokens, FAMILIES["biased"], replace(SHORT, steps=1, balance=factors), told.append)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    windows = torch.from_numpy(trainer.windows.random((0, 0), 4))
+    with plans_of(trainer.model) as plans:
+        logits = trainer.model.score(windows[:, :-1])
+    layers = list(plans.values())
+    naive = dict.fromkeys(("auxiliary", "z", "importance", "entropy"), 0.0)
+    biases = []
+    for plan in layers:
+        scores, chosen = torch.sigmoid(plan.logits), [0] * 4
+        probabilities, importance = scores / scores.sum(1, keepdim=True), torch.zeros(4)
+        for row in range(64):
+            for slot in range(2):
+                expert = int(plan.expert_ids[row, slot])
+                chosen[expert] += 1
+                importance[expert] += plan.weights[row, slot].detach()
+        naive["auxiliary"] += sum(4 * chosen[e] / 128 * float(probabilities[:, e].mean()) for e in range(4))
+        naive["z"] += float(sum(torch.log(torch.exp(row).sum()) ** 2 for row in plan.logits)) / 64
+        naive["importance"] += float(((importance - importance.mean()) ** 2).mean() / importance.mean() ** 2)
+        naive["entropy"] += float(sum(-(row * row.log()).sum() for row in probabilities)) / 64
+        biases.append([0.01 * np.sign(32 - chosen[e]) for e in range(4)])
+    nll = 0.0
+    for b in range(4):
+        for t in range(16):
+            nll -= float(torch.log_softmax(logits[b, t], 0)[windows[b, t + 1]]) / 64
+    trainer.fit()
+    (step,) = [event for event in told if event["kind"] == "step"]
+    assert step["train.loss"] == pytest.approx(nll, abs=1e-5)
+    for name, value in naive.items():
+        assert step[f"train.{name}_loss"] == pytest.approx(value, abs=1e-4), name
+    found = [block.ffn.router.correction_bias.tolist() for block in trainer.model.blocks]  # type: ignore[union-attr]
+    np.testing.assert_allclose(found, biases, atol=1e-7)
+    assert all(not torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+    (experts,) = [event for event in told if event["kind"] == "experts"]
+    loads = [experts["layers"][f"layer {i}"]["load"] for i in range(2)]
+    np.testing.assert_allclose(loads, [np.bincount(p.expert_ids.flatten(), minlength=4) / 128 for p in layers], atol=1e-6)
+
+
+def test_capacity_drops_in_training_alone(tokens: Path) -> None:
+    told: list[dict[str, Any]] = []
+    LmTrainer(tokens, MOE, replace(SHORT, capacity_factor=0.5), told.append).fit()
+    dropped = [e["layers"]["layer 1"]["dropped_share"] for e in told if e["kind"] == "experts"]
+    assert len(dropped) == 2
+    assert min(dropped) > 0.4
+    with pytest.raises(ValueError, match="training mode"):
+        require_invariant(trainable(MOE, torch.float32, 0))
+
+
+@pytest.mark.parametrize("freeze", ["experts", "others"])
+def test_what_is_frozen_stays(freeze: str, tokens: Path) -> None:
+    trainer = LmTrainer(tokens, MOE, replace(SHORT, freeze=freeze, expert_dropout=0.1))  # type: ignore[arg-type]
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.fit()
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    experts = {n for n in before if ".ffn.experts." in n}
+    assert changed == (experts if freeze == "others" else set(before) - experts)
+
+
+# ---- going on, workers
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_that_went_on_ends_with_the_same_bits(precision: str, tokens: Path, tmp_path: Path) -> None:
+    balance = BalanceConfig(load=0.1, auxiliary=0.01)
+    values = {**FAMILIES["noisy"], "tie_word_embeddings": True}
+    config = replace(SHORT, precision=precision, balance=balance, expert_dropout=0.2, checkpoint_steps=2)  # type: ignore[arg-type]
+    whole = LmTrainer(tokens, values, config)
+    whole.fit()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "checkpoint" and event["step"] == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        LmTrainer(tokens, values, config, stop, Checkpoints(tmp_path / "state")).fit()
+    told: list[dict[str, Any]] = []
+    second = LmTrainer(tokens, values, config, told.append, Checkpoints(tmp_path / "state"))
+    assert told[0] == {"kind": "resume", "step": 4}
+    second.fit()
+    for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def worker(folder: str, tokens: str, rank: int, port: int) -> None:
+    """One of two workers, by the trainer's own road."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    told: list[dict[str, Any]] = []
+    trainer = LmTrainer(Path(tokens), FAMILIES["biased"], WORKERS, told.append)
+    found = trainer.fit()
+    if rank == 0:
+        steps = [event for event in told if event["kind"] in ("step", "experts")]
+        (Path(folder) / "told.json").write_text(json.dumps({"events": steps, "validation": found.loss}))
+        trainer.save(Path(folder) / "model", FAMILIES["biased"])
+    dist.destroy_process_group()
+
+
+WORKERS = replace(SHORT, batch_size=5, balance=BalanceConfig(auxiliary=0.3, z=0.1, importance=0.2, bias_rate=0.01))
+
+
+def test_two_workers_train_as_one(tokens: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = f"from tests.test_llm_train import worker; worker({str(tmp_path)!r}, {str(tokens)!r}, RANK, {port})"
+    root = Path(__file__).resolve().parent.parent
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import sys; sys.path.insert(1, {str(root)!r}); {script.replace('RANK', str(rank))}"],
+            env={**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
+    told: list[dict[str, Any]] = []
+    alone = LmTrainer(tokens, FAMILIES["biased"], WORKERS, told.append)
+    validation = alone.fit().loss
+    assert [process.wait(100) for process in running] == [0, 0]
+    both = json.loads((tmp_path / "told.json").read_text())
+    assert both["validation"] == pytest.approx(validation, abs=1e-5)
+    last = [next(e for e in reversed(events) if e["kind"] == "step") for events in (told, both["events"])]
+    for name in ("train.loss", "train.gradient_norm", "train.auxiliary_loss", "train.z_loss", "train.importance_loss"):
+        assert last[1][name] == pytest.approx(last[0][name], abs=1e-4), name
+    loads = [[e["layers"] for e in events if e["kind"] == "experts"] for events in (told, both["events"])]
+    assert loads[0] == pytest.approx(loads[1]) or json.dumps(loads[0])[:200] == json.dumps(loads[1])[:200]
+    together = checkpoints.load(tmp_path / "model")
+    for name, tensor in alone.model.tensors().items():
+        torch.testing.assert_close(together.tensors()[name], tensor, atol=2e-4, rtol=0, check_dtype=False)
+
+
+# ---- mixtures of a dense model
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense") / "llama"
+    values = {k: v for k, v in FAMILIES["llama"].items() if k != "sliding_window"} | {"rope_theta": 5000.0}
+    checkpoints.save(model_of(values, 8.0).requires_grad_(False), values, folder)
+    return folder
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_an_upcycled_model_computes_what_the_dense_one_does(k: int, dense: Path, tmp_path: Path) -> None:
+    made = convert(dense, tmp_path / "moe", mixture=lambda model: upcycled(model, 4, k))
+    again = checkpoints.load(tmp_path / "moe")
+    wanted = served(checkpoints.load(dense), some_tokens())
+    assert wanted.std() > 0.1
+    for model in (made, again):
+        torch.testing.assert_close(served(model, some_tokens()), wanted, atol=2e-5, rtol=0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(some_tokens()).logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_model_that_is_split_is_the_dense_one_when_all_its_parts_weigh_alike(dense: Path, tmp_path: Path) -> None:
+    def even(model: Decoder) -> Any:
+        values, tensors = split(model, 4, 4)
+        return values, {name: torch.zeros_like(t) if ".gate." in name else t for name, t in tensors.items()}
+
+    whole = convert(dense, tmp_path / "whole", mixture=even)
+    torch.testing.assert_close(served(whole, some_tokens()), served(checkpoints.load(dense), some_tokens()), atol=2e-5, rtol=0)
+    half = convert(dense, tmp_path / "half", mixture=lambda model: split(model, 4, 2))
+    assert half.blocks[0].ffn.experts.weights[0].shape == (4, 24, 32)  # type: ignore[union-attr, index]
+    with pytest.raises(UserError, match="5 experts can't share 48 hidden units"):
+        convert(dense, tmp_path / "odd", mixture=lambda model: split(model, 5, 2))
+    with pytest.raises(UserError, match="made of a dense Llama"):
+        convert(tmp_path / "half", tmp_path / "twice", mixture=lambda model: upcycled(model, 4, 2))
+
+
+# ---- the road
+
+
+def test_the_command_trains_and_what_it_leaves_is_generated_from(cli: Any, tmp_path: Path) -> None:
+    text_file(tmp_path)
+    small = ["model.hidden_size=32", "model.num_hidden_layers=1", "train.batch_size=4", "train.context=16", "train.steps=8"]
+    given = ["data.source=text.txt", "data.tokenizer=bpe", "data.vocab_size=300", "train.evaluate_steps=4", *small]
+    done = cli("llm", "train", *given, "model=mixtral", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["train"]["steps"] == 8
+    assert summary["version"] == "models:/text/1"
+    folder = summary["bundle"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    words = transformers.AutoTokenizer.from_pretrained(folder)("the cat", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(words).logits, served(checkpoints.load(folder), words), atol=1e-4, rtol=0)
+    said = json.loads(cli("llm", "generate", folder, "the cat", "--max-tokens", "3", "--json", cwd=tmp_path).stdout)
+    assert said["prompt_tokens"] == words[0].tolist()
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs/mlflow.db'}")
+    metrics = client.get_run(summary["run_id"]).data.metrics
+    assert metrics["validation.loss"] == pytest.approx(summary["validation"]["loss"])
+    assert sum(metrics[f"experts.layer_0.load.{e}"] for e in range(8)) == pytest.approx(1, abs=1e-4)
+    assert {"experts.layer_0.entropy", "experts.layer_0.dropped_share", "experts.layer_0.dead"} <= metrics.keys()
+    assert {f.path for f in client.list_artifacts(summary["run_id"], "experts")} == {"experts/load.png", "experts/experts.csv"}
+
+    again = cli("llm", "train", "--resume", summary["run_id"], cwd=tmp_path)
+    assert again.returncode != 0
+    assert "has finished" in again.stderr
+    assert "llm train --resume" in cli("train", "--resume", summary["run_id"], cwd=tmp_path).stderr
+
+
+MISTAKES = {
+    "no text": (["data.source=none.txt"], "data.source"),
+    "not UTF-8": (["data.source=latin.txt"], "not UTF-8 (byte 2)"),
+    "empty": (["data.source=empty.txt"], "has no text in it"),
+    "short": (["data.source=short.txt", "train.context=64"], "fewer than train.context + 1 = 65"),
+    "long context": (["data.source=text.txt", "train.context=4096"], "the model has 512 positions"),
+    "unknown key": (["data.source=text.txt", "model.num_expert=4"], "unknown key 'num_expert'"),
+    "no bias": (["data.source=text.txt", "model=mixtral", "train.balance.bias_rate=0.1"], "no correction bias"),
+    "no logits": (
+        ["data.source=text.txt", "model=routed", "model.router={name: hash}"],
+        "train.balance.auxiliary can't be used",
+    ),
+    "dense": (["data.source=text.txt", "train.freeze=experts"], "no layer with experts"),
+    "no router": (["data.source=text.txt", "model=routed"], "model.router is missing"),
+    "start and model": (["data.source=text.txt", "start=x", "model=mixtral"], "start names the model"),
+    "no start": (["data.source=text.txt", "data.tokenizer=start"], "give start=FOLDER"),
+}
+
+
+@pytest.mark.parametrize(("given", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_in_a_sentence(given: list[str], said: str, cli: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from contextlib import nullcontext
+
+    monkeypatch.setattr("recsys_moe.pipelines.drive.ray_cluster", lambda *anything: nullcontext())
+    monkeypatch.setattr("recsys_moe.pipelines.drive.check_device", lambda device: None)
+    text_file(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "short.txt").write_text("too short by far")
+    done = cli("llm", "train", *given, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
