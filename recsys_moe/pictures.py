@@ -26,6 +26,7 @@ from recsys_moe.health import Bools, Floats, Health, PlanHealth
 
 if TYPE_CHECKING:
     from recsys_moe.comparison import Comparison, Line
+    from recsys_moe.llm.expert_map import ExpertMap
     from recsys_moe.report import TaskCurve
 
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#767676"
@@ -424,3 +425,28 @@ def save_expert_use(history: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]
         rows.writerow(["layer", "expert", "load", "importance"])
         for layer, figures in history[-1][1].items():
             rows.writerows([layer, e, *both] for e, both in enumerate(zip(figures["load"], figures["importance"], strict=True)))
+
+
+def draw_expert_map(found: "ExpertMap", token_names: Sequence[str], most: int = 40) -> Figure:
+    """Two columns, a row for each layer: the share of each expert in what the commonest tokens and the positions are given to.
+
+    Args:
+        token_names: for each token of the vocabulary what is written below its column.
+    """
+    common = np.argsort(-found.by_token[0].sum(0), kind="stable")[:most]
+    layers, experts = found.by_token.shape[:2]
+    figure = Figure((13, 1 + layers * (0.9 + 0.2 * experts)), layout="constrained")
+    axes = figure.subplots(layers, 2, squeeze=False, width_ratios=(3, 2))
+    for (left, right), layer, tokens, places in zip(axes, found.layers, found.by_token, found.by_position, strict=True):
+        shares = tokens[:, common] / np.maximum(tokens[:, common].sum(0), 1)
+        left.imshow(100 * shares, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+        left.set_xticks(range(len(common)), [token_names[token] for token in common], rotation=90)
+        image = right.imshow(
+            100 * places / np.maximum(places.sum(0), 1), aspect="auto", cmap="cividis", vmin=0, interpolation="nearest"
+        )
+        for axis, what in ((left, "commonest tokens"), (right, "position in the window")):
+            axis.set_yticks(range(experts))
+            _titled(axis, f"layer {layer}: expert (down), {what}")
+        figure.colorbar(image, ax=right, label="% of the choices")
+        figure.colorbar(left.images[0], ax=left)
+    return figure

@@ -212,7 +212,7 @@ def test_losses_and_the_bias_follow_a_naive_loop(tokens: Path) -> None:
     trainer = LmTrainer(tokens, FAMILIES["biased"], replace(SHORT, steps=1, balance=factors), told.append)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     windows = torch.from_numpy(trainer.windows.random((0, 0), 4))
-    with plans_of(trainer.model) as plans:
+    with torch.no_grad(), plans_of(trainer.model) as plans:
         logits = trainer.model.score(windows[:, :-1])
     layers = list(plans.values())
     naive = dict.fromkeys(("auxiliary", "z", "importance", "entropy"), 0.0)
