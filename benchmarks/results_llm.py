@@ -173,7 +173,7 @@ def section(found: dict[str, Any]) -> str:
         "upcycling": "stories260K goes on with tinyshakespeare: upcycled to 8 experts, 2 a token (auxiliary loss 0.01), and "
         "dense for as many operations and for as many tokens.",
         "scratch": "From scratch on WikiText-2's test part (byte-pair encoding, 1,024 tokens): a dense layer of 192 units "
-        "against 2 of 8 experts of 96, sigmoid routers, balanced by nothing, by Switch's auxiliary loss or by the routers' bias.",
+        "against 2 of 8 experts of 96, sigmoid routers, balanced by nothing, Switch's auxiliary loss or the routers' bias.",
     }
     for question, title in titles.items():
         rows = ["| model | parameters | operations | loss | perplexity | busiest | idlest |", "|---" * 7 + "|"]

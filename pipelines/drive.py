@@ -316,7 +316,7 @@ def _fit(work: Work, folder: RunFolder, prepared: Prepared, on_event: Tell, run:
             shutil.rmtree(folder.state, ignore_errors=True)
         kept = f"; the bundle of the best epoch before is kept in {str(folder.bundle)!r}" if final["bundle"] else ""
         raise UserError(f"{final['message']}{kept}")
-    measured = {key: final[key] for key in ("validation", "test", "train") if key in final}
+    measured: dict[str, Any] = {key: final[key] for key in ("validation", "test", "train") if key in final}
     write_json(folder.bundle / "metrics.json", measured)
     shutil.rmtree(folder.state, ignore_errors=True)
     return {"bundle": str(folder.bundle), **measured, "anomalies": _anomalies(folder.events())}

@@ -91,7 +91,7 @@ def settle(job: LmJob) -> LmJob:
         _check_keys(values)
     model = checkpoints.build(values, job.train.dtype, where)
     for part in sparse_parts(model).values():
-        for tensor in part.router.state_dict().values():  # type: ignore[union-attr, operator]
+        for tensor in part.router.state_dict().values():  # type: ignore[union-attr]
             tensor.zero_()
     check_settings(model, job.train)
     return job

@@ -27,6 +27,7 @@ from recsys_moe.typed import dump, parse, typed
 END = "<|endoftext|>"
 """The token between documents, and the line that parts them within a file."""
 
+Progress = Callable[[str, int, int], None]
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
@@ -148,7 +149,7 @@ def prepare_text(
     config: TextConfig,
     folder: Path,
     start: Path | None,
-    progress: Callable[[str, int, int | None], None] = lambda phase, done, total: None,
+    progress: Progress = lambda phase, done, total: None,
 ) -> tuple[Path, TextManifest]:
     """The tokens of a text below `folder`, as they were made before or made now.
 
@@ -184,9 +185,7 @@ def open_text(folder: Path) -> TextManifest:
     return manifest
 
 
-def _write(
-    config: TextConfig, documents: list[str], digest: str, folder: Path, start: Path | None, progress: Callable[..., None]
-) -> None:
+def _write(config: TextConfig, documents: list[str], digest: str, folder: Path, start: Path | None, progress: Progress) -> None:
     train, validation = split_documents(documents, config.validation)
     if not train or not validation:
         part = "validation" if train else "training"
@@ -213,7 +212,7 @@ def _write(
     write_json(folder / "text.json", dump(manifest))
 
 
-def _tokens(tokenizer: Any, texts: list[str], part: str, progress: Callable[..., None]) -> Iterator[int]:
+def _tokens(tokenizer: Any, texts: list[str], part: str, progress: Progress) -> Iterator[int]:
     for number, text in enumerate(texts):
         if number % 100 == 0:
             progress(f"tokens {part}", number, len(texts))

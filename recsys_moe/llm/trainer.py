@@ -408,7 +408,7 @@ def check_settings(model: Decoder, config: LmTrainConfig) -> None:
         UserError: frozen experts, a capacity, a bias rate or a loss for a model without the like; a longer context than it has
             positions.
     """
-    routers = [part.router for part in sparse_parts(model).values()]
+    routers: list[Any] = [part.router for part in sparse_parts(model).values()]
     if config.context > model.config.max_positions:
         raise UserError(
             f"train.context is {config.context}, but the model has {model.config.max_positions} positions; use at most as many"

@@ -74,6 +74,7 @@ def _mixture(
         tensors[f"{at}.block_sparse_moe.gate.weight"] = router
         for part, dense in _PARTS.items():
             weight = given[f"{at}.mlp.{dense}.weight"]
+            assert isinstance(weight, Tensor)
             for expert, piece in enumerate(pieces(part, weight, layer)):
                 tensors[f"{at}.block_sparse_moe.experts.{expert}.{part}.weight"] = piece
     rope = {name: value for name, value in dump(config.rope_parameters).items() if value is not None}
