@@ -1,10 +1,10 @@
 """The language models' part of docs/results.md: mixtures against dense models, and what evens out the experts' load.
 
-    python benchmarks/results_llm.py               all runs: half an hour of one core; what is done is not done again
+    python benchmarks/results_llm.py               all runs: ten minutes of one core; what is done is not done again
     python benchmarks/results_llm.py upcycling     the runs of one question
 
 Real texts of the data folder (RECSYS_MOE_DATA): tinyshakespeare for stories260K to go on with, WikiText-2's test part for what
-is trained from scratch. `benchmarks/results.py` puts the section into docs/results.md.
+is trained from scratch. `python benchmarks/results.py llm` runs this and puts the section into docs/results.md.
 """
 
 import argparse
@@ -34,11 +34,11 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 DATA = Path(os.environ.get("RECSYS_MOE_DATA", Path(__file__).resolve().parent.parent / "../shared/data"))
 RUNS = Path("runs/results_llm")
 SEEDS = 3
-UPCYCLING = LmTrainConfig(steps=250, warmup=25, batch_size=8, context=128, lr=1e-3, evaluate_steps=50)
-SCRATCH = LmTrainConfig(steps=400, warmup=40, batch_size=16, context=64, lr=4e-3, evaluate_steps=100)
+UPCYCLING = LmTrainConfig(steps=120, warmup=12, batch_size=8, context=128, lr=1e-3, evaluate_steps=10**6)
+SCRATCH = LmTrainConfig(steps=300, warmup=30, batch_size=8, context=64, lr=5e-3, evaluate_steps=10**6)
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
@@ -62,8 +62,7 @@ def main() -> None:
     for question in asked:
         {"upcycling": upcycling, "scratch": scratch}[question]()
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))}
-    (DOCS / "results/llm.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(section(found))
+    (DOCS / "results/llm.md").write_text(section(found) + "\n")
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def text_of(name: str, **settings: Any) -> TextConfig:
     source = DATA / "text" / f"{name}.txt"
     if not source.exists():
         raise UserError(f"no {source}; RECSYS_MOE_DATA names the data folder")
-    return TextConfig(str(source), validation=0.1, **settings)
+    return TextConfig(str(source), validation=0.05, **settings)
 
 
 def upcycling() -> None:
@@ -88,7 +87,7 @@ def upcycling() -> None:
     for seed in range(SEEDS):
         config = replace(UPCYCLING, seed=seed, balance=BalanceConfig(auxiliary=0.01))
         _run("upcycling", "mixture of 8 copies, 2 a token", tokens, checkpoints.read_config(mixture), config, mixture)
-        config = replace(UPCYCLING, seed=seed, steps=longer, evaluate_steps=longer // 5)
+        config = replace(UPCYCLING, seed=seed, steps=longer)
         _run("upcycling", "dense, as many operations", tokens, checkpoints.read_config(dense), config, dense)
         config = replace(UPCYCLING, seed=seed)
         _run("upcycling", "dense, as many tokens", tokens, checkpoints.read_config(dense), config, dense)
@@ -132,7 +131,7 @@ def _run(
         "flops_a_token": _flops(values, config.context),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "seconds": round(trainer.seconds, 1),
-        "curve": [(e["step"], e["validation.loss"]) for e in events if e["kind"] == "evaluation"],
+        "loss_before": events[0]["validation.loss"],
         "loss": found.loss,
         "perplexity": found.perplexity,
     }
@@ -163,8 +162,8 @@ def section(found: dict[str, Any]) -> str:
     runs = list(found.values())
     parts = [
         "## Language models: mixtures against dense ones",
-        "    python benchmarks/results_llm.py",
-        f"{SEEDS} seeds each; the loss is of the validation part (the last tenth of a text), in nats a token, with Student's "
+        "    python benchmarks/results.py llm",
+        f"{SEEDS} seeds each; the loss is of the validation part (a text's last twentieth), in nats a token, with Student's "
         "95 % interval over seeds. Operations are of the forward pass for a token in the middle of a window, times the tokens "
         "trained on. `busiest` and `idlest` are the loads of a layer's most and least chosen expert in even shares, on the "
         "validation part, averaged over layers.",

@@ -335,6 +335,15 @@ class LmTrainer:
                 "dead": list(found.dead_experts),
             }
         self.on_event({"kind": "experts", "step": self.step, "layers": layers})
+        if self.step == self.config.steps:
+            for layer, figures in layers.items():
+                if dead := figures["dead"]:
+                    where = {"anomaly": "dead", "plan": layer, "experts": [str(expert) for expert in dead]}
+                    message = (
+                        f"{layer}: experts {', '.join(where['experts'])} took none of the last batch's tokens; raise "
+                        "train.balance.auxiliary, or use train.balance.bias_rate with a router that has a correction bias"
+                    )
+                    self.on_event({"kind": "warning", "message": message, **where})
 
     def _evaluate(self) -> Evaluation:
         found = evaluate(self.model, self.validation, self.config.batch_size)
