@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from recsys_moe.llm.layers import Decoder
 from recsys_moe.llm.text import TextConfig, byte_tokenizer, prepare_text, read_documents
 from recsys_moe.llm.trainer import BalanceConfig, LmTrainConfig, LmTrainer, plans_of, trainable
 from recsys_moe.llm.upcycle import split, upcycled
+from recsys_moe.pipelines.runs import all_runs, find_run
 from recsys_moe.routing import require_invariant
 from recsys_moe.typed import dump
 
@@ -380,36 +383,101 @@ def test_a_model_that_is_split_is_the_dense_one_when_all_its_parts_weigh_alike(d
 # ---- the road
 
 
-def test_the_command_trains_and_what_it_leaves_is_generated_from(cli: Any, tmp_path: Path) -> None:
-    text_file(tmp_path)
-    small = ["model.hidden_size=32", "model.num_hidden_layers=1", "train.batch_size=4", "train.context=16", "train.steps=8"]
-    given = ["data.source=text.txt", "data.tokenizer=bpe", "data.vocab_size=300", "train.evaluate_steps=4", *small]
-    done = cli("llm", "train", *given, "model=mixtral", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    summary = json.loads(done.stdout)
-    assert summary["train"]["steps"] == 8
-    assert summary["version"] == "models:/text/1"
-    folder = summary["bundle"]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    words = transformers.AutoTokenizer.from_pretrained(folder)("the cat", return_tensors="pt").input_ids
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(words).logits, served(checkpoints.load(folder), words), atol=1e-4, rtol=0)
-    said = json.loads(cli("llm", "generate", folder, "the cat", "--max-tokens", "3", "--json", cwd=tmp_path).stdout)
-    assert said["prompt_tokens"] == words[0].tolist()
+class TrainerHere:
+    """Ray's TorchTrainer with one worker, in this process."""
 
+    def __init__(self, worker: Callable[[Any], None], train_loop_config: dict[str, Any], **settings: Any) -> None:
+        self.worker, self.config = worker, train_loop_config
+
+    def fit(self) -> None:
+        self.worker(self.config)
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recsys_moe.pipelines.drive.ray_cluster", lambda *anything: nullcontext())
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", TrainerHere)
+    for name in ("use_all_cores", "keep_freed_memory"):  # they are for a whole process
+        monkeypatch.setattr(f"recsys_moe.pipelines.worker.{name}", lambda *anything: None)
+
+
+SMALL = ["data.source=text.txt", "train.batch_size=4", "train.context=16", "train.steps=8", "train.warmup=2"]
+TINY = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=48", "model.num_key_value_heads=2"]
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_what_the_command_leaves_is_generated_from_upcycled_and_trained_on(cli: Any, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{tmp_path / 'runs/mlflow.db'}")
-    metrics = client.get_run(summary["run_id"]).data.metrics
-    assert metrics["validation.loss"] == pytest.approx(summary["validation"]["loss"])
-    assert sum(metrics[f"experts.layer_0.load.{e}"] for e in range(8)) == pytest.approx(1, abs=1e-4)
-    assert {"experts.layer_0.entropy", "experts.layer_0.dropped_share", "experts.layer_0.dead"} <= metrics.keys()
-    assert {f.path for f in client.list_artifacts(summary["run_id"], "experts")} == {"experts/load.png", "experts/experts.csv"}
+    text_file(tmp_path)
 
-    again = cli("llm", "train", "--resume", summary["run_id"], cwd=tmp_path)
-    assert again.returncode != 0
-    assert "has finished" in again.stderr
-    assert "llm train --resume" in cli("train", "--resume", summary["run_id"], cwd=tmp_path).stderr
+    def run(*arguments: str) -> dict[str, Any]:
+        done = cli("llm", *arguments, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said: dict[str, Any] = json.loads(done.stdout)
+        return said
+
+    dense = run("train", *SMALL, *TINY, "data.tokenizer=bpe", "data.vocab_size=300")
+    assert dense["version"] == "models:/text/1"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(dense["bundle"]).eval()
+    words = transformers.AutoTokenizer.from_pretrained(dense["bundle"])("the cat", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(words).logits, served(checkpoints.load(dense["bundle"]), words), atol=1e-4, rtol=0)
+    assert run("generate", dense["bundle"], "the cat", "--max-tokens", "3")["prompt_tokens"] == words[0].tolist()
+
+    run("convert", dense["bundle"], "moe", "--upcycle", "4")
+    going_on = ["data.tokenizer=start", "start=moe", "train.freeze=others", "train.evaluate_steps=4"]
+    told = run("train", *SMALL, *going_on)
+    folder = find_run(told["run_id"], tmp_path / "runs")
+    evaluations = [event["validation.loss"] for event in folder.events() if event["kind"] == "evaluation"]
+    assert len(evaluations) == 3
+    assert evaluations[0] == pytest.approx(dense["validation"]["loss"], abs=1e-5)
+    assert evaluations[-1] == told["validation"]["loss"] < evaluations[0]
+    before, after = (checkpoints.load(path) for path in (tmp_path / "moe", told["bundle"]))
+    assert torch.equal(before.embedding, after.embedding)
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs/mlflow.db'}")
+    metrics = client.get_run(told["run_id"]).data.metrics
+    assert metrics["validation.loss"] == pytest.approx(evaluations[-1])
+    assert sum(metrics[f"experts.layer_0.load.{e}"] for e in range(4)) == pytest.approx(1, abs=1e-4)
+    assert {"experts.layer_0.entropy", "experts.layer_0.dropped_share", "experts.layer_0.dead"} <= metrics.keys()
+    assert {f.path for f in client.list_artifacts(told["run_id"], "experts")} == {"experts/load.png", "experts/experts.csv"}
+
+    assert "has finished" in cli("llm", "train", "--resume", told["run_id"], cwd=tmp_path).stderr
+    assert "llm train --resume" in cli("train", "--resume", told["run_id"], cwd=tmp_path).stderr
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_run_that_was_stopped_goes_on(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_file(tmp_path)
+    given = [*SMALL, *TINY, "model=mixtral", "train.checkpoint_steps=3", "tracking.alias=null"]
+    whole = json.loads(cli("llm", "train", *given, "--json", cwd=tmp_path).stdout)
+    save = LmTrainer._save
+
+    def save_and_stop(self: LmTrainer) -> None:
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LmTrainer, "_save", save_and_stop)
+        assert cli("llm", "train", *given, cwd=tmp_path).returncode != 0
+    (stopped,) = [run for run in all_runs(tmp_path / "runs") if run.record.status == "KILLED"]
+    done = cli("llm", "train", "--resume", stopped.path.name, "train.workers=1", "--json", cwd=tmp_path)
+    assert "going on from step 3" in done.stderr
+    files = [Path(summary["bundle"]) / "model.safetensors" for summary in (whole, json.loads(done.stdout))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert "can't change" in cli("llm", "train", "--resume", stopped.path.name, "train.lr=1", cwd=tmp_path).stderr
+
+
+@pytest.mark.long
+def test_two_of_rays_workers_leave_the_loss_that_one_does(tmp_path: Path) -> None:
+    text_file(tmp_path)
+    command = [sys.executable, "-m", "recsys_moe", "llm", "train", *SMALL, *TINY, "model=mixtral", "--json"]
+    losses = []
+    for workers in (1, 2):
+        done = subprocess.run([*command, f"train.workers={workers}"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        losses.append(json.loads(done.stdout)["validation"]["loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 MISTAKES = {
@@ -431,12 +499,9 @@ MISTAKES = {
 }
 
 
+@pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(("given", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_told_in_a_sentence(given: list[str], said: str, cli: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    from contextlib import nullcontext
-
-    monkeypatch.setattr("recsys_moe.pipelines.drive.ray_cluster", lambda *anything: nullcontext())
-    monkeypatch.setattr("recsys_moe.pipelines.drive.check_device", lambda device: None)
+def test_a_mistake_is_told_in_a_sentence(given: list[str], said: str, cli: Any, tmp_path: Path) -> None:
     text_file(tmp_path)
     (tmp_path / "latin.txt").write_bytes(b"na\xefve")
     (tmp_path / "empty.txt").write_text("\n")
@@ -445,3 +510,4 @@ def test_a_mistake_is_told_in_a_sentence(given: list[str], said: str, cli: Any, 
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/train/*"))
