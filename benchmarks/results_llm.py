@@ -35,7 +35,7 @@ DATA = Path(os.environ.get("RECSYS_MOE_DATA", Path(__file__).resolve().parent.pa
 RUNS = Path("runs/results_llm")
 SEEDS = 3
 UPCYCLING = LmTrainConfig(steps=120, warmup=12, batch_size=8, context=128, lr=1e-3, evaluate_steps=10**6)
-SCRATCH = LmTrainConfig(steps=300, warmup=30, batch_size=8, context=64, lr=5e-3, evaluate_steps=10**6)
+SCRATCH = LmTrainConfig(steps=240, warmup=24, batch_size=8, context=64, lr=5e-3, evaluate_steps=10**6)
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +79,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hash": {**ROUTED, "router": {"name": "hash"}},
     "biased": {**ROUTED, "router": {"name": "top_k", "k": 2, "scoring": "sigmoid", "correction_bias": True}},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small to share out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def model_of(values: dict[str, Any], scale: float = 1.0) -> Decoder:
@@ -487,6 +496,7 @@ MISTAKES = {
     "short": (["data.source=short.txt", "train.context=64"], "fewer than train.context + 1 = 65"),
     "long context": (["data.source=text.txt", "train.context=4096"], "the model has 512 positions"),
     "unknown key": (["data.source=text.txt", "model.num_expert=4"], "unknown key 'num_expert'"),
+    "many workers": (["data.source=text.txt", "train.batch_size=1", "train.workers=2"], "some would have no sequence"),
     "no bias": (["data.source=text.txt", "model=mixtral", "train.balance.bias_rate=0.1"], "no correction bias"),
     "no logits": (
         ["data.source=text.txt", "model=routed", "model.router={name: hash}"],

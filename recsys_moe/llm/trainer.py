@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys_moe.balance import (
@@ -106,6 +106,14 @@ class LmTrainConfig:
     checkpoint_seconds: Factor = 300.0
     max_failures: Annotated[int, Field(ge=0)] = 3
 
+    @model_validator(mode="after")
+    def check_workers(self) -> Self:
+        if self.workers > self.batch_size:
+            raise ValueError(
+                f"train.workers is {self.workers}, but train.batch_size {self.batch_size}: some would have no sequence"
+            )
+        return self
+
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -178,19 +186,19 @@ def plans_of(model: Decoder, change: Callable[[SparsePlan], SparsePlan] = lambda
             hook.remove()
 
 
-def whole_plan(plan: SparsePlan, rows: int) -> SparsePlan:
+def whole_plan(plan: SparsePlan, sequences: int, length: int) -> SparsePlan:
     """The plan of all workers' rows, of which this worker's have gradients: what it makes of a loss of the whole batch is its
-    part of the gradient."""
+    part of the gradient. The batch is `sequences` of `length` rows each, shared out whole."""
     if world_size() == 1:
         return plan
-
-    mine = piece(rows, rank(), world_size())
+    mine = piece(sequences, rank(), world_size())
 
     def gathered(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        everyones = gather_pieces(tensor.detach(), rows)
-        return torch.cat([everyones[: mine.start], tensor, everyones[mine.stop :]])
+        rows = tensor.reshape(mine.stop - mine.start, length, -1)
+        everyones = gather_pieces(rows.detach(), sequences)
+        return torch.cat([everyones[: mine.start], rows, everyones[mine.stop :]]).flatten(0, 1)
 
     names = ("expert_ids", "chosen_ids", "weights", "logits", "chance")
     parts: dict[str, Any] = {name: gathered(getattr(plan, name)) for name in names}
@@ -292,7 +300,7 @@ class LmTrainer:
         with plans_of(self.model, self._capped) as plans:
             logits = self.model.score(windows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum") / rows
-        whole = {layer: whole_plan(plan, rows) for layer, plan in plans.items()}
+        whole = {layer: whole_plan(plan, config.batch_size, config.context) for layer, plan in plans.items()}
         balance = {name: sum_over_layers(LOSSES[name], [*whole.values()]) for name in self._balanced} if whole else {}
         weighted = [getattr(config.balance, name) * value for name, value in balance.items()]
         self.optimizer.zero_grad(set_to_none=True)
