@@ -115,16 +115,14 @@ def _with_text(model: dict[str, Any], vocab_size: int, eos_id: int | None) -> di
 
 
 def _start(job: LmJob, on_prepare: Progress) -> Work:
-    def prepared() -> Prepared:
-        start = Path(job.start) if job.start else None
-        tokens, text = prepare_text(job.data, Path(job.runs_dir) / "text", start, on_prepare)
-        for part in ("train", "validation"):
-            Windows(tokens, part, job.train.context)
-        values = job.model if job.start else _written(_with_text(job.model, text.vocab_size, text.eos_id))
-        told = {"tokens": str(tokens), "model": values, "train": dump(job.train), "start": job.start}
-        return Prepared(_describe(text), told)
-
-    return Work(job, job.model["model_type"], prepared, train_lm)
+    """What is to be done; the text needs no Ray, and a mistake in it is told before Ray starts."""
+    start = Path(job.start) if job.start else None
+    tokens, text = prepare_text(job.data, Path(job.runs_dir) / "text", start, on_prepare)
+    for part in ("train", "validation"):
+        Windows(tokens, part, job.train.context)
+    values = job.model if job.start else _written(_with_text(job.model, text.vocab_size, text.eos_id))
+    told = {"tokens": str(tokens), "model": values, "train": dump(job.train), "start": job.start}
+    return Work(job, job.model["model_type"], lambda: Prepared(_describe(text), told), train_lm)
 
 
 def _written(values: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class LmTrainConfig:
     Each of `steps` steps takes `batch_size` sequences of `context` tokens, over all workers together. AdamW (β 0.9 and 0.95;
     norms and biases are spared its `weight_decay`) at a rate that rises over `warmup` steps to `lr` and falls by a cosine to
     `lr`·`final`; `clip_norm` bounds the gradient's norm (0: off). `precision` is that of the products; weights are kept and
-    updated in fp32, and written in `precision`.
+    updated in fp32, and written in `precision`. Training is on the CPU so far.
 
     `capacity_factor` bounds what an expert takes in training (None: all that comes). `expert_dropout` drops hidden units of
     the experts (Switch, 2101.03961, for fine-tuning). `freeze` keeps the `experts` as they are, or all the `others`.
