@@ -35,7 +35,7 @@ DATA = Path(os.environ.get("RECSYS_MOE_DATA", Path(__file__).resolve().parent.pa
 RUNS = Path("runs/results_llm")
 SEEDS = 3
 UPCYCLING = LmTrainConfig(steps=120, warmup=12, batch_size=8, context=128, lr=1e-3, evaluate_steps=10**6)
-SCRATCH = LmTrainConfig(steps=240, warmup=24, batch_size=8, context=64, lr=5e-3, evaluate_steps=10**6)
+SCRATCH = LmTrainConfig(steps=120, warmup=12, batch_size=8, context=64, lr=5e-3, evaluate_steps=10**6)
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -175,17 +175,21 @@ def section(found: dict[str, Any]) -> str:
         "against 2 of 8 experts of 96, sigmoid routers, balanced by nothing, Switch's auxiliary loss or the routers' bias.",
     }
     for question, title in titles.items():
-        rows = ["| model | parameters | operations | loss | perplexity | busiest | idlest |", "|---" * 7 + "|"]
+        rows = [
+            "| model | parameters | tokens trained on | operations | loss | perplexity | busiest | idlest |",
+            "|---" * 8 + "|",
+        ]
         for name in dict.fromkeys(run["name"] for run in runs if run["question"] == question):
             same = [run for run in runs if run["name"] == name and run["question"] == question]
             one = same[0]
             loads = [f"{np.mean([run[key] for run in same]):.2f}" if key in one else "–" for key in ("busiest", "idlest")]
             operations = one["flops_a_token"] * one["tokens"]
             figures = [_interval([run["loss"] for run in same], 4), _interval([run["perplexity"] for run in same], 2), *loads]
-            rows.append(f"| {name} | {one['parameters']:,} | {operations:.2e} | {' | '.join(figures)} |")
+            rows.append(f"| {name} | {one['parameters']:,} | {one['tokens']:,} | {operations:.2e} | {' | '.join(figures)} |")
         parts += [title, "\n".join(rows)]
     for picture in sorted((DOCS / "results").glob("llm-experts-*.png")):
-        parts.append(f"![Tokens and positions of each expert]({picture.relative_to(DOCS)})")
+        balance = picture.stem.removeprefix("llm-experts-")
+        parts.append(f"![Tokens and positions that each expert takes, balanced by: {balance}]({picture.relative_to(DOCS)})")
     return "\n\n".join(parts)
 
 
