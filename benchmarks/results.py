@@ -167,13 +167,17 @@ EXPERIMENTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS], help="all if none is named")
+    parser.add_argument("experiments", nargs="*", choices=[[], *EXPERIMENTS, "llm"], help="all if none is named")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where results.md and results/*.png go")
     parser.add_argument("--change", nargs="*", default=[], help="overrides for a smaller try, such as seeds=1 train.epochs=1")
     options = parser.parse_args()
     pictures = options.docs / "results"
     pictures.mkdir(parents=True, exist_ok=True)
-    for name in options.experiments or EXPERIMENTS:
+    for name in options.experiments or [*EXPERIMENTS, "llm"]:
+        if name == "llm":
+            subprocess.run([sys.executable, str(Path(__file__).with_name("results_llm.py"))], check=True)
+            (options.docs / "results.md").write_text(report(pictures))
+            continue
         experiment = EXPERIMENTS[name]
         if experiment.before and not Path(experiment.before[2]).exists():
             run(*experiment.before)
@@ -220,6 +224,8 @@ def report(pictures: Path) -> str:
         file = pictures / f"{name}.json"
         if file.exists():
             parts += section(name, experiment, json.loads(file.read_text()))
+    if (language := pictures / "llm.md").exists():
+        parts.append(language.read_text().strip())
     parts.append(f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.")
     return "\n\n".join(parts) + "\n"
 

@@ -4,7 +4,7 @@ run.json        the settings, where MLflow is, and what it has been told
 events.jsonl    what happened, a line each
 start/          the bundle that training starts from, if it does
 state/          the checkpoint to go on from (recsys_moe.checkpoint), gone once the run has ended well
-bundle/         the trained model
+bundle/         the trained model: a bundle, or a language model's Hugging Face folder
 health/         pictures, a table and warnings of its experts (recsys_moe.health)
 """
 
@@ -26,6 +26,8 @@ from recsys_moe.typed import dump, parse, typed
 FORMAT = 1
 Event = dict[str, Any]
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+Kind = Literal["ranker", "lm"]
+"""What is trained: a recommendation model or a language model."""
 
 
 @typed
@@ -44,6 +46,7 @@ class RunRecord:
     version: str | None = None
     synced: bool = False
     tags: dict[str, str] = field(default_factory=dict)
+    kind: Kind = "ranker"
 
 
 class RunBusy(UserError):
@@ -71,7 +74,13 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, runs_dir: Path, name: str, job: dict[str, Any], uri: str, tags: dict[str, str] | None = None
+        cls,
+        runs_dir: Path,
+        name: str,
+        job: dict[str, Any],
+        uri: str,
+        tags: dict[str, str] | None = None,
+        kind: Kind = "ranker",
     ) -> "RunFolder":
         """A folder of its own for a run that begins now.
 
@@ -81,7 +90,7 @@ class RunFolder:
         readable = re.sub(r"[^\w.+=-]+", "-", name)
         path = runs_dir / "train" / f"{time.strftime('%Y%m%d-%H%M%S')}-{readable}-{uuid.uuid4().hex[:6]}"
         path.mkdir(parents=True)
-        write_json(path / "run.json", dump(RunRecord(FORMAT, name, job, uri, time.time(), tags=tags or {})))
+        write_json(path / "run.json", dump(RunRecord(FORMAT, name, job, uri, time.time(), tags=tags or {}, kind=kind)))
         return cls(path)
 
     def update(self, **changes: Any) -> None:

@@ -174,7 +174,8 @@ class Run:
             self.client.log_artifacts(self.run_id, str(folder), name)
 
     def log_bundle(self, folder: Path, config: TrackingConfig, name: str, summary: dict[str, Any]) -> str:
-        """Store the bundle as a LoggedModel with its test metrics, register it, move the alias.
+        """Store the bundle as a LoggedModel with its test metrics (a language model's are of the validation part), register it,
+        move the alias.
 
         Returns `models:/NAME/VERSION`, of a model that nothing registers `models:/MODEL_ID`.
         """
@@ -183,7 +184,8 @@ class Run:
         from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
         step = summary["train"]["steps"]
-        metrics = flatten({"test": summary["test"]})
+        part = "test" if "test" in summary else "validation"
+        metrics = flatten({part: summary[part]})
         registered = config.register or name
         with answering(self.uri):
             model = self.client.create_logged_model(

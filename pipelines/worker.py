@@ -1,4 +1,4 @@
-"""What Ray Train runs in each training worker: the plain trainer; the first worker writes events and the bundle."""
+"""What Ray Train runs in each training worker: a plain trainer; the first worker writes events and the model."""
 
 import errno
 import json
@@ -26,18 +26,22 @@ from recsys_moe.warm_start import StartBundle
 Tell = Callable[[dict[str, Any]], None]
 
 
-def train_worker(config: dict[str, Any]) -> None:
+Train = Callable[[dict[str, Any], Tell], dict[str, Any]]
+"""Trains as it is told; returns the last event: what was reached, or why nothing was."""
+
+
+def train_worker(config: dict[str, Any], train: Train) -> None:
     """What each of Ray Train's workers does."""
     use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     keep_freed_memory()
-    run_training(config)
+    run_training(config, train)
 
 
-def run_training(config: dict[str, Any]) -> None:
+def run_training(config: dict[str, Any], train: Train) -> None:
     """Train; a user's mistake, which all workers meet alike, ends the event log instead of a traceback."""
     with EventLog(Path(config["events"] if rank() == 0 else os.devnull)) as log:
         with peak_memory() as peak:
-            last = _train(config, log.tell)
+            last = train(config, log.tell)
         if last["kind"] == "done":
             last["train"]["peak_anon_mb"] = round(peak.mb, 1)
         log.tell(last)
@@ -84,8 +88,8 @@ def _ends_a_line(path: Path, size: int) -> bool:
         return file.read() == b"\n"
 
 
-def _train(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """The last event: what was reached, or why nothing was."""
+def train_ranker(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Train a recommendation model and leave its bundle."""
     # The driver has verified the checksums when it opened or wrote the data.
     data = PreparedData(Path(config["prepared"]), verify=False)
     model_config = parse(ModelConfig, config["model"], "model")
@@ -136,3 +140,31 @@ def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict
             write_selftest(bundle, read_part(described.data, transform.schema, "validation"))
         except (UserError, OSError) as error:  # the log rows went away while it trained
             tell({"kind": "warning", "message": f"the bundle has no self-test: {error}"})
+
+
+def train_lm(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """Train a language model and leave its Hugging Face folder."""
+    from recsys_moe.llm.convert import copy_beside
+    from recsys_moe.llm.trainer import LmTrainConfig, LmTrainer
+
+    settings: LmTrainConfig = parse(LmTrainConfig, config["train"], "train")
+    tokens, bundle, start = Path(config["tokens"]), Path(config["bundle"]), config["start"]
+    try:
+        trainer = LmTrainer(
+            tokens, config["model"], settings, tell, Checkpoints(Path(config["state"])), Path(start) if start else None
+        )
+        tell({"kind": "start", "step": trainer.step, "total_steps": settings.steps, "workers": world_size()})
+        found = trainer.fit()
+    except UserError as error:
+        return {"kind": "error", "message": str(error), "bundle": None}
+    if rank() == 0:
+        trainer.save(bundle, config["model"])
+        copy_beside(tokens, bundle)
+    seconds = trainer.seconds
+    trained = {
+        "steps": trainer.step,
+        "tokens": trainer.tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(trainer.tokens / seconds, 1) if seconds else None,
+    }
+    return {"kind": "done", "validation": asdict(found), "train": trained}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from recsys_moe import cli_llm_serve
+from recsys_moe import cli_llm_serve, cli_llm_train
 from recsys_moe.cli_llm import llm_app
 from recsys_moe.errors import UserError
 from recsys_moe.process import interrupt_once
@@ -59,6 +59,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(llm_app, name="llm")
 llm_app.command(epilog=cli_llm_serve.EXAMPLES)(cli_llm_serve.serve)
+llm_app.command(epilog=cli_llm_train.EXAMPLES)(cli_llm_train.train)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on standard output.")]
 Overrides = Annotated[
@@ -95,12 +96,14 @@ def train(
     With --resume the settings are the run's own; `train.workers`, `train.max_failures`, `train.checkpoint_…` and `ray.…` may
     differ.
     """
+    from recsys_moe.config import changes
     from recsys_moe.console import PhaseProgress, number, print_json, print_metrics, progress, qualities, stderr, stdout
 
     if resume is None:
         job = _job(_compose(overrides))
     else:
-        config, changes = _compose(overrides, needs_data=False), _changes(overrides or [])
+        config = _compose(overrides, needs_data=False)
+        changed = changes(overrides or [], config)
     from recsys_moe.pipelines.train import resume as resume_job
     from recsys_moe.pipelines.train import train as run_job
 
@@ -130,7 +133,6 @@ def train(
         if resume is None:
             summary = run_job(job, on_event, phases)
         else:
-            changed = {section: {key: config[section][key] for key in keys} for section, keys in changes.items()}
             job, summary = resume_job(resume, Path(config["runs_dir"]).absolute(), changed, on_event, phases)
     if json:
         print_json(summary)
@@ -511,7 +513,7 @@ def sync(
 ) -> None:
     """Tell MLflow what it missed while it was away: metrics, bundles, how runs ended."""
     from recsys_moe.console import print_json, stdout
-    from recsys_moe.pipelines.train import sync as tell
+    from recsys_moe.pipelines.drive import sync as tell
 
     if run is not None and "=" in run:
         overrides, run = [run, *(overrides or [])], None
@@ -676,26 +678,6 @@ def _job(config: dict[str, Any]) -> Any:
 
     parts = {key: config[key] for key in ("data", "model", "train", "tracking", "ray", "runs_dir", "start")}
     return parse(TrainJob, parts, "configuration")
-
-
-# What a run that goes on may have differently from before.
-CHANGEABLE = {
-    "train": ("workers", "max_failures", "checkpoint_steps", "checkpoint_seconds"),
-    "ray": ("address", "wheel"),
-}
-
-
-def _changes(overrides: list[str]) -> dict[str, list[str]]:
-    """The keys that a resumed run's settings change in, by section."""
-    changes: dict[str, list[str]] = {}
-    for override in overrides:
-        section, _, key = override.partition("=")[0].partition(".")
-        if section == "runs_dir":
-            continue
-        if key not in CHANGEABLE.get(section, ()):
-            raise UserError(f"{override!r} can't change when a run goes on; leave it out, or train anew with it")
-        changes.setdefault(section, []).append(key)
-    return changes
 
 
 def _resolve(model: str, overrides: list[str] | None) -> tuple[Path, dict[str, Any]]:

@@ -34,20 +34,42 @@ Dtype = Annotated[Precision | None, typer.Option(help="Precision of the weights.
 
     recsys-moe llm convert Mixtral-8x7B-fp32 Mixtral-8x7B-bf16 --dtype bfloat16
 
-    recsys-moe llm convert stories260K again.bin"""
+    recsys-moe llm convert stories260K again.bin
+
+    recsys-moe llm convert stories260K stories-8x260K --upcycle 8 --top-k 2
+
+    recsys-moe llm convert Llama-3.2-1B llama-moe-1B --split 8 --top-k 4"""
 )
 def convert(
     source: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a llama2.c file.", show_default=False)],
     target: Annotated[Path, typer.Argument(help="What to write: a folder, or a llama2.c file (*.bin).", show_default=False)],
     tokenizer: Annotated[Path | None, typer.Option(help="llama2.c's tokenizer, for a folder from its model.")] = None,
     dtype: Dtype = None,
+    upcycle: Annotated[int | None, typer.Option(min=2, help="Make a Mixtral: this many copies of each dense layer.")] = None,
+    split: Annotated[int | None, typer.Option(min=2, help="Make a Mixtral: each dense layer cut into this many.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="The mixture's experts a token.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the mixture's routers, and of the cut.")] = 0,
     json: Json = False,
 ) -> None:
-    """Write a model in another layout or precision; the source stays as it is."""
+    """Write a model in another layout or precision, or a mixture made of it; the source stays as it is.
+
+    An upcycled mixture computes what the dense model does (2212.05055); one that is split (LLaMA-MoE, 2406.16554) does so only
+    with all its experts. `llm train start=…` goes on from there.
+    """
+    from functools import partial
+
     from recsys_moe.console import print_json, stderr
+    from recsys_moe.llm import upcycle as mixtures
     from recsys_moe.llm.convert import convert as run
 
-    model = run(source, target, tokenizer, _dtype(dtype))
+    if upcycle is not None and split is not None:
+        raise UserError("--upcycle copies the dense layers and --split cuts them; give one of the two")
+    mixture = None
+    if upcycle is not None:
+        mixture = partial(mixtures.upcycled, experts=upcycle, k=top_k, seed=seed)
+    elif split is not None:
+        mixture = partial(mixtures.split, experts=split, k=top_k, seed=seed)
+    model = run(source, target, tokenizer, _dtype(dtype), mixture)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stderr.print(f"wrote {target}: {parameters:,} parameters in {str(model.config.dtype).removeprefix('torch.')}")
     if json:

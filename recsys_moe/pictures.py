@@ -26,6 +26,7 @@ from recsys_moe.health import Bools, Floats, Health, PlanHealth
 
 if TYPE_CHECKING:
     from recsys_moe.comparison import Comparison, Line
+    from recsys_moe.llm.expert_map import ExpertMap
     from recsys_moe.report import TaskCurve
 
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#767676"
@@ -396,3 +397,56 @@ def save_health(history: Sequence[tuple[int, Health]], warnings_told: Sequence[s
     with (folder / "experts.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     (folder / "warnings.txt").write_text("".join(f"{message}\n" for message in warnings_told) or "no anomaly\n")
+
+
+def draw_expert_use(history: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]]]) -> Figure:
+    """Each layer's load by expert over the steps: 1 is an even share."""
+    layers = list(history[-1][1])
+    experts = max(len(history[-1][1][layer]["load"]) for layer in layers)
+    figure = Figure((2 + 0.3 * max(len(history), 8), 1 + len(layers) * (0.5 + 0.16 * experts)), layout="constrained")
+    axes = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+    for axis, layer in zip(axes, layers, strict=True):
+        load_es = np.array([looks[layer]["load"] for _, looks in history]).T
+        image = axis.imshow(load_es * len(load_es), aspect="auto", cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
+        axis.set_xticks(range(len(history)), [f"{step:,}" for step, _ in history], rotation=90)
+        axis.set_yticks(range(len(load_es)))
+        _titled(axis, f"{layer}: load by expert over the steps, in even shares")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def save_expert_use(history: Sequence[tuple[int, Mapping[str, Mapping[str, Any]]]], folder: Path) -> None:
+    """`load.png` and, as it was at the end, `experts.csv`: a row for each expert of each layer."""
+    folder.mkdir(exist_ok=True)
+    with drawing():
+        (folder / "load.png").write_bytes(render(draw_expert_use(history)))
+    with (folder / "experts.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["layer", "expert", "load", "importance"])
+        for layer, figures in history[-1][1].items():
+            rows.writerows([layer, e, *both] for e, both in enumerate(zip(figures["load"], figures["importance"], strict=True)))
+
+
+def draw_expert_map(found: "ExpertMap", token_names: Sequence[str], most: int = 40) -> Figure:
+    """Two columns, a row for each layer: the share of each expert in what the commonest tokens and the positions are given to.
+
+    Args:
+        token_names: for each token of the vocabulary what is written below its column.
+    """
+    common = np.argsort(-found.by_token[0].sum(0), kind="stable")[:most]
+    layers, experts = found.by_token.shape[:2]
+    figure = Figure((13, 1 + layers * (0.9 + 0.2 * experts)), layout="constrained")
+    axes = figure.subplots(layers, 2, squeeze=False, width_ratios=(3, 2))
+    for (left, right), layer, tokens, places in zip(axes, found.layers, found.by_token, found.by_position, strict=True):
+        shares = tokens[:, common] / np.maximum(tokens[:, common].sum(0), 1)
+        left.imshow(100 * shares, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+        left.set_xticks(range(len(common)), [token_names[token] for token in common], rotation=90)
+        image = right.imshow(
+            100 * places / np.maximum(places.sum(0), 1), aspect="auto", cmap="cividis", vmin=0, interpolation="nearest"
+        )
+        for axis, what in ((left, "commonest tokens"), (right, "position in the window")):
+            axis.set_yticks(range(experts))
+            _titled(axis, f"layer {layer}: expert (down), {what}")
+        figure.colorbar(image, ax=right, label="% of the choices")
+        figure.colorbar(left.images[0], ax=left)
+    return figure

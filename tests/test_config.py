@@ -1,18 +1,22 @@
 """Every file in conf/ composes and fills the dataclass it is for; mistakes name the key and the nearest valid one."""
 
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
 
-from recsys_moe.config import compose, conf_dir, options
+from recsys_moe.config import compose, conf_dir, lm_conf_dir, options
 from recsys_moe.correlated import CorrelatedConfig, load_correlated_config
 from recsys_moe.errors import UserError
 from recsys_moe.fetch import load_fetch_config
+from recsys_moe.llm.text import TextConfig
+from recsys_moe.llm.trainer import BalanceConfig, LmTrainConfig
 from recsys_moe.models import MODELS, MMoEConfig, ModelConfig, SharedBottomConfig
 from recsys_moe.pipelines.tracking import TrackingConfig
 from recsys_moe.pipelines.train import TrainJob, train
+from recsys_moe.pipelines.train_lm import LmJob, settle
 from recsys_moe.pipelines.tune import default_space, parse_space
 from recsys_moe.schema import load_schema
 from recsys_moe.serving.config import ServeConfig
@@ -55,6 +59,15 @@ def test_every_file_composes_and_builds(file: Path) -> None:
             assert all(any(PurePath(file).match(pattern) for file in made) for pattern in data.files)
         case ("experiment", name):
             job(f"experiment={name}")
+        case ("llm", *rest):
+            given = ["data.source=text", *(["model.router={name: hash}"] if rest[-1] == "routed" else [])]
+            made = compose([*given, *([f"model={rest[1]}"] if rest[0] == "model" else [])], folder=lm_conf_dir())
+            built = parse(LmJob, made, "configuration")
+            unbalanced = replace(built.train, balance=BalanceConfig())
+            settle(replace(built, train=unbalanced if rest[-1] == "routed" else built.train))
+            if rest[0] != "model":
+                assert built.train == replace(LmTrainConfig(), balance=BalanceConfig(auxiliary=0.01))
+                assert built.data == TextConfig("text")
         case (group, name):
             # `custom` waits for what the user must give.
             given = ["data.source=logs", "data.schema=census_full"] if name == "custom" else []

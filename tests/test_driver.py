@@ -16,7 +16,7 @@ import yaml
 
 from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
-from recsys_moe.pipelines import cluster, prepare, train
+from recsys_moe.pipelines import cluster, drive, prepare, train
 from recsys_moe.pipelines.runs import RunFolder, all_runs
 from recsys_moe.pipelines.tracking import TrackingConfig, open_client, promote
 from recsys_moe.pipelines.train import TrainJob
@@ -43,7 +43,7 @@ class TrainerHere:
 @pytest.fixture(scope="module", autouse=True)
 def without_ray() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ray_cluster", lambda config, workers: nullcontext())
+        patch.setattr(drive, "ray_cluster", lambda config, workers: nullcontext())
         patch.setattr(prepare, "_map_chunks", map_here)
         patch.setattr("ray.train.torch.TorchTrainer", TrainerHere)
         for name in ("use_all_cores", "keep_freed_memory"):  # they are for a whole process

@@ -9,9 +9,10 @@ import pytest
 
 from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
+from recsys_moe.pipelines.drive import sync
 from recsys_moe.pipelines.runs import RunBusy, RunFolder, all_runs, find_run
 from recsys_moe.pipelines.tracking import TrackingConfig, open_client, open_run
-from recsys_moe.pipelines.train import TrainJob, resume, sync
+from recsys_moe.pipelines.train import TrainJob, resume
 from recsys_moe.pipelines.worker import EventLog
 from recsys_moe.sources import DataConfig
 from recsys_moe.trainer import TrainConfig
@@ -162,7 +163,7 @@ def test_a_server_that_is_away_keeps_no_other_run_from_being_told(folder: RunFol
             raise UserError("it does not answer")
         return open_client(uri)
 
-    monkeypatch.setattr("recsys_moe.pipelines.train.open_client", open_known)
+    monkeypatch.setattr("recsys_moe.pipelines.drive.open_client", open_known)
     runs_dir = folder.path.parents[1]
     finish(folder)
     for name in ("a", "z"):  # before and after it in any order

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_moe.errors import UserError, nearest
-from recsys_moe.llm import deepseek, llama, mixtral, olmoe, qwen_moe, switch
+from recsys_moe.llm import deepseek, llama, mixtral, olmoe, qwen_moe, routed, switch
 from recsys_moe.llm.layers import Decoder, Joined
 from recsys_moe.tensorfiles import TensorFiles, save_tensors
 from recsys_moe.typed import parse
@@ -27,6 +27,7 @@ FAMILIES: dict[str, tuple[type, Callable[[Any, torch.dtype], Decoder]]] = {
     "deepseek_v2": (deepseek.DeepseekV2Config, deepseek.build),
     "deepseek_v3": (deepseek.DeepseekV3Config, deepseek.build),
     "switch_decoder": (switch.SwitchConfig, switch.build),
+    "routed_decoder": (routed.RoutedConfig, routed.build),
 }
 
 # The kernels know no fp16, and bf16 would drop three of its bits.
@@ -56,6 +57,15 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     model = build(values, dtype or _DTYPES[name], folder / "config.json")
     fill(model, shards(folder))
     return model
+
+
+@torch.no_grad()
+def copy(source: Decoder, target: Decoder) -> None:
+    """Give a model another's weights, rounded to its own precision."""
+    given = source.tensors()
+    for name, place in target.tensors().items():
+        tensor = given[name]
+        place.copy_(tensor if isinstance(tensor, Tensor) else tensor.whole())
 
 
 def save(model: Decoder, values: dict[str, Any], folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
@@ -126,8 +136,12 @@ def parse_config(values: dict[str, Any], where: Path) -> Any:
     return parse(kind, known, str(where))
 
 
-def build(values: dict[str, Any], dtype: torch.dtype, where: Path) -> Decoder:
-    """The model that a `config.json` describes, in inference mode, its weights not filled yet."""
+def build(values: dict[str, Any], dtype: torch.dtype, where: Path, weights: torch.dtype | None = None) -> Decoder:
+    """The model that a `config.json` describes, in inference mode, its weights not filled yet.
+
+    Args:
+        dtype: of the products; of the weights too, unless `weights` says otherwise (training keeps them in fp32).
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         raise UserError(f"dtype is {dtype}; models run in float32 or bfloat16")
     config = parse_config(values, where)
@@ -137,7 +151,7 @@ def build(values: dict[str, Any], dtype: torch.dtype, where: Path) -> Decoder:
             model = make(config, dtype)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    _allocate(model, dtype)
+    _allocate(model, weights or dtype)
     if config.tie_word_embeddings:
         model.head.weight = model.embedding
     return model.requires_grad_(False).eval()

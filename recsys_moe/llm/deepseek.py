@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from recsys_moe.kernels import Layer, expert_mlp, paged_attention
+from recsys_moe.kernels import Layer, expert_mlp
 from recsys_moe.llm.layers import (
     Decoder,
     DecoderConfig,
     GroupedAttention,
+    Heads,
     Joined,
     Linear,
     Mlp,
@@ -131,27 +132,17 @@ class LatentAttention(nn.Module):
         """Multiply-adds of a token's heads with one place of the cache."""
         return self.heads * (2 * self.latent + self.rope)
 
-    def forward(self, x_nd: Tensor, step: Step, cache: Tensor) -> Tensor:
+    def forward(self, x_nd: Tensor, step: Step, layer: int) -> Tensor:
         q, latent, key_rope = self.down(x_nd).split((self.down.out_features - self.cache_width, self.latent, self.rope), 1)
         if self.q_norm is not None and self.q_up is not None:
             q = self.q_up(self.q_norm(q))
         q_nope, q_rope = q.unflatten(1, (self.heads, -1)).split((self.nope, self.rope), 2)
         key_rope = self.rotary(key_rope.unsqueeze(1), step.turn).squeeze(1)
-        cache.flatten(0, 1).index_copy_(0, step.slots, torch.cat([self.latent_norm(latent), key_rope], 1))
-        absorbed = expert_mlp(q_nope, Layer(self.w_uk), invariant=inference(self))
-        batch = step.batch
-        y = paged_attention(
-            torch.cat([absorbed, self.rotary(q_rope, step.turn)], 2),
-            cache,
-            batch.starts,
-            batch.lengths,
-            batch.blocks,
-            kv_heads=1,
-            value_at=0,
-            value_dim=self.latent,
-            scale=self.scale,
-        )
-        out: Tensor = self.out(expert_mlp(y, Layer(self.w_uv), invariant=inference(self)).flatten(1))
+        absorbed = expert_mlp(q_nope, Layer(self.w_uk.to(x_nd.dtype)), invariant=inference(self))
+        queries = torch.cat([absorbed, self.rotary(q_rope, step.turn)], 2)
+        heads = Heads(kv_heads=1, value_at=0, value_dim=self.latent, scale=self.scale)
+        y = step.attend(layer, queries, torch.cat([self.latent_norm(latent), key_rope], 1), heads)
+        out: Tensor = self.out(expert_mlp(y, Layer(self.w_uv.to(x_nd.dtype)), invariant=inference(self)).flatten(1))
         return out
 
     def tensors(self) -> Tensors:

@@ -9,7 +9,7 @@ import torch
 from recsys_moe.experts import MLPExperts
 from recsys_moe.llm.checkpoints import FAMILIES, parse_config
 from recsys_moe.llm.layers import Decoder
-from recsys_moe.routing import SwitchRouter, TopKRouter
+from recsys_moe.routing import ExpertChoiceRouter, GShardRouter, HashRouter, RandomRouter, SwitchRouter, TopPRouter
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -68,10 +68,26 @@ def estimate(values: dict[str, Any], where: Path, context: int | None = None) ->
 def _idle(module: torch.nn.Module) -> int:
     """Parameters of a layer's experts that a token does not choose."""
     router, experts = getattr(module, "router", None), getattr(module, "experts", None)
-    if not isinstance(experts, MLPExperts) or not isinstance(router, TopKRouter | SwitchRouter):
+    if not isinstance(experts, MLPExperts) or router is None:
         return 0
     each = sum(weight[0].numel() for weight in experts.weights)
-    return each * (router.linear.num_experts - (router.k if isinstance(router, TopKRouter) else 1))
+    total = router.num_experts if isinstance(router, HashRouter | RandomRouter) else router.linear.num_experts
+    return int(each * (total - _used(router, total)))
+
+
+def _used(router: torch.nn.Module, total: int) -> float:
+    """Experts that a token uses, on average where they differ in number; of top-p, which has no bound, all."""
+    match router:
+        case SwitchRouter() | HashRouter():
+            return 1
+        case GShardRouter():
+            return 2
+        case ExpertChoiceRouter():
+            return min(router.capacity_factor, total)
+        case TopPRouter():
+            return total
+        case _:
+            return int(router.k)  # type: ignore[arg-type]
 
 
 def _attended(model: Decoder) -> int:

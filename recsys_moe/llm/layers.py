@@ -155,7 +155,8 @@ class Linear(nn.Linear):
     """y = W·x + b for `[N, D]`, each row the same bits in any batch at inference; the rows of W may be several layers'."""
 
     def forward(self, x_nd: Tensor) -> Tensor:
-        one = Layer(self.weight.unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0))
+        # In training the weights stay fp32, whatever the precision of the products.
+        one = Layer(self.weight.to(x_nd.dtype).unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0))
         return expert_mlp(x_nd, one, invariant=inference(self)).squeeze(1)
 
     def tensors(self, **rows: int) -> Tensors:
@@ -182,7 +183,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Rotary(nn.Module):
@@ -206,12 +207,61 @@ class Rotary(nn.Module):
         return rotary(x_nhd, turn, interleaved=self.interleaved)
 
 
-class Step(NamedTuple):
-    """What the layers share in one step: the batch, where its tokens lie in the cache, cosines and sines."""
+class CachedStep(NamedTuple):
+    """What the layers share in one step of inference: the batch, where its tokens lie in the cache, cosines and sines."""
 
     batch: TokenBatch
     slots: Tensor
     turn: Tensor
+    layers: list[Tensor]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.batch.tokens
+
+    def attend(self, layer: int, q_nhd: Tensor, kv_nw: Tensor, heads: "Heads") -> Tensor:
+        """Put the new tokens' keys and values into the cache, and attend to all that is there: `[N, H, value_dim]`."""
+        cache, batch = self.layers[layer], self.batch
+        cache.flatten(0, 1).index_copy_(0, self.slots, kv_nw)
+        return paged_attention(q_nhd, cache, batch.starts, batch.lengths, batch.blocks, **heads._asdict())
+
+
+class WholeStep(NamedTuple):
+    """The same for B whole sequences of T tokens, one after the other, with gradients: no cache."""
+
+    sequences: int
+    tokens: Tensor
+    turn: Tensor
+
+    def attend(self, layer: int, q_nhd: Tensor, kv_nw: Tensor, heads: "Heads") -> Tensor:
+        """Causal attention within each sequence: `[N, H, value_dim]`."""
+
+        def split(x_nhd: Tensor) -> Tensor:
+            return x_nhd.unflatten(0, (self.sequences, -1)).transpose(1, 2)
+
+        q, kv = split(q_nhd), kv_nw.to(q_nhd.dtype)
+        k = split(kv[:, : heads.kv_heads * q.shape[-1]].unflatten(1, (heads.kv_heads, -1)))
+        v = split(kv[:, heads.value_at : heads.value_at + heads.kv_heads * heads.value_dim].unflatten(1, (heads.kv_heads, -1)))
+        mask = None
+        if heads.window is not None:
+            place = torch.arange(q.shape[2], device=q.device)
+            back = place.unsqueeze(1) - place
+            mask = (back >= 0) & (back < heads.window)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=heads.scale, enable_gqa=True)
+        return y.transpose(1, 2).flatten(0, 1)
+
+
+Step = CachedStep | WholeStep
+
+
+class Heads(NamedTuple):
+    """How a token's values in the cache are read: G keys of the queries' width first, G values from `value_at` on."""
+
+    kv_heads: int
+    value_at: int
+    value_dim: int
+    scale: float
+    window: int | None = None
 
 
 class GroupedAttention(nn.Module):
@@ -253,7 +303,7 @@ class GroupedAttention(nn.Module):
         """Multiply-adds of a token's heads with one place of the cache."""
         return 2 * self.heads * self.head_dim
 
-    def forward(self, x_nd: Tensor, step: Step, cache: Tensor) -> Tensor:
+    def forward(self, x_nd: Tensor, step: Step, layer: int) -> Tensor:
         qkv = self.qkv(x_nd)
         q, k, v = qkv.split(self.sizes, 1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -261,20 +311,8 @@ class GroupedAttention(nn.Module):
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k = (self.rotary(t.unflatten(1, (-1, self.head_dim)), step.turn) for t in (q, k))
-        cache.flatten(0, 1).index_copy_(0, step.slots, torch.cat([k.flatten(1), v], 1))
-        batch = step.batch
-        y = paged_attention(
-            q,
-            cache,
-            batch.starts,
-            batch.lengths,
-            batch.blocks,
-            kv_heads=self.kv_heads,
-            value_at=self.sizes[1],
-            value_dim=self.head_dim,
-            scale=self.head_dim**-0.5,
-            window=self.window,
-        )
+        heads = Heads(self.kv_heads, self.sizes[1], self.head_dim, self.head_dim**-0.5, self.window)
+        y = step.attend(layer, q, torch.cat([k.flatten(1), v], 1), heads)
         out: Tensor = self.out(y.flatten(1))
         return out
 
@@ -330,7 +368,7 @@ def expert_tensors(
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then x + ffn(norm(x)); a feed-forward part that is `by_token` is told the tokens too."""
 
     def __init__(self, config: DecoderConfig, attention: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
@@ -338,10 +376,12 @@ class Block(nn.Module):
         self.attention = attention
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn = ffn
+        self.by_token = getattr(ffn, "by_token", False)
 
-    def forward(self, x_nd: Tensor, step: Step, cache: Tensor) -> Tensor:
-        x_nd = x_nd + self.attention(self.attention_norm(x_nd), step, cache)
-        out: Tensor = x_nd + self.ffn(self.ffn_norm(x_nd))
+    def forward(self, x_nd: Tensor, step: Step, layer: int) -> Tensor:
+        x_nd = x_nd + self.attention(self.attention_norm(x_nd), step, layer)
+        normed_nd = self.ffn_norm(x_nd)
+        out: Tensor = x_nd + (self.ffn(normed_nd, step.tokens) if self.by_token else self.ffn(normed_nd))
         return out
 
 
@@ -385,11 +425,23 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
         """Logits of `batch.outputs`, fp32 `[K, vocabulary]`; the new tokens' keys and values go into the cache."""
-        step = Step(batch, batch.slots, self.rotary.at(batch.positions))
-        x_nd = F.embedding(batch.tokens, self.embedding)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x_nd = block(x_nd, step, layer)
-        logits: Tensor = self.head(self.norm(x_nd[batch.outputs]))
+        step = CachedStep(batch, batch.slots, self.rotary.at(batch.positions), cache.layers)
+        return self._logits(self._run(step)[batch.outputs])
+
+    def score(self, tokens_bt: Tensor) -> Tensor:
+        """Logits of whole sequences of one length, fp32 `[B, T, vocabulary]`, with gradients and without a cache: training."""
+        rows, length = tokens_bt.shape
+        step = WholeStep(rows, tokens_bt.flatten(), self.rotary.at(torch.arange(length).repeat(rows)))
+        return self._logits(self._run(step)).view(rows, length, -1)
+
+    def _run(self, step: Step) -> Tensor:
+        x_nd = F.embedding(step.tokens, self.embedding).to(self.config.dtype)
+        for number, block in enumerate(self.blocks):
+            x_nd = block(x_nd, step, number)
+        return x_nd
+
+    def _logits(self, x_nd: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(x_nd))
         return logits.float()
 
     def tensors(self) -> Tensors:
