@@ -46,13 +46,16 @@ def test_every_route_is_documented(schema: schemathesis.BaseSchema) -> None:
     assert found == ROUTES
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [20, pytest.param(500, marks=pytest.mark.long)])
 @pytest.mark.parametrize("path", ROUTES)
 def test_no_request_is_a_5xx_or_answered_otherwise_than_told(schema: schemathesis.BaseSchema, path: str, examples: int) -> None:
     operation = schema[path][ROUTES[path]]
+    cases = operation.as_strategy()
+    if ROUTES[path] == "POST":
+        cases |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
     @settings(max_examples=examples, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-    @given(case=operation.as_strategy())
+    @given(case=cases)
     def holds(case: schemathesis.Case) -> None:
         # A row in the schema's form may still lack a feature, which only the model knows.
         case.call_and_validate(excluded_checks=[positive_data_acceptance], timeout=30)
