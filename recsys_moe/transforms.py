@@ -147,8 +147,7 @@ class Encoded:
 
     def take(self, rows: npt.NDArray[np.int32]) -> "Encoded":
         """The rows that `rows` `[M]` names, the last one by −1."""
-        arrays = (self.ids, self.dense, self.hashes, self.null)
-        ids, dense, hashes, null = (None if e is None else e.take(rows, axis=-1) for e in arrays)
+        ids, dense, hashes, null = (None if e is None else e[..., rows] for e in (self.ids, self.dense, self.hashes, self.null))
         return Encoded(ids, dense, hashes, null, None if self.lists is None else self.lists.take(rows))
 
 
