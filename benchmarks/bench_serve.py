@@ -3,7 +3,12 @@
 HoME with 6 tasks, 40 features whose inputs are 512 numbers (a table of a million rows of dimension 32 among them), bf16; 200
 candidates by id. The predictor in process, from ids to scores, takes turns of ten calls with the peer's network alone
 (experts_peers.py, eager and compiled, fp32 and bf16). The service runs as `recsys-moe serve` does, on one core with all of
-Ray's processes; the client on the other: closed loops of 1, 8 and 32, then an open loop of four times what was the most.
+Ray's processes, by direct ingress (one hop); the client on the other: closed loops of 1, 8 and 32, then an open loop of four
+times what was the most. `mlflow models serve` takes its turn on the same core, with the same bundle; it looks nothing up by id:
+its 200 rows bring their features.
+
+Parts by themselves: FOLDER make, predictor, serve PORT, client URL, mlflow PORT, mlflow-client URL. Seconds of each closed loop
+and of the overload: SECONDS_CLOSED (6), SECONDS_OVERLOAD (60).
 """
 
 import asyncio
@@ -14,6 +19,8 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +101,10 @@ def make_items(path: Path) -> None:
         file.write_table(table)
 
 
-def client_main(url: str, folder: Path) -> None:
-    """In a process of its own: open-loop load, a line of JSON for each stage."""
-    asyncio.run(_stages(url, folder))
-
-
-async def _stages(url: str, folder: Path) -> None:
+async def stages(url: str, bodies: list[str], overload: bool) -> dict[str, dict[str, float]]:
+    """Closed loops, and the open one: what each was like."""
     import aiohttp
 
-    bodies = [request(seed) for seed in range(200)]
     form = {"Content-Type": "application/json"}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -144,11 +146,13 @@ async def _stages(url: str, folder: Path) -> None:
         found = {}
         for clients in (1, 8, 32):
             found[f"closed {clients}"] = await closed(clients, float(os.environ.get("SECONDS_CLOSED", "6")))
+        if not overload:
+            return found
         saturation = max(each["candidates_per_s"] for each in found.values()) / CANDIDATES
         found["4x saturation"] = await opened(4 * saturation, float(os.environ.get("SECONDS_OVERLOAD", "60")))
         await asyncio.sleep(5)
         found["5 s later"] = await closed(1, 3)
-        print(json.dumps(found))
+        return found
 
 
 def _told(seconds: list[float]) -> dict[str, float]:
@@ -163,6 +167,13 @@ def request(seed: int) -> str:
     user = {n: f"v{v}" for n, v in zip(USER[0], g.integers(0, 1000, 7), strict=True)}
     user |= {n: float(v) for n, v in zip(USER[1], g.normal(size=8), strict=True)}
     return json.dumps({"user": user, "candidates": {"ids": g.integers(0, ITEMS, CANDIDATES).tolist()}})
+
+
+def plain_request(seed: int) -> str:
+    """The rows of a request, whole, as MLflow's scoring server takes them."""
+    table = rows(CANDIDATES, seed)
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return json.dumps({"dataframe_split": {"columns": list(columns), "data": list(zip(*columns.values(), strict=True))}})
 
 
 def in_process(folder: Path, peers: Path, seconds: float) -> dict[str, float]:
@@ -210,6 +221,19 @@ def served(folder: Path, port: int) -> None:
     serve_forever(folder / "bf16", config, lambda url: print(url, flush=True))
 
 
+def served_by_mlflow(folder: Path, port: int) -> None:
+    """MLflow's scoring server with the same bundle, in this process's core; does not return."""
+    import mlflow
+
+    if not (folder / "mlflow").exists():
+        code, bundle = Path(__file__).with_name("served_by_mlflow.py"), {"bundle": str(folder / "bf16")}
+        mlflow.pyfunc.save_model(folder / "mlflow", python_model=str(code), artifacts=bundle, pip_requirements=[])
+    command = ["mlflow", "models", "serve", "--model-uri", str(folder / "mlflow"), "--env-manager", "local"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow looks for uvicorn there
+    os.execve(sys.executable, [sys.executable, "-m", *command], os.environ | {"PATH": path})
+
+
 def main(folder: Path, part: str) -> None:
     if part == "make":
         for precision in ("fp32", "bf16"):
@@ -218,7 +242,11 @@ def main(folder: Path, part: str) -> None:
     elif part == "predictor":
         print(json.dumps(in_process(folder, Path(os.environ.get("RECSYS_MOE_PEERS", "../shared/bench")), 10)))
     elif part == "client":
-        client_main(sys.argv[3], folder)
+        print(json.dumps(asyncio.run(stages(sys.argv[3], [request(seed) for seed in range(200)], overload=True))))
+    elif part == "mlflow":
+        served_by_mlflow(folder, int(sys.argv[3]))
+    elif part == "mlflow-client":
+        print(json.dumps(asyncio.run(stages(sys.argv[3], [plain_request(seed) for seed in range(20)], overload=False))))
     elif part == "serve":
         served(folder, int(sys.argv[3]))
     else:
@@ -235,18 +263,38 @@ def run_all(folder: Path) -> None:
         command = ["taskset", "-c", str(core), *me, str(folder), *arguments]
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
+    @contextlib.contextmanager
+    def server(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+        command = ["taskset", "-c", "0", *me, str(folder), *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
     print("in process:", told(0, "predictor"))
-    command = ["taskset", "-c", "0", *me, str(folder), "serve", "18700"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().strip()
+    with server("serve", "18700") as ours:
+        assert ours.stdout is not None
+        url = ours.stdout.readline().strip()
         before = replica_mb()
         print("served:", told(1, "client", f"{url}/v1/rank"))
         print(f"replica's resident memory, MB: {before} before, {replica_mb()} after")
-    finally:
-        server.terminate()
-        server.wait()
+    with server("mlflow", "18701"):
+        wait_for("http://127.0.0.1:18701/ping")
+        print("mlflow models serve:", told(1, "mlflow-client", "http://127.0.0.1:18701/invocations"))
+
+
+def wait_for(url: str) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def replica_mb() -> dict[str, int]:

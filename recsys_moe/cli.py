@@ -598,29 +598,43 @@ def serve(
     from tempfile import TemporaryDirectory
 
     from recsys_moe.console import print_json, stderr
-    from recsys_moe.pipelines.registry import Shelf
-
-    names = [name for name in models if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", name)]
-    if not names:
-        raise UserError("no model is named; name one, such as models:/NAME@champion, or a bundle's folder")
-    config = _compose([override for override in models if override not in names], needs_data=False)
-    runs_dir = Path(config["runs_dir"])
-    from recsys_moe.serving.app import serve_forever
-
-    def warn(message: str) -> None:
-        stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)
 
     with TemporaryDirectory(prefix="recsys-moe-served-") as folder:
-        uri = _section(config, "tracking").resolve(runs_dir)
-        shelf = Shelf(names, uri, runs_dir, Path(folder) / "models.json", warn)
+        shelf, config = _shelf(models, Path(folder) / "models.json")
         found = shelf.open()
+        from recsys_moe.serving.app import serve_forever  # seconds, which a mistake above does not wait for
 
         def ready(url: str) -> None:
-            stderr.print(f"serving {', '.join(names)} at {url} (docs: {url}/docs); Ctrl-C stops it", soft_wrap=True)
+            stderr.print(f"serving {', '.join(found)} at {url} (docs: {url}/docs); Ctrl-C stops it", soft_wrap=True)
             if json:
                 print_json({"url": url, "models": {name: versions[0] for name, versions in found.items()}})
 
         serve_forever(shelf.served, _section(config, "serve"), ready, shelf.refresh)
+
+
+@app.command(epilog="Example: `recsys-moe follow models:/shop@champion --file /runs/served.json runs_dir=/runs`")
+def follow(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL… [OVERRIDES]", help="As `recsys-moe serve` takes them.")],
+    file: Annotated[Path, typer.Option(help="The file that replicas read; it is replaced as a whole.")],
+    json: Json = False,
+) -> None:
+    """Keep a file up to date that tells replicas on a cluster which models to serve, and their bundles in runs_dir.
+
+    `recsys-moe serve` does the same by itself; `serve deploy` needs it beside (see conf/serve/cluster.yaml). Every node must
+    see the file and runs_dir under the same paths. Ctrl-C stops it.
+    """
+    import time
+
+    from recsys_moe.console import print_json, stderr
+
+    shelf, config = _shelf(models, file)
+    found = shelf.open()
+    stderr.print(f"{file} names {', '.join(found)}; Ctrl-C stops following them", soft_wrap=True)
+    if json:
+        print_json({"file": str(file), "models": {name: versions[0] for name, versions in found.items()}})
+    while True:
+        time.sleep(_section(config, "serve").poll_seconds)
+        shelf.refresh()
 
 
 @app.command(epilog="Example: `recsys-moe replay features/ --json`")
@@ -678,6 +692,23 @@ def _job(config: dict[str, Any]) -> Any:
 
     parts = {key: config[key] for key in ("data", "model", "train", "tracking", "ray", "runs_dir", "start")}
     return parse(TrainJob, parts, "configuration")
+
+
+def _shelf(models: list[str], file: Path) -> tuple[Any, dict[str, Any]]:
+    """The models that are named among overrides, told in `file`, and the configuration."""
+    from recsys_moe.console import stderr
+    from recsys_moe.pipelines.registry import Shelf
+
+    names = [name for name in models if not re.match(r"[A-Za-z_]\w*(\.\w+)*=", name)]
+    if not names:
+        raise UserError("no model is named; name one, such as models:/NAME@champion, or a bundle's folder")
+    config = _compose([override for override in models if override not in names], needs_data=False)
+    runs_dir = Path(config["runs_dir"])
+
+    def warn(message: str) -> None:
+        stderr.print(f"warning: {message}", style="yellow", soft_wrap=True)
+
+    return Shelf(names, _section(config, "tracking").resolve(runs_dir), runs_dir, file, warn), config
 
 
 def _resolve(model: str, overrides: list[str] | None) -> tuple[Path, dict[str, Any]]:

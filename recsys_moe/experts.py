@@ -53,6 +53,7 @@ class MLPExperts(nn.Module):
         self.dropout, self.activation = dropout, activation
         self.dtype = dtype
         self.out_dim = widths[-1]
+        self._frozen: tuple[Layer, ...] = ()
         for index, weight in enumerate(self.weights):
             # nn.Linear's own initialisation, drawn for each expert apart.
             bound = 1 / math.sqrt(weight.shape[-1])
@@ -88,17 +89,18 @@ class MLPExperts(nn.Module):
         )
 
     def freeze(self) -> None:
-        """Keep the weights in the products' precision alone, for inference from now on."""
+        """Keep the weights in the products' precision alone, for inference from now on: they must not change any more."""
         for weight in self.weights:
             weight.requires_grad_(False)
             weight.data = weight.data.to(self.dtype)
+        self._frozen = self._layers()
 
     def _invariant(self) -> bool:
         """At inference a row's result must not depend on the rows that come with it."""
         return not (self.training or torch.is_grad_enabled())
 
     def _layers(self) -> tuple[Layer, ...]:
-        return tuple(self._layer(index) for index in range(len(self.weights)))
+        return self._frozen or tuple(self._layer(index) for index in range(len(self.weights)))
 
     def _layer(self, index: int) -> Layer:
         weight = self.weights[index].to(self.dtype)

@@ -1,13 +1,14 @@
 """The scoring service on Ray Serve.
 
 On one machine a client talks to the replica itself: Serve's direct ingress, on the port that is configured, without a hop
-between. Serve's own proxy runs beside it, on loopback and a port of the system's choice, and nobody calls it.
+between. Serve's own proxy runs beside it, on loopback and a port of the system's choice, and nobody calls it. On a cluster
+(`serve deploy`, see conf/serve/cluster.yaml) clients talk to the proxies, which know all replicas.
 """
 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,26 @@ from recsys_moe.serving.config import ServeConfig
 from recsys_moe.serving.observe import log_as_json
 from recsys_moe.serving.running import free_port, running
 from recsys_moe.serving.watch import refreshing
+from recsys_moe.typed import parse, typed
 
 
-def build_app(served: Path, config: ServeConfig) -> serve.Application:
-    """The Ray Serve application of the models that a file names (see `recsys_moe.serving.models`), or of one bundle."""
+@typed
+class Deployed:
+    """The `args` of the application on a cluster."""
+
+    served: str
+    serve: dict[str, Any] = field(default_factory=dict)
+
+
+def build_app(served: Path, config: ServeConfig, alone: bool = True) -> serve.Application:
+    """The Ray Serve application of the models that a file names (see `recsys_moe.serving.models`), or of one bundle.
+
+    A replica that is `alone` on its machine uses all of its cores; others have as many threads as the CPUs they reserve.
+    """
 
     def api() -> FastAPI:
-        use_all_cores()
+        if alone:
+            use_all_cores()
         keep_freed_memory()
         log_as_json(config.log_file)
         return build_api(served, config)
@@ -39,6 +53,20 @@ def build_app(served: Path, config: ServeConfig) -> serve.Application:
     deployment = serve.deployment(Score, name="score", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 1})
     application: serve.Application = deployment.bind()
     return application
+
+
+def deployed(args: dict[str, Any]) -> serve.Application:
+    """What `serve deploy` builds of an application's `args`: `served`, the file that says which models there are (`recsys-moe
+    follow` keeps it) or a bundle's folder, and `serve`, keys of `ServeConfig`. All nodes must see these paths.
+
+    Clients come from elsewhere: `serve.keys_file` is needed, unless `serve.host` says that the proxies are on loopback.
+
+    Raises:
+        UserError: another key, or no keys.
+    """
+    found = parse(Deployed, args, "args")
+    config = parse(ServeConfig, {"host": "0.0.0.0", **found.serve}, "args.serve")
+    return build_app(Path(found.served), config, alone=False)
 
 
 def serve_forever(
@@ -67,7 +95,7 @@ def serve_forever(
 
 
 def _with_whole_paths(config: ServeConfig) -> ServeConfig:
-    names = ("formula_file", "log_file", "item_features", "user_features")
+    names = ("formula_file", "log_file", "keys_file", "feature_log", "item_features", "user_features")
     given = {name: getattr(config, name) for name in names}
     whole: dict[str, Any] = {name: str(Path(path).absolute()) for name, path in given.items() if path}
     return replace(config, **whole)

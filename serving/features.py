@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys_moe.columns import as_category
 from recsys_moe.errors import UserError
@@ -70,7 +71,7 @@ class FeatureTable:
         rows = np.where(self._hashes[place] == wanted, self._rows[place], -1)
         # Two texts may have one hash: the row's key is compared as well.
         found = as_category(self._table[self.key].take(pa.array(np.maximum(rows, 0))), self.key)
-        same = np.array(found.to_pylist(), object) == np.array(texts.to_pylist(), object)
+        same = pc.fill_null(pc.equal(found, texts), False).to_numpy(zero_copy_only=False)
         return np.where(same, rows, -1).astype(np.int32)
 
     def encoded(self, transform: Transform) -> Mapping[str, Encoded]:

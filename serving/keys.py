@@ -22,8 +22,8 @@ from recsys_moe.errors import UserError
 from recsys_moe.serving.limits import refuse
 from recsys_moe.typed import parse, typed
 
-OPEN = {"/healthz", "/v2/health/live", "/v2/health/ready"}
-"""What needs no key: whoever watches over the process has none."""
+OPEN = {"/healthz", "/v2/health/live", "/v2/health/ready", "/", "/page.js"}
+"""What needs no key: whoever watches over the process has none, nor has a browser that opens the page where it is typed in."""
 
 
 @typed

@@ -11,6 +11,7 @@ one `Model` and uses nothing else: a swap in its midst does not touch it.
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -65,7 +66,15 @@ class Model:
             return transform.encode(name, pa.chunked_array([to_column([value], features[name], whose)]))
 
         kept = lru_cache(KEPT, typed=True)(encode)
-        return lambda name, value, whose: (kept if isinstance(value, str | int) else encode)(name, value, whose)
+
+        def encode_one(name: str, value: Any, whose: str) -> Encoded:
+            if isinstance(value, str | int):
+                return kept(name, value, whose)
+            if isinstance(value, float) and math.isfinite(value) and features[name].kind == "numeric":
+                return transform.encode_number(name, value)
+            return encode(name, value, whose)
+
+        return encode_one
 
     @property
     def described(self) -> dict[str, str]:

@@ -171,6 +171,16 @@ def to_column(values: Sequence[Any], feature: AnyFeature, whose: str) -> pa.Arra
     return _one_by_one(values, feature, whose) if column is None else column
 
 
+def as_json(value: Any, feature: AnyFeature) -> Any:
+    """A value of a log row in the form that `to_column` takes it from JSON.
+
+    Raises:
+        UserError: a value of the wrong kind.
+    """
+    read, _ = _JSON[feature.kind]
+    return read(value, feature)
+
+
 _NUMBERS, _TEXTS, _WHOLES, _LISTS = {int, float, type(None)}, {str, type(None)}, {int, type(None)}, {list, type(None)}
 
 

@@ -42,6 +42,15 @@ class Service:
             if table is not None:
                 table.encoded(model.predictor.bundle.transform)  # so that no request has to wait for it
 
+    def check_rows(self, rows: int) -> None:
+        """Refuse a request of more plain rows than may be.
+
+        Raises:
+            UserError: more than `max_rows`.
+        """
+        if rows > self.config.max_rows:
+            raise UserError(f"{rows:,} rows are more than serve.max_rows = {self.config.max_rows:,}; send fewer")
+
     @property
     def formula(self) -> FormulaConfig:
         return self._file.value if self._file else self.config.formula

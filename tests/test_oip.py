@@ -2,7 +2,6 @@
 
 import json
 import struct
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tritonclient.http as tritonclient
-import uvicorn
 from fastapi.testclient import TestClient
 
 from recsys_moe.predictor import Predictor
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.config import ServeConfig
-from tests.test_serving import save
+from tests.test_serving import listening, save
 
 COLOURS, PRICES = ["red", "green", "", "unseen"], [1.0, 2.5, float("nan"), 3.0]
 ROWS = pa.table({"colour": ["red", "green", None, "unseen"], "price": [1.0, 2.5, None, 3.0]})
@@ -32,17 +30,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(bundle: Path) -> Iterator[Any]:
     """The client, talking to a real server."""
-    server = uvicorn.Server(uvicorn.Config(build_api(bundle, ServeConfig()), host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        pass
-    (port,) = {listener.getsockname()[1] for each in server.servers for listener in each.sockets}
-    client = tritonclient.InferenceServerClient(f"127.0.0.1:{port}", network_timeout=60, connection_timeout=60)
-    yield client
-    client.close()
-    server.should_exit = True
-    thread.join()
+    with listening(build_api(bundle, ServeConfig())) as port:
+        client = tritonclient.InferenceServerClient(f"127.0.0.1:{port}", network_timeout=60, connection_timeout=60)
+        yield client
+        client.close()
 
 
 def tensors(binary: bool, column: bool = False) -> list[Any]:

@@ -257,3 +257,14 @@ def test_one_value_for_all_rows_is_that_value_in_each(data: st.DataObject, once:
     for one, other in zip(short.lists, whole.lists, strict=True):
         np.testing.assert_array_equal(one.values, other.values)
         np.testing.assert_array_equal(one.offsets, other.offsets)
+
+
+@given(value=st.floats(-1e30, 1e30), log1p=st.booleans(), standardise=st.booleans(), buckets=st.sampled_from([0, 4]))
+def test_a_users_number_becomes_what_a_column_of_it_does(value: float, log1p: bool, standardise: bool, buckets: int) -> None:
+    feature = {"name": "price", "kind": "numeric", "missing_indicator": True, "log1p": log1p, "standardise": standardise}
+    task = {"name": "click", "label": "click == 1"}
+    schema: Schema = parse(Schema, {"features": [feature | {"buckets": buckets}], "tasks": [task]}, "schema")
+    transform = Transform(schema, PartialStatistics.of(pa.table({"price": [1.0, 2.0, 3.5, None]}), schema).finish(schema))
+    one, column = transform.encode_number("price", value), transform.encode("price", pa.chunked_array([[value]]))
+    np.testing.assert_array_equal(one.dense, column.dense)
+    np.testing.assert_array_equal(one.ids, column.ids)

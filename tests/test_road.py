@@ -1,6 +1,7 @@
 """The whole road through its real parts: log rows → Ray → MLflow → bundle → Ray Serve, by the commands that a user types."""
 
 import contextlib
+import ipaddress
 import json
 import os
 import shlex
@@ -17,7 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -370,6 +373,29 @@ def test_an_alias_that_moves_is_followed_with_no_failed_request(
     client.delete_model_version("tiny", new.version)
 
 
+RAYS_OWN = ("gcs_server", "raylet", "ray/dashboard/", "ray::", "runtime_env", "default_worker.py", "recsys_moe serve")
+"""Whose ports may be on all interfaces (docs/decisions.md): Ray's daemons and workers, and its part within our command."""
+
+
+def test_what_listens_is_on_loopback_or_rays_own(served: str) -> None:
+    elsewhere = []
+    for pid in processes_of(f"RECSYS_MOE_TEST_SERVE={HERE}"):
+        process = psutil.Process(pid)
+        command = " ".join(process.cmdline())
+        for each in process.net_connections("inet"):
+            if each.status == psutil.CONN_LISTEN and not ipaddress.ip_address(each.laddr.ip).is_loopback:
+                elsewhere.append((command, each.laddr.port))
+    assert elsewhere  # Ray's: nothing was found, if not
+    assert not [command for command, _ in elsewhere if not any(own in command for own in RAYS_OWN)]
+    for command, port in elsewhere:  # who has no token learns nothing there, and does not reach the service
+        for path in ("/v1/models", "/healthz", "/api/serve/applications/"):
+            try:
+                answer = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=5)
+            except httpx.HTTPError:  # gRPC
+                continue
+            assert answer.status_code in (401, 403, 404), (command, path, answer.text[:200])
+
+
 def test_the_service_documents_itself(served: str) -> None:
     with urllib.request.urlopen(f"{served}/openapi.json", timeout=30) as response:
         assert "/v1/score" in json.load(response)["paths"]
@@ -518,14 +544,17 @@ def serve_mlflow(folder: Path, port: int) -> subprocess.Popen[bytes]:
     """A real tracking server that stores artifacts itself, once it answers."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "kept")]
-    server = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    for _ in range(300):
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **quiet)
+    deadline = time.monotonic() + 240
+    while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            break
+            return server
         except OSError:
+            assert time.monotonic() < deadline, "the tracking server does not come up"
             time.sleep(0.2)
-    return server
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """The scoring service without a cluster: what valid JSON is worth, and one form for every refusal."""
 
 import json
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -51,6 +56,22 @@ def save(folder: Path, seed: int = 0) -> Path:
     model = Ranker(config, transform.sparse_names, transform.cardinalities, len(transform.dense_names), {"click": 1, "buy": 1})
     save_bundle(folder, model.state_dict(), described, transform, {})
     return folder
+
+
+@contextmanager
+def listening(api: FastAPI) -> Iterator[int]:
+    """A real server of the interface; yields its port on loopback."""
+    server = uvicorn.Server(uvicorn.Config(api, host="127.0.0.1", port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    (port,) = {listener.getsockname()[1] for each in server.servers for listener in each.sockets}
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
