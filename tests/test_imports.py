@@ -9,11 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("kernels", "recsys_moe", "pipelines", "serving")
 FRAMEWORKS = {"ray", "mlflow", "fastapi", "typer", "starlette", "uvicorn"}
-# The door (in four files), and the module that is run as a door.
-DOORS = {
-    *("recsys_moe/cli.py", "recsys_moe/cli_llm.py", "recsys_moe/cli_llm_serve.py", "recsys_moe/cli_llm_train.py"),
-    "recsys_moe/__main__.py",
-}
+# The door, and the module that is run as a door.
+DOORS = {*(str(path.relative_to(ROOT)) for path in (ROOT / "recsys_moe/cli").glob("*.py")), "recsys_moe/__main__.py"}
 ROOMS = {"recsys_moe.kernels": "kernels", "recsys_moe.pipelines": "pipelines", "recsys_moe.serving": "serving"}
 ALLOWED = {
     "kernels": {"kernels"},

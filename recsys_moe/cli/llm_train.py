@@ -1,11 +1,11 @@
-"""`recsys-moe llm train`. Part of the door in cli.py."""
+"""`recsys-moe llm train`."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from recsys_moe.cli_llm import Json
+from recsys_moe.cli.settings import Json
 from recsys_moe.errors import UserError
 
 EXAMPLES = """Examples:

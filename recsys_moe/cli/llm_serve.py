@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from recsys_moe.cli.settings import Json
+
 EXAMPLES = """Examples:
 
     recsys-moe llm serve checkpoints/mixtral-tiny --port 8000
@@ -24,7 +26,7 @@ def serve(
     step_tokens: Annotated[int, typer.Option(min=2, help="Tokens of one step: a long prompt is cut to it.")] = 512,
     max_body_mb: Annotated[float, typer.Option(min=0.0, help="MiB of a request.")] = 4,
     log_file: Annotated[str | None, typer.Option(help="Takes the log, a line of JSON for each request.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on standard output.")] = False,
+    json: Json = False,
 ) -> None:
     """Serve a language model over HTTP on loopback, as OpenAI's API: /v1/completions, /v1/chat/completions. Ctrl-C stops it.
 

@@ -1,10 +1,11 @@
-"""`recsys-moe llm …`: language models on the command line. Part of the door in cli.py: it imports when a command runs."""
+"""`recsys-moe llm …`: language models on the command line. Like every command it imports when it runs."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from recsys_moe.cli.settings import Json
 from recsys_moe.errors import UserError
 
 llm_app = typer.Typer(
@@ -21,7 +22,6 @@ llm_app = typer.Typer(
     recsys-moe llm logprobs stories260K --tokens 1,403,407 --json""",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on standard output.")]
 Folder = Annotated[Path, typer.Argument(help="A Hugging Face folder: config.json and *.safetensors.", show_default=False)]
 Precision = Literal["float32", "bfloat16"]
 Dtype = Annotated[Precision | None, typer.Option(help="Precision of the weights. Default: the checkpoint's.")]
