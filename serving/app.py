@@ -108,5 +108,7 @@ def _replica_listens_on(port: int) -> None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        # A dead replica's port, the only one there is, else stays closed for as long as a load balancer might still know it.
+        "RAY_SERVE_PORT_QUARANTINE_S": "0",
     }
     os.environ.update(settings)
