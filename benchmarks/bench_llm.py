@@ -3,9 +3,9 @@
     python benchmarks/bench_llm.py CHECKPOINT…      # Hugging Face folders
 
 Greedy, prompts of 128 random tokens, 64 new ones each: one request at a time, 16 together (transformers: one static batch),
-and 48 requests of mixed lengths that arrive spread out. Then the time to the first token of a 1,024-token prompt, the weights
-that a decode step reads over the read ceiling, and what the cache holds of a token. A JSON line each; rates in generated tokens
-a second.
+and 48 requests of mixed lengths that arrive spread out, also over the rate of one at a time. Then the time to the first token
+of a 1,024-token prompt, the weights that a decode step reads over the read ceiling, and what the cache holds of a token, beside
+keys and values of every head. A JSON line each; rates in generated tokens a second.
 """
 
 import argparse
@@ -20,12 +20,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from recsys_moe.experts import MLPExperts
 from recsys_moe.llm import checkpoints
 from recsys_moe.llm.batch import KVCache
+from recsys_moe.llm.deepseek import LatentAttention
 from recsys_moe.llm.engine.engine import Engine, Request, complete
 from recsys_moe.llm.engine.sampling import Sampling
 from recsys_moe.llm.engine.scheduler import Limits
-from recsys_moe.llm.estimate import estimate
+from recsys_moe.llm.layers import Decoder
 
 PROMPT, NEW = 128, 64
 
@@ -34,13 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--alone", action="store_true", help="without transformers")
+    parser.add_argument("--int8", action="store_true", help="sparse experts as int8")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     ceiling = read_ceiling()
     print(json.dumps({"read_ceiling_gb_s": round(ceiling, 1), "threads": torch.get_num_threads()}), flush=True)
     for folder in options.checkpoints:
-        ours = engine_figures(folder, ceiling)
+        ours = engine_figures(checkpoints.load(folder, int8_experts=options.int8), ceiling)
         theirs = {} if options.alone else transformers_figures(folder)
         ratios = {f"{name}_ratio": ours[name] / theirs[name] for name in theirs}
         figures = {"ours": ours, "transformers": theirs, "ratios": ratios}
@@ -54,8 +57,7 @@ def prompts(vocabulary: int, count: int, tokens: int) -> list[list[int]]:
     return drawn
 
 
-def engine_figures(folder: Path, ceiling: float) -> dict[str, float]:
-    model = checkpoints.load(folder)
+def engine_figures(model: Decoder, ceiling: float) -> dict[str, float]:
     vocabulary = model.config.vocab_size
 
     def engine() -> Engine:
@@ -79,20 +81,45 @@ def engine_figures(folder: Path, ceiling: float) -> dict[str, float]:
     alone.submit(request(drawn[0], NEW), lambda update: None)
     alone.step()
     step = statistics.median(timed(alone.step) for _ in range(NEW - 1))
-    active = estimate(checkpoints.read_config(folder), folder).active - model.embedding.numel()
     long = prompts(vocabulary, 1, 1024)[0]
     first = statistics.median(timed(lambda: complete(engine(), [request(long, 1)])) for _ in range(3))
     mixed = [request(p[: 16 + 29 * n % 112], 16 + 37 * n % 80) for n, p in enumerate(prompts(vocabulary, 48, PROMPT))]
     spread = timed(lambda: arrive(engine(), mixed))
+    one_rate, spread_rate = 4 * NEW / sum(each), sum(r.max_tokens for r in mixed) / spread
+    cached = KVCache.allocate(model, 1).bytes_per_token
     return {
-        "one_at_a_time": 4 * NEW / sum(each),
+        "one_at_a_time": one_rate,
         "sixteen": 16 * NEW / together,
-        "spread": sum(r.max_tokens for r in mixed) / spread,
+        "spread": spread_rate,
+        "spread_over_one_at_a_time": spread_rate / one_rate,
         "first_token_s": first,
         "decode_step_ms": step * 1e3,
-        "decode_of_read_ceiling": active * model.config.dtype.itemsize / step / 1e9 / ceiling,
-        "cache_bytes_a_token": KVCache.allocate(model, 1).bytes_per_token,
+        "decode_of_read_ceiling": weights_read(model) / step / 1e9 / ceiling,
+        "cache_bytes_a_token": cached,
+        "expanded_over_cached": expanded_bytes(model) / cached,
     }
+
+
+def weights_read(model: Decoder) -> int:
+    """Bytes of the weights that a step of one token reads: all but the table of embeddings and the experts left aside."""
+    read = sum(parameter.nbytes for parameter in model.parameters())
+    if not model.checkpoint.tie_word_embeddings:
+        read -= model.embedding.nbytes
+    for module in model.modules():
+        if isinstance(experts := getattr(module, "experts", None), MLPExperts):
+            aside = module.router.linear.num_experts - module.router.k
+            read -= aside * sum(parameter[0].nbytes for parameter in experts.parameters())
+    return read
+
+
+def expanded_bytes(model: Decoder) -> int:
+    """Bytes a token that keys and values take where every layer keeps them as its heads read them."""
+    width = 0
+    for block in model.blocks:
+        attention: Any = block.attention
+        latent = isinstance(attention, LatentAttention)
+        width += attention.heads * (attention.nope + attention.rope + attention.value) if latent else attention.cache_width
+    return width * model.config.dtype.itemsize
 
 
 def arrive(engine: Engine, requests: list[Request]) -> None:

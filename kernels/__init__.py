@@ -12,6 +12,7 @@ if __name__ == "kernels":
     # Hugging Face package called `kernels`.
     raise ImportError("this folder is recsys_moe.kernels: import it under that name")
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "expert_mlp",
     "gate_mix",
     "paged_attention",
+    "quantise",
     "rms_norm",
     "rotary",
     "route_topk",
@@ -210,7 +212,7 @@ def sparse_expert_mlp(
     >>> sparse_expert_mlp(x, (double,), ids, ones, order, offsets, backend="reference").tolist()
     [[3.0], [2.0]]
     """
-    _check_layers(layers, x_bd.shape[-1], invariant)
+    _check_layers(layers, x_bd.shape[-1], invariant, sparse=True)
     r, k = expert_ids_rk.shape
     if weights_rk.shape != (r, k) or (x_bd.shape[0] and r % x_bd.shape[0]) or order.shape != (r * k,):
         raise ValueError(
@@ -222,6 +224,27 @@ def sparse_expert_mlp(
     run = implementation(backend, x_bd.device)
     out: Tensor = run.sparse_expert_mlp(x_bd, layers, expert_ids_rk, weights_rk, order, offsets, unit_norm, invariant)
     return out
+
+
+def quantise(weight_ehd: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights as int8 with a symmetric scale for each output: scale = max_d |W_d| / 127, q = round(W / scale).
+
+    Args:
+        weight_ehd: `[E, H, D]`, fp32 or bf16, finite.
+
+    Returns:
+        q, int8 `[E, H, D]`, and scale, fp32 `[E, H]`, for a `Layer`'s `weight` and `weight_scale`.
+
+    >>> q, scale = quantise(torch.tensor([[[0.5, -1.27, 0.004]]]))
+    >>> q.tolist(), round(scale.item(), 4)
+    ([[[50, -127, 0]]], 0.01)
+    """
+    q, scale = torch.empty_like(weight_ehd, dtype=torch.int8), weight_ehd.new_empty(weight_ehd.shape[:2], dtype=torch.float32)
+    for e, weight in enumerate(weight_ehd):  # one at a time: what is between takes fp32
+        wide = weight.float()
+        scale[e] = wide.abs().amax(1) / 127
+        q[e] = (wide / scale[e].clamp_min(1e-38).unsqueeze(1)).round()
+    return q, scale
 
 
 def embedding_bags(
@@ -384,7 +407,7 @@ class _EmbeddingBags(torch.autograd.Function):
         return (None,) * 10
 
 
-def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool) -> None:
+def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool, sparse: bool = False) -> None:
     """Shapes and dtypes that fit each other, from an input of `width` on; nothing of training in the invariant mode."""
     experts = layers[0].weight.shape[0]
     for number, layer in enumerate(layers):
@@ -397,9 +420,15 @@ def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool) -> Non
             raise ValueError(
                 f"the weight of layer {number} is {list(layer.weight.shape)}, not [E, H, D] with E = {experts} and D = {width}"
             )
-        if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-            raise ValueError(f"the weight of layer {number} is {layer.weight.dtype}; experts run in float32 or bfloat16")
         units = layer.weight.shape[1]
+        if layer.weight_scale is not None:
+            if layer.weight.dtype != torch.int8 or layer.weight_scale.shape != (experts, units) or not sparse:
+                raise ValueError(
+                    f"layer {number} has a weight_scale {list(layer.weight_scale.shape)} and a weight in {layer.weight.dtype}: "
+                    f"scales [E, H] = {[experts, units]} are for int8 weights of sparse experts"
+                )
+        elif layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"the weight of layer {number} is {layer.weight.dtype}; experts run in float32 or bfloat16")
         if layer.bias is not None and layer.bias.shape != (experts, units):
             raise ValueError(f"the bias of layer {number} is {list(layer.bias.shape)}, not [E, H] = {[experts, units]}")
         if layer.activation == "swiglu" and units % 2:
@@ -408,6 +437,8 @@ def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool) -> Non
 
 
 def _check_finite(logits_be: Tensor) -> None:
+    if math.isfinite(logits_be.sum().item()):  # one operation where all is well
+        return
     finite = torch.isfinite(logits_be)
     if not finite.all():
         row = int((~finite).any(1).nonzero()[0])

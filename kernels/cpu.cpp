@@ -14,6 +14,7 @@
 #include "cpu_decoder.h"
 #include "cpu_embeddings.h"
 #include "cpu_gemm.h"
+#include "cpu_int8.h"
 #include "cpu_lanes.h"
 #include "cpu_vector.h"
 
@@ -349,22 +350,25 @@ void deal_outputs(const std::vector<Piece<T, Y>>& pieces, int64_t outputs, int64
   });
 }
 
-// A layer lane by lane.
+// A layer lane by lane. `scale`: of int8 weights.
 template <typename T, typename Y>
-void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation) {
+void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation,
+                     const float* scale) {
   const int64_t units = weight.size(1), depth = weight.size(2);
-  deal_outputs(pieces, activation == kSwiglu ? units / 2 : units, units * depth, kLaneUnits, [&](int64_t i, int64_t begin, int64_t end) {
+  const bool pairs = activation == kSwiglu;
+  deal_outputs(pieces, pairs ? units / 2 : units, units * depth, kLaneUnits, [&](int64_t i, int64_t begin, int64_t end) {
     const auto& p = pieces[i];
-    const int64_t first = p.expert * units;
-    lanes_layer(p.A, p.stride, p.rows, data<T>(weight) + first * depth, units, depth, begin, end, f.scale_of(first), f.shift_of(first),
-                activation, p.y, p.ldy);
+    for_weights<T>(weight, scale, f, pairs, p.expert, begin, end, [&](const Weights<T>& w) {
+      lanes_layer(p.A, p.stride, p.rows, w.rows, w.units, depth, w.begin, w.end, w.a, w.c, activation, p.y + w.at, p.ldy);
+    });
   });
 }
 
 #if RECSYS_MOE_AMX
 // A layer by AMX tiles. Rows that several pieces read are packed once.
 template <typename Y>
-void tiles_layer_all(const std::vector<Piece<bf16, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation) {
+void tiles_layer_all(const std::vector<Piece<bf16, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation,
+                     const float* scale) {
   const int64_t units = weight.size(1), depth = weight.size(2), size = batch_panel_words(depth);
   struct Panel { const bf16* A; int64_t stride, rows; };
   std::vector<Panel> batch;
@@ -382,9 +386,9 @@ void tiles_layer_all(const std::vector<Piece<bf16, Y>>& pieces, const Tensor& we
   });
   deal_outputs(pieces, activation == kSwiglu ? units / 2 : units, units * depth, kSums, [&](int64_t i, int64_t begin, int64_t end) {
     const auto& p = pieces[i];
-    const int64_t first = p.expert * units;
-    tiles_layer(to + first_panel[i] * size, p.rows, data<bf16>(weight) + first * depth, units, depth, begin, end, f.scale_of(first),
-                f.shift_of(first), activation, p.y, p.ldy);
+    for_weights<bf16>(weight, scale, f, activation == kSwiglu, p.expert, begin, end, [&](const Weights<bf16>& w) {
+      tiles_layer(to + first_panel[i] * size, p.rows, w.rows, w.units, depth, w.begin, w.end, w.a, w.c, activation, p.y + w.at, p.ldy);
+    });
   });
 }
 #endif
@@ -445,23 +449,24 @@ void panels_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, 
 }
 
 template <typename T, typename Y>
-void run_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation, int64_t lanes_from) {
+void run_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, const Folded& f, int64_t activation, int64_t lanes_from,
+               const float* scale = nullptr) {
   if (pieces.empty()) return;
 #if RECSYS_MOE_AMX
   if constexpr (std::is_same_v<T, bf16>)
-    if (amx()) return tiles_layer_all(pieces, weight, f, activation);
+    if (amx()) return tiles_layer_all(pieces, weight, f, activation, scale);
 #endif
-  if (weight.size(2) >= lanes_from || weight.size(1) <= kFewUnits) lanes_layer_all(pieces, weight, f, activation);
+  if (scale || weight.size(2) >= lanes_from || weight.size(1) <= kFewUnits) lanes_layer_all(pieces, weight, f, activation, scale);
   else panels_layer(pieces, weight, f, activation);
 }
 
 // ---- sparse experts at inference: the whole chain ---------------------------------------------------------------------
 
-Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<OptionalTensor>& biases,
-                      const c10::List<OptionalTensor>& scales, const c10::List<OptionalTensor>& shifts,
-                      const c10::List<OptionalTensor>& means, const c10::List<OptionalTensor>& vars, at::ArrayRef<double> eps,
-                      at::IntArrayRef activations, const Tensor& gate_weights, const Tensor& order_, const Tensor& offsets_,
-                      bool unit_norm) {
+Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<OptionalTensor>& weight_scales,
+                      const c10::List<OptionalTensor>& biases, const c10::List<OptionalTensor>& scales,
+                      const c10::List<OptionalTensor>& shifts, const c10::List<OptionalTensor>& means,
+                      const c10::List<OptionalTensor>& vars, at::ArrayRef<double> eps, at::IntArrayRef activations,
+                      const Tensor& gate_weights, const Tensor& order_, const Tensor& offsets_, bool unit_norm) {
   const Tensor x = x_.contiguous(), order = order_.contiguous(), offsets = offsets_.contiguous();
   const Tensor gates = gate_weights.to(at::kFloat).contiguous();
   const int64_t experts = weights[0].size(0), r = gates.size(0), k = gates.size(1), slots = r * k;
@@ -469,12 +474,16 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
   const int32_t *op = order.const_data_ptr<int32_t>(), *off = offsets.const_data_ptr<int32_t>();
   const int64_t used = off[experts];
   int64_t width = x.size(1);
+  auto precision = [&](size_t layer) {  // of the products
+    const at::ScalarType type = weights[layer].scalar_type();
+    return type == at::kChar ? x.scalar_type() : type;
+  };
   // The slots' rows side by side, expert by expert, in the products' precision; an odd width of bf16 is padded to whole words.
   auto buffer = [&](int64_t columns, at::ScalarType type) {
     const bool pad = type == at::kBFloat16 && columns % 2;
     return pad ? at::zeros({used, columns + 1}, x.options().dtype(type)) : at::empty({used, columns}, x.options().dtype(type));
   };
-  Tensor h = buffer(width, weights[0].scalar_type());
+  Tensor h = buffer(width, precision(0));
   with_type(x, [&](auto from) {
     with_type(h, [&](auto to) {
       at::parallel_for(0, used, grain(width), [&](int64_t begin, int64_t end) {
@@ -488,9 +497,11 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
     const int64_t units = w.size(1), out = activations[layer] == kSwiglu ? units / 2 : units;
     const Folded f = fold_layer(experts * units, biases[layer], scales[layer], shifts[layer], means[layer], vars[layer], eps[layer]);
     const bool last = layer + 1 == weights.size();
-    if (h.scalar_type() != w.scalar_type()) h = h.to(w.scalar_type());
-    Tensor y = buffer(out, last ? at::kFloat : weights[layer + 1].scalar_type());
-    with_type(w, [&](auto in) {
+    const OptionalTensor given = weight_scales[layer];
+    const Tensor weight_scale = given.has_value() ? given->to(at::kFloat).contiguous() : Tensor();
+    if (h.scalar_type() != precision(layer)) h = h.to(precision(layer));
+    Tensor y = buffer(out, last ? at::kFloat : precision(layer + 1));
+    with_type(h, [&](auto in) {
       with_type(y, [&](auto to) {
         using T = decltype(in);
         using Y = decltype(to);
@@ -499,7 +510,7 @@ Tensor sparse_forward(const Tensor& x_, at::TensorList weights, const c10::List<
           const int64_t rows = off[e + 1] - off[e];
           if (rows) pieces.push_back({e, data<T>(h) + off[e] * h.size(1), rows, h.size(1), data<Y>(y) + off[e] * y.size(1), y.size(1)});
         }
-        run_layer(pieces, w, f, activations[layer], kSparseLanes);
+        run_layer(pieces, w, f, activations[layer], kSparseLanes, maybe(weight_scale));
       });
     });
     h = y;
@@ -1253,8 +1264,8 @@ TORCH_LIBRARY(recsys_moe, m) {
         "-> (Tensor, Tensor, Tensor)");
   m.def("dense_forward(Tensor x, Tensor? gate, Tensor weight, int[] source, Tensor? bias, Tensor? scale, Tensor? shift, "
         "Tensor? mean, Tensor? var, float eps, int activation) -> Tensor");
-  m.def("sparse_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] scales, Tensor?[] shifts, Tensor?[] means, "
-        "Tensor?[] vars, float[] eps, int[] activations, Tensor gate_weights, Tensor order, Tensor offsets, "
+  m.def("sparse_forward(Tensor x, Tensor[] weights, Tensor?[] weight_scales, Tensor?[] biases, Tensor?[] scales, "
+        "Tensor?[] shifts, Tensor?[] means, Tensor?[] vars, float[] eps, int[] activations, Tensor gate_weights, Tensor order, Tensor offsets, "
         "bool unit_norm) -> Tensor");
   m.def("grouped_linear(Tensor h, Tensor weight, Tensor offsets) -> Tensor");
   m.def("grouped_linear_backward(Tensor grad_z, Tensor h, Tensor weight, Tensor offsets) -> (Tensor, Tensor)");

@@ -147,6 +147,7 @@ def sparse_expert_mlp(
         return ops.sparse_forward(
             x_bd,
             [layer.weight for layer in layers],
+            [layer.weight_scale for layer in layers],
             [layer.bias for layer in layers],
             [n.scale for n in norms],
             [n.shift for n in norms],
@@ -159,6 +160,8 @@ def sparse_expert_mlp(
             offsets,
             unit_norm,
         )
+    if any(layer.weight_scale is not None for layer in layers):
+        raise ValueError("int8 weights have no gradients here: call under torch.no_grad(), or use backend='reference'")
     h = ops.gather_rows(x_bd, order, offsets)
     for layer in layers:
         h = _finish(ops.grouped_linear(h.to(layer.weight.dtype), layer.weight, offsets), layer, offsets)
@@ -349,9 +352,9 @@ def _register() -> None:
         return weight.new_empty(x.shape[0], weight.shape[0], width)
 
     @fake("recsys_moe::sparse_forward")
-    def _(x, weights, biases, scales, shifts, means, vars, eps, activations, gate_weights, order, offsets, unit):  # type: ignore[no-untyped-def]
+    def _(x, weights, weight_scales, biases, scales, shifts, means, vars, eps, activations, gates, order, offsets, unit):  # type: ignore[no-untyped-def]
         width = weights[-1].shape[1] // 2 if activations[-1] == ACTIVATIONS["swiglu"] else weights[-1].shape[1]
-        return x.new_empty(gate_weights.shape[0], width)
+        return x.new_empty(gates.shape[0], width)
 
     @fake("recsys_moe::grouped_linear")
     def _(h, weight, offsets):  # type: ignore[no-untyped-def]

@@ -77,9 +77,9 @@ def _layer(
     invariant: bool,
 ) -> Tensor:
     """One layer; moves the running moments of a norm in training."""
-    weight, bias, norm, activation, dropout = layer
+    weight, bias, norm, activation, dropout, _ = layer
     if weight.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"backend 'triton' computes in float32 and bfloat16, and the weight is {weight.dtype}")
+        raise ValueError(f"backend 'triton' takes weights in float32 and bfloat16, and the weight is {weight.dtype}")
     scale = shift = mean = var = None
     training, eps = False, 0.0
     if norm is not None:

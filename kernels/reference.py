@@ -107,7 +107,7 @@ def sparse_expert_mlp(
         mine = order[bounds[e] : bounds[e + 1]].long()
         h = x_bd[mine // (k * tasks)]
         for layer in layers:
-            h = _finish(_wide(h.to(layer.weight.dtype) @ layer.weight[e].t()), layer, e)
+            h = _finish(_sparse_product(h, layer, e, x_bd.dtype), layer, e)
         slots.append(mine)
         outputs.append(h)
     y = torch.cat(outputs)
@@ -194,6 +194,14 @@ def _bag_rows(starts: Tensor, ids: Tensor, offsets: Tensor, width: int) -> tuple
     bags = torch.repeat_interleave(torch.arange(offsets.shape[0] - 1, device=ids.device), offsets.diff())
     rows = (offsets.shape[0] - 1) // starts.shape[0]
     return ids + starts[bags // max(rows, 1)] // width, bags
+
+
+def _sparse_product(h_nd: Tensor, layer: Layer, e: int, dtype: torch.dtype) -> Tensor:
+    """W_e·h for each row, in the precision of the weights; of int8 ones, in `dtype`."""
+    weight = layer.weight[e]
+    if layer.weight_scale is None:
+        return _wide(h_nd.to(weight.dtype) @ weight.t())
+    return _wide(h_nd.to(dtype) @ weight.to(dtype).t()) * layer.weight_scale[e]
 
 
 def _finish(z_nh: Tensor, layer: Layer, e: int) -> Tensor:

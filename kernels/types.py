@@ -36,6 +36,9 @@ class Layer(NamedTuple):
 
     `weight` is `[E, H, D]` (`swiglu`: `[E, 2·H, D]`, gate rows first), `bias` `[E, H]`. The weight's dtype is the precision
     of the product (fp32 or bf16; the reference takes fp64 too), which accumulates in fp32; norm and activation are fp32.
+
+    For inference, the weights of sparse experts may be int8 with a scale for each output, fp32 `[E, H]`: W = scale·weight
+    (`quantise`). The product then has the precision of its input.
     """
 
     weight: Tensor
@@ -43,3 +46,4 @@ class Layer(NamedTuple):
     norm: BatchNorm | None = None
     activation: Activation = "none"
     dropout: float = 0.0
+    weight_scale: Tensor | None = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_moe.distributed import synced, synced_expert_mlp, synced_sparse_expert_mlp
-from recsys_moe.kernels import Activation, BatchNorm, Layer, expert_mlp, sparse_expert_mlp
+from recsys_moe.kernels import Activation, BatchNorm, Layer, expert_mlp, quantise, sparse_expert_mlp
 from recsys_moe.routing import SparsePlan
 
 Norm = Literal["batch", "none"]
@@ -49,6 +49,7 @@ class MLPExperts(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_experts, *shape)) for shape in shapes)
         self.biases = nn.ParameterList(nn.Parameter(torch.empty(num_experts, o)) for o in rows) if bias else None
         self.norms = nn.ModuleList(StackedBatchNorm(num_experts, o) for o in rows[: len(dims)]) if norm == "batch" else None
+        self.weight_scales: nn.ParameterList | None = None
         self.hidden_layers = len(dims)
         self.dropout, self.activation = dropout, activation
         self.dtype = dtype
@@ -95,6 +96,15 @@ class MLPExperts(nn.Module):
             weight.data = weight.data.to(self.dtype)
         self._frozen = self._layers()
 
+    def quantise(self) -> None:
+        """Keep the weights as int8 with a scale for each output (`kernels.quantise`), for `combine` at inference."""
+        scales = []
+        for index, weight in enumerate(self.weights):
+            q, scale = quantise(weight.detach())
+            self.weights[index] = nn.Parameter(q, requires_grad=False)
+            scales.append(nn.Parameter(scale, requires_grad=False))
+        self.weight_scales = nn.ParameterList(scales)
+
     def _invariant(self) -> bool:
         """At inference a row's result must not depend on the rows that come with it."""
         return not (self.training or torch.is_grad_enabled())
@@ -103,16 +113,16 @@ class MLPExperts(nn.Module):
         return self._frozen or tuple(self._layer(index) for index in range(len(self.weights)))
 
     def _layer(self, index: int) -> Layer:
-        weight = self.weights[index].to(self.dtype)
-        bias = None if self.biases is None else self.biases[index]
+        bias, scale = (None if stack is None else stack[index] for stack in (self.biases, self.weight_scales))
+        weight = self.weights[index] if scale is not None else self.weights[index].to(self.dtype)
         if index >= self.hidden_layers:
-            return Layer(weight, bias)
+            return Layer(weight, bias, weight_scale=scale)
         norm = None
         if self.norms is not None:
             module = self.norms[index]
             assert isinstance(module, StackedBatchNorm)
             norm = module.state(self.training)
-        return Layer(weight, bias, norm, self.activation, self.dropout if self.training else 0.0)
+        return Layer(weight, bias, norm, self.activation, self.dropout if self.training else 0.0, scale)
 
 
 class Towers(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, gate_mix, route_topk, sort_by_expert, sparse_expert_mlp
+from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, gate_mix, quantise, route_topk, sort_by_expert, sparse_expert_mlp
 
 E, D, F, K = 8, 70, 50, 2
 DTYPES = (torch.float32, torch.bfloat16)
@@ -54,7 +54,20 @@ def dense_layer(dtype: torch.dtype) -> Run:
     return run
 
 
-LAYERS = {"sparse": sparse_layer, "dense": dense_layer}
+def int8_layer(dtype: torch.dtype) -> Run:
+    """The experts of the sparse layer, rounded to int8."""
+    router = Layer(tensor(1, E, D, seed=1), tensor(1, E, seed=2))
+    (up, up_scale), (down, down_scale) = quantise(tensor(E, 2 * F, D, seed=3) / 8), quantise(tensor(E, D, F, seed=4) / 8)
+    experts = (Layer(up, activation="swiglu", weight_scale=up_scale), Layer(down, weight_scale=down_scale))
+
+    def run(x: Tensor) -> Tensor:
+        ids, weights = route_topk(expert_mlp(x, router, invariant=True).squeeze(1), K, renormalize=True)
+        return sparse_expert_mlp(x.to(dtype), experts, ids, weights, *sort_by_expert(ids, E), invariant=True)
+
+    return run
+
+
+LAYERS = {"sparse": sparse_layer, "dense": dense_layer, "int8": int8_layer}
 
 
 @pytest.fixture

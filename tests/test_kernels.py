@@ -522,6 +522,19 @@ def draw_ids(case: Sparse) -> Tensor:
     return ids.int()
 
 
+def naive_sparse(case: Sparse, ids: Tensor, p: Tensors, moments: Tensors) -> Tensor:
+    r = case.rows * case.tasks
+    y = [torch.zeros(case.width if case.second else case.units, dtype=torch.float64) for _ in range(r)]
+    for e in range(case.experts):
+        places = [(i, k) for i in range(r) for k in range(case.k) if ids[i, k] == e]
+        rows = naive_layer([p["x"][i // case.tasks] for i, _ in places], p | moments, e, case.activation, case.norm)
+        if case.second:
+            rows = naive_layer(rows, p, e, "none", "none", "2")
+        for (i, k), row in zip(places, rows, strict=True):
+            y[i] = y[i] + p["weights"][i, k] * (row / row.square().sum().sqrt() if case.unit_norm else row)
+    return torch.stack(y) if y else p["x"].new_zeros(0, case.width)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SPARSE, ids=lambda case: case.why)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -551,16 +564,7 @@ def test_sparse_expert_mlp(backend: Backend, case: Sparse, dtype: torch.dtype) -
         return y
 
     def naive(p: Tensors) -> Tensor:
-        r = case.rows * case.tasks
-        y = [torch.zeros(case.width if case.second else case.units, dtype=torch.float64) for _ in range(r)]
-        for e in range(case.experts):
-            places = [(i, k) for i in range(r) for k in range(case.k) if ids[i, k] == e]
-            rows = naive_layer([p["x"][i // case.tasks] for i, _ in places], p | exact, e, case.activation, case.norm)
-            if case.second:
-                rows = naive_layer(rows, p, e, "none", "none", "2")
-            for (i, k), row in zip(places, rows, strict=True):
-                y[i] = y[i] + p["weights"][i, k] * (row / row.square().sum().sqrt() if case.unit_norm else row)
-        return torch.stack(y) if y else p["x"].new_zeros(0, case.width)
+        return naive_sparse(case, ids, p, exact)
 
     if case.choice == "none":
         assert not kernel({name: value.to(on) for name, value in inputs.items()}).any()
@@ -569,6 +573,37 @@ def test_sparse_expert_mlp(backend: Backend, case: Sparse, dtype: torch.dtype) -
     check(kernel, naive, inputs, LIMIT[dtype], on, vanishing, kinked(backend, case, dtype))
     for name, value in moved.items():
         assert relative(value, exact[name]) < LIMIT[dtype], name
+
+
+INT8 = [case for case in SPARSE if case.norm != "training"]
+INT8 += [Sparse("int8: blocks of outputs, and a rest", rows=70, k=1, experts=2, width=150, units=75)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", INT8, ids=lambda case: case.why)
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NO_CPU)])
+def test_sparse_expert_mlp_with_int8_weights(backend: Backend, case: Sparse, dtype: torch.dtype) -> None:
+    """Against the naive loops over the dequantised weights, which are those that were given to half a step."""
+    torch.manual_seed(0)
+    units = 2 * case.units if case.activation == "swiglu" else case.units
+    ids = draw_ids(case)
+    inputs = {"x": rounded(case.rows, case.width, dtype=dtype, strided=case.strided), "weights": torch.rand(ids.shape)}
+    inputs |= parameters(case.experts, units, case.width, dtype, case.bias, case.norm, case.strided)
+    inputs |= parameters(case.experts, case.width, case.units, dtype, case.bias, "none", case.strided, layer="2")
+    moments = running(case.experts, units, case.norm)
+    layers: tuple[Layer, ...] = ()
+    exact = {name: value.double() for name, value in (inputs | moments).items()}
+    for suffix in ("", "2")[: 1 + case.second]:
+        layer = layer_of(inputs, moments, *((case.activation, case.norm) if not suffix else ("none", "none")), suffix)
+        q, scale = kernels.quantise(layer.weight)
+        dequantised = q.double() * scale.double().unsqueeze(2)
+        assert bool(((dequantised - exact[f"weight{suffix}"]).abs() <= scale.unsqueeze(2) * 0.5001).all())
+        exact[f"weight{suffix}"] = dequantised
+        layers += (layer._replace(weight=q, weight_scale=scale),)
+    plan = (ids, inputs["weights"], *kernels.sort_by_expert(ids, case.experts, backend=backend))
+    y = kernels.sparse_expert_mlp(inputs["x"], layers, *plan, unit_norm=case.unit_norm, invariant=True, backend=backend)
+    assert y.dtype == inputs["x"].dtype
+    assert relative(y, naive_sparse(case, ids, exact, exact)) < LIMIT[dtype]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from recsys_moe.errors import UserError
 from recsys_moe.llm import checkpoints
 from recsys_moe.llm.checkpoints import load
+from recsys_moe.llm.generate import logprobs
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
@@ -229,3 +230,30 @@ print(size, (memory("VmHWM") - before) / size)
     size, share = done.stdout.split()
     assert int(size) > 100e6
     assert float(share) < 1.2
+    # As int8: the weights that remain and, while it is rounded, a layer as it was read.
+    program = program.replace("load(", "load(int8_experts=True, folder=", 1)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    small, share = done.stdout.split()
+    assert int(small) < 0.3 * int(size)
+    assert float(share) * int(small) < 1.2 * (int(small) + 4 * 3 * 512 * 2048 * 4)
+
+
+def test_experts_are_rounded_to_int8_as_they_are_read(folder: Path) -> None:
+    plain, rounded = load(folder), load(folder, int8_experts=True)
+    for before, after in zip(plain.blocks, rounded.blocks, strict=True):
+        for weight, q, scale in zip(
+            before.ffn.experts.weights, after.ffn.experts.weights, after.ffn.experts.weight_scales, strict=True
+        ):
+            assert q.dtype == torch.int8
+            assert bool(((q * scale.unsqueeze(2) - weight).abs() <= 0.5001 * scale.unsqueeze(2)).all())
+        assert torch.equal(before.ffn.router.linear.weight, after.ffn.router.linear.weight)
+        assert torch.equal(before.attention.qkv.weight, after.attention.qkv.weight)
+    ids = list(range(30))
+    assert logprobs(rounded, ids) == pytest.approx(logprobs(plain, ids), abs=0.05)
+    assert logprobs(rounded, ids) != logprobs(plain, ids)
+
+
+def test_a_dense_model_has_no_experts_to_round(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": "llama"}))
+    with pytest.raises(UserError, match="a llama model has no sparse experts"):
+        load(folder, int8_experts=True)

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: one that is free.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What the model is called; its folder's name without it.")] = None,
+    experts: Annotated[Literal["int8"] | None, typer.Option(help="Keep sparse experts rounded to int8.")] = None,
     kv_cache_mb: Annotated[float, typer.Option(min=0.0, help="Memory for keys and values, in MiB.")] = 512,
     max_running: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=1, help="Sequences that wait beside them; more are answered 429.")] = 256,
@@ -48,10 +49,10 @@ def serve(
         if json:
             print_json({"url": url, "model": called})
 
-    serve_llm_forever(partial(_load, folder), called, config, ready)
+    serve_llm_forever(partial(_load, folder, experts == "int8"), called, config, ready)
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def _load(folder: Path, int8_experts: bool) -> tuple[Any, Any]:
     from recsys_moe.llm import checkpoints, tokenizer
 
-    return checkpoints.load(folder), tokenizer.load(folder)
+    return checkpoints.load(folder, int8_experts=int8_experts), tokenizer.load(folder)

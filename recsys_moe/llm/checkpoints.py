@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from recsys_moe.errors import UserError, nearest
+from recsys_moe.experts import MLPExperts
 from recsys_moe.llm import deepseek, llama, mixtral, olmoe, qwen_moe, routed, switch
-from recsys_moe.llm.layers import Decoder, Joined
+from recsys_moe.llm.layers import Decoder, Joined, Tensors
 from recsys_moe.tensorfiles import TensorFiles, save_tensors
 from recsys_moe.typed import parse
 
@@ -36,7 +37,7 @@ _READABLE = ("F32", "BF16", "F16")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
+def load(folder: str | Path, dtype: torch.dtype | None = None, int8_experts: bool = False) -> Decoder:
     """The model in a Hugging Face folder, ready for inference.
 
     Each weight is copied once from the mapped file to where it belongs: at most the weights and a piece of a shard are in
@@ -44,10 +45,11 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
 
     Args:
         dtype: fp32 or bf16; None: the checkpoint's own (fp32 for an fp16 one).
+        int8_experts: round the experts of sparse layers to int8 (`MLPExperts.quantise`), a layer when it has been read.
 
     Raises:
         UserError: no such folder, a family that isn't known, weights in a pickle, a broken shard, a tensor that is missing,
-            left over, of another shape or quantised; it names the file and the tensor.
+            left over, of another shape or quantised; it names the file and the tensor. `int8_experts` of a dense model.
     """
     folder = Path(folder)
     values = read_config(folder)
@@ -55,7 +57,9 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     if dtype is None and name not in _DTYPES:
         raise UserError(f"{folder / 'config.json'}: 'dtype' is {name!r}; {nearest(str(name), _DTYPES)}")
     model = build(values, dtype or _DTYPES[name], folder / "config.json")
-    fill(model, shards(folder))
+    if int8_experts and not any(_sparse_experts(block) for block in model.blocks):
+        raise UserError(f"{folder}: a {values['model_type']} model has no sparse experts to keep as int8; leave the option out")
+    fill(model, shards(folder), int8_experts)
     return model
 
 
@@ -180,12 +184,34 @@ def shards(folder: Path) -> list[Path]:
     return paths
 
 
-def fill(model: Decoder, paths: list[Path]) -> None:
-    """Read every tensor of the model from the files.
+def fill(model: Decoder, paths: list[Path], int8_experts: bool = False) -> None:
+    """Read every tensor of the model from the files; with `int8_experts`, round those of a block when it has been read.
 
     Raises:
         UserError: a name that is missing, in two files or not the model's; a shape or type that doesn't fit; a broken file.
     """
+    _check_all(model, paths)
+    files = TensorFiles(paths)
+    _read(files, model.tensors_around())
+    for i, block in enumerate(model.blocks):
+        _read(files, model.tensors_of_block(i))
+        if int8_experts and (experts := _sparse_experts(block)):
+            experts.quantise()
+
+
+def _sparse_experts(block: Any) -> MLPExperts | None:
+    return getattr(block.ffn, "experts", None)
+
+
+def _read(files: TensorFiles, tensors: Tensors) -> None:
+    for name, target in tensors.items():
+        if isinstance(target, Tensor):
+            files.read_into(name, target)
+        else:
+            target.copy_(files[name])
+
+
+def _check_all(model: Decoder, paths: list[Path]) -> None:
     wanted = model.tensors()
     found: dict[str, Path] = {}
     for path in paths:
@@ -205,11 +231,6 @@ def fill(model: Decoder, paths: list[Path]) -> None:
     if left := [name for name in found if name not in wanted and not _redundant(model, name, files)]:
         hint = nearest(left[0], wanted)
         raise UserError(f"{found[left[0]]}: {len(left)} tensors are not the model's: {left[0]!r} …; {hint}")
-    for name, target in wanted.items():
-        if isinstance(target, Tensor):
-            files.read_into(name, target)
-        else:
-            target.copy_(files[name])
 
 
 def _check(name: str, target: Tensor | Joined, stored: Any, path: Path) -> None:

@@ -422,7 +422,7 @@ class Decoder(nn.Module):
         """Values a token that each layer keeps."""
         return [block.attention.cache_width for block in self.blocks]  # type: ignore[misc, union-attr]
 
-    @torch.no_grad()
+    @torch.inference_mode()  # not no_grad alone: an operator's gradient then costs nothing either
     def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
         """Logits of `batch.outputs`, fp32 `[K, vocabulary]`; the new tokens' keys and values go into the cache."""
         step = CachedStep(batch, batch.slots, self.rotary.at(batch.positions), cache.layers)
@@ -446,16 +446,26 @@ class Decoder(nn.Module):
 
     def tensors(self) -> Tensors:
         """Every tensor of the checkpoint by its name, as views of the parameters."""
+        found = self.tensors_around()
+        for i in range(len(self.blocks)):
+            found |= self.tensors_of_block(i)
+        return found
+
+    def tensors_around(self) -> Tensors:
+        """Those that belong to no block."""
         found: Tensors = {"model.embed_tokens.weight": self.embedding, "model.norm.weight": self.norm.weight}
         if not self.checkpoint.tie_word_embeddings:
             found["lm_head.weight"] = self.head.weight
-        for i, block in enumerate(self.blocks):
-            at = f"model.layers.{i}"
-            found[f"{at}.input_layernorm.weight"] = block.attention_norm.weight  # type: ignore[union-attr, assignment]
-            found[f"{at}.post_attention_layernorm.weight"] = block.ffn_norm.weight  # type: ignore[union-attr, assignment]
-            found |= under(f"{at}.self_attn", block.attention.tensors())  # type: ignore[operator, union-attr]
-            found |= under(f"{at}.{self.ffn_name}", block.ffn.tensors())  # type: ignore[operator, union-attr]
         return found
+
+    def tensors_of_block(self, i: int) -> Tensors:
+        block: Any = self.blocks[i]
+        found: Tensors = {
+            "input_layernorm.weight": block.attention_norm.weight,
+            "post_attention_layernorm.weight": block.ffn_norm.weight,
+        }
+        found |= under("self_attn", block.attention.tensors()) | under(self.ffn_name, block.ffn.tensors())
+        return under(f"model.layers.{i}", found)
 
 
 def head_dim(config: Any) -> int:
