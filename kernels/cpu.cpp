@@ -387,7 +387,8 @@ void tiles_layer_all(const std::vector<Piece<bf16, Y>>& pieces, const Tensor& we
   deal_outputs(pieces, activation == kSwiglu ? units / 2 : units, units * depth, kSums, [&](int64_t i, int64_t begin, int64_t end) {
     const auto& p = pieces[i];
     for_weights<bf16>(weight, scale, f, activation == kSwiglu, p.expert, begin, end, [&](const Weights<bf16>& w) {
-      tiles_layer(to + first_panel[i] * size, p.rows, w.rows, w.units, depth, w.begin, w.end, w.a, w.c, activation, p.y + w.at, p.ldy);
+      tiles_layer(to + first_panel[i] * size, p.rows, w.rows, w.units, depth, w.begin, w.end, w.a, w.c, activation, p.y + w.at, p.ldy,
+                  w.gate_next, w.up_next);
     });
   });
 }

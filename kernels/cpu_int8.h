@@ -2,18 +2,21 @@
 // precision, which holds every q exactly, and the scale is a factor of what follows the sums: the product is that of any other layer.
 #pragma once
 
+#include <memory>
+
 #include "cpu_vector.h"
 
 namespace {
 
 // What a product is taken of: the weights of `units` outputs, of which those from `begin` to `end` are wanted; sums are multiplied by a
-// and c is added (null: 1 and 0). The first output is number `at` of those that were asked for.
+// and c is added (null: 1 and 0). The first output is number `at` of those that were asked for. What is widened next (null: nothing).
 template <typename T>
 struct Weights {
   const T* rows;
   int64_t units, begin, end;
   const float *a, *c;
   int64_t at;
+  const int8_t *gate_next = nullptr, *up_next = nullptr;
 };
 
 inline Vec load(const int8_t* p) {
@@ -48,19 +51,21 @@ void for_weights(const Tensor& weight, const float* scale, const Folded& f, bool
   if (!scale) return use(Weights<T>{data<T>(weight) + first * depth, units, begin, end, a, c, 0});
   constexpr int64_t kUnits = 32;
   const int8_t* q = data<int8_t>(weight) + first * depth;
-  std::vector<T> rows((1 + pairs) * kUnits * depth);
+  const auto rows = std::make_unique_for_overwrite<T[]>((1 + pairs) * kUnits * depth);
   float a_here[2 * kUnits], c_here[2 * kUnits];
   for (int64_t n = begin; n < end; n += kUnits) {
     const int64_t count = std::min(kUnits, end - n);
     for (int64_t part = 0; part <= pairs; ++part) {
       const int64_t unit = n + part * units / 2, to = part * count;
-      widen(q + unit * depth, count * depth, rows.data() + to * depth);
+      widen(q + unit * depth, count * depth, rows.get() + to * depth);
       for (int64_t i = 0; i < count; ++i) {
         a_here[to + i] = scale[first + unit + i] * (a ? a[unit + i] : 1.0f);
         c_here[to + i] = c ? c[unit + i] : 0.0f;
       }
     }
-    use(Weights<T>{rows.data(), (1 + pairs) * count, 0, count, a_here, c ? c_here : nullptr, n});
+    const int8_t* next = n + kUnits < end ? q + (n + kUnits) * depth : nullptr;
+    const int8_t* up_next = next ? next + units / 2 * depth : nullptr;
+    use(Weights<T>{rows.get(), (1 + pairs) * count, 0, count, a_here, c ? c_here : nullptr, n, next, up_next});
   }
 }
 
