@@ -140,9 +140,17 @@ def test_broken_and_hostile_folders_are_refused(folder: Path, tmp_path: Path) ->
     index.write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
     with pytest.raises(UserError, match=r"model-00001\.safetensors, which is not there"):
         load(folder)
-    index.write_text("{")
-    with pytest.raises(UserError, match="can't be read as JSON"):
+    for placed in ('["a"]', "null", "3"):
+        index.write_text(f'{{"weight_map": {placed}}}')
+        with pytest.raises(UserError, match="'weight_map' is no table"):
+            load(folder)
+    index.write_text('{"weight_map": {"a": {"b": 1}}}')
+    with pytest.raises(UserError, match="not the plain name of a file"):
         load(folder)
+    for text in (b"{", b'{"a": "\xff"}', b"[" * 100_000):
+        index.write_bytes(text)
+        with pytest.raises(UserError, match="can't be read as JSON"):
+            load(folder)
     with pytest.raises(UserError, match="not a folder"):
         load(tmp_path / "nowhere")
 
@@ -163,6 +171,11 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
         ({"num_attention_heads": 3}, "3 does not divide"),
         ({"num_experts_per_tok": 5}, "k is 5, but there are 4 experts"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3, which does not divide num_attention_heads 4"),
+        ({"head_dim": 5}, "has 5 values; it must be an even number"),
+        ({"hidden_size": 2**40}, "no memory for a model of these sizes"),
+        ({"max_position_embeddings": 10**13}, "no memory for a model of these sizes"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; at most 10000"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'rope_parameters.rope_type' is 'longrope'"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "needs original_max_position_embeddings"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

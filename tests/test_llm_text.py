@@ -131,8 +131,19 @@ def test_chats_follow_the_template_in_a_sandbox(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be read"):
         tokenizer.load(tmp_path)
     byte_tokenizer(tmp_path, None)
+    words = tokenizer.load(tmp_path)
     with pytest.raises(UserError, match="no chat template"):
-        tokenizer.load(tmp_path).chat([])
+        words.chat([])
+    with pytest.raises(UserError, match=r"not valid UTF-8 \(at character 3\)"):
+        words.encode("ab\udcff")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    for end in ('"</s>"', '["</s>"]', "true"):
+        (tmp_path / "config.json").write_text(f'{{"eos_token_id": {end}}}')
+        with pytest.raises(UserError, match="'eos_token_id' is"):
+            tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="can't be read"):
         tokenizer.load(tmp_path)

@@ -153,9 +153,13 @@ def build(values: dict[str, Any], dtype: torch.dtype, where: Path, weights: torc
     try:
         with torch.device("meta"):
             model = make(config, dtype)
+        _allocate(model, weights or dtype)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    _allocate(model, weights or dtype)
+    except (RuntimeError, MemoryError, OverflowError):  # what PyTorch raises for a size that is no size, or for want of memory
+        raise UserError(
+            f"{where}: there is no memory for a model of these sizes; correct them or take a larger machine"
+        ) from None
     if config.tie_word_embeddings:
         model.head.weight = model.embedding
     return model.requires_grad_(False).eval()
@@ -169,10 +173,12 @@ def shards(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict):
+            raise UserError(f"{index}: 'weight_map' is no table of tensors and files; download it again")
+        if strange := [name for name in placed.values() if not isinstance(name, str) or Path(name).name != name]:
             raise UserError(f"{index}: {strange[0]!r} is not the plain name of a file in this folder")
-        paths = [folder / name for name in names]
+        paths = [folder / name for name in sorted(set(placed.values()))]
         if lost := [path.name for path in paths if not path.is_file()]:
             raise UserError(f"{folder}: the index names {lost[0]}, which is not there; complete the download")
     else:
@@ -281,7 +287,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read as JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object")

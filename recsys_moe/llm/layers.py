@@ -43,6 +43,9 @@ Tensors = dict[str, Tensor | Joined]
 
 # -- configuration
 
+MOST_LAYERS = 10_000
+"""More than any model has: beyond, making the layers' objects alone would take the memory."""
+
 
 @typed
 class Rope:
@@ -141,6 +144,8 @@ class DecoderConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; at most {MOST_LAYERS} are built")
 
 
 # -- modules
@@ -195,6 +200,8 @@ class Rotary(nn.Module):
     def __init__(self, rope: Rope, dim: int, positions: int, interleaved: bool = False) -> None:
         super().__init__()
         self.interleaved = interleaved
+        if dim < 2 or dim % 2:
+            raise ValueError(f"the rotary part of a head has {dim} values; it must be an even number of them")
         angles = torch.arange(positions, dtype=torch.float32, device="cpu").unsqueeze(1) * rope.frequencies(dim)
         self.table: Tensor
         self.register_buffer("table", torch.cat([angles.cos(), angles.sin()], 1) * rope.amplitude, persistent=False)
@@ -286,6 +293,8 @@ class GroupedAttention(nn.Module):
         clip: float | None = None,
     ) -> None:
         super().__init__()
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"num_key_value_heads is {kv_heads}, which does not divide num_attention_heads {heads}")
         self.heads, self.kv_heads, self.head_dim, self.window, self.clip = heads, kv_heads, head_dim, window, clip
         self.rotary = rotary
         self.sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)

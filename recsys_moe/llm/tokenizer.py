@@ -37,8 +37,12 @@ class Tokenizer:
         return self._inner.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with those that the tokenizer puts around it."""
-        ids: list[int] = self._inner.encode(text).ids
+        """The tokens of a text, with those that the tokenizer puts around it.
+
+        Raises:
+            UserError: half a character (a lone surrogate: what was no UTF-8 before it came here).
+        """
+        ids: list[int] = self._inner.encode(whole(text)).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -58,7 +62,7 @@ class Tokenizer:
             text = self._template.render(messages=list(messages), add_generation_prompt=True, **self._names)
         except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from None
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._inner.encode(whole(text), add_special_tokens=False).ids
         return ids
 
 
@@ -79,9 +83,14 @@ def load(folder: str | Path) -> Tokenizer:
     settings = _json(folder / "tokenizer_config.json")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        template = next((t["template"] for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
     if (file := folder / "chat_template.jinja").is_file():
-        template = file.read_text()
+        try:
+            template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 (byte {error.start}); convert it first") from None
+    if not isinstance(template, str | None):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: 'chat_template' is no text but {str(template)[:40]}; correct it")
     names = {key: _text(settings.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
     return Tokenizer(inner, eos_ids(folder), template, {key: text for key, text in names.items() if text is not None})
 
@@ -91,8 +100,26 @@ def eos_ids(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         found = _json(folder / name).get("eos_token_id")
         if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
+            ids = tuple(found) if isinstance(found, list) else (found,)
+            if not all(type(i) is int for i in ids):
+                raise UserError(
+                    f"{folder / name}: 'eos_token_id' is {str(found)[:40]}; it must be a whole number, or a list of them"
+                )
+            return ids
     return ()
+
+
+def whole(text: str) -> str:
+    """A text, if it is one.
+
+    Raises:
+        UserError: half a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not valid UTF-8 (at character {error.start + 1}); correct it") from None
+    return text
 
 
 def _text(token: Any) -> str | None:
