@@ -242,8 +242,8 @@ def quantise(weight_ehd: Tensor) -> tuple[Tensor, Tensor]:
     q, scale = torch.empty_like(weight_ehd, dtype=torch.int8), weight_ehd.new_empty(weight_ehd.shape[:2], dtype=torch.float32)
     for e, weight in enumerate(weight_ehd):  # one at a time: what is between takes fp32
         wide = weight.float()
-        scale[e] = wide.abs().amax(1) / 127
-        q[e] = (wide / scale[e].clamp_min(1e-38).unsqueeze(1)).round()
+        scale[e] = torch.linalg.vector_norm(wide, math.inf, dim=1) / 127
+        q[e] = (wide / scale[e].clamp_min(1e-38).unsqueeze(1)).round_()
     return q, scale
 
 
