@@ -104,6 +104,7 @@ class MLPExperts(nn.Module):
             self.weights[index] = nn.Parameter(q, requires_grad=False)
             scales.append(nn.Parameter(scale, requires_grad=False))
         self.weight_scales = nn.ParameterList(scales)
+        self._frozen = ()
 
     def _invariant(self) -> bool:
         """At inference a row's result must not depend on the rows that come with it."""
