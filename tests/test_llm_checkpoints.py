@@ -247,7 +247,7 @@ print(size, (memory("VmHWM") - before) / size)
     program = program.replace("load(", "load(int8_experts=True, folder=", 1)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     small, share = done.stdout.split()
-    assert int(small) < 0.3 * int(size)
+    assert int(small) < 0.4 * int(size)  # embedding and attention stay as they are
     assert float(share) * int(small) < 1.2 * (int(small) + 4 * 3 * 512 * 2048 * 4)
 
 
