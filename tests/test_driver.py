@@ -146,7 +146,7 @@ def test_what_mlflow_missed_while_it_was_away_is_sent_later(monday: TrainJob, ru
     rename("gone", "metrics")
     assert [event["epoch"] for event in events if event["kind"] == "epoch"] == [1, 2, 3, 4]
     assert any("Metrics are kept in the run's events.jsonl" in e["message"] for e in events if e["kind"] == "warning")
-    (told,) = train.sync(runs_dir)
+    (told,) = drive.sync(runs_dir)
     assert told["status"] == "FINISHED"
     client = open_client(job.tracking.resolve(runs_dir))
     history = client.get_metric_history(told["run_id"], "validation.click.auc")
@@ -155,7 +155,7 @@ def test_what_mlflow_missed_while_it_was_away_is_sent_later(monday: TrainJob, ru
         (e["step"], e["validation"]["click"]["auc"], int(e["time"] * 1000)) for e in epochs
     ]
     assert client.get_model_version_by_alias("clicks", "candidate").run_id == told["run_id"]
-    assert train.sync(runs_dir) == []
+    assert drive.sync(runs_dir) == []
 
 
 def test_an_mlflow_that_was_never_there_leaves_the_bundle(monday: TrainJob) -> None:

@@ -332,7 +332,7 @@ class LmTrainer:
         """How the last step's batch used the experts, layer by layer."""
         if not plans:
             return
-        layers = {}
+        layers: dict[str, dict[str, Any]] = {}
         for layer, plan in plans.items():
             found = plan_statistics(plan)
             layers[f"layer {layer}"] = {
@@ -344,11 +344,12 @@ class LmTrainer:
             }
         self.on_event({"kind": "experts", "step": self.step, "layers": layers})
         if self.step == self.config.steps:
-            for layer, figures in layers.items():
+            for name, figures in layers.items():
                 if dead := figures["dead"]:
-                    where = {"anomaly": "dead", "plan": layer, "experts": [str(expert) for expert in dead]}
+                    experts = [str(expert) for expert in dead]
+                    where = {"anomaly": "dead", "plan": name, "experts": experts}
                     message = (
-                        f"{layer}: experts {', '.join(where['experts'])} took none of the last batch's tokens; raise "
+                        f"{name}: experts {', '.join(experts)} took none of the last batch's tokens; raise "
                         "train.balance.auxiliary, or use train.balance.bias_rate with a router that has a correction bias"
                     )
                     self.on_event({"kind": "warning", "message": message, **where})
