@@ -527,4 +527,6 @@ def test_no_worker_holds_more_than_its_share_and_a_chunk(tmp_path: Path) -> None
 
 
 if __name__ == "__main__":
-    {"worker": worker, "save_large": save_large, "matrix": matrix}[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    {"worker": worker, "save_large": save_large, "matrix": matrix}[sys.argv[1]](
+        int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    )
