@@ -104,12 +104,15 @@ def sentence(looks: Looks, m: Measure) -> str:
     """Which models show the anomaly; the worst figures where none does."""
     showing = {model: found_at_end(seeds, m) for model, seeds in looks.items() if found_at_end(seeds, m)}
     passing = [model for model, seeds in looks.items() if model not in showing and any(found_ever(told, m) for told in seeds)]
-    free = [model for model in looks if model not in showing and model not in passing]
+    free = [model for model in looks if model not in (*showing, *passing) and at_end(looks[model], m) is not None]
+    without = [model for model in looks if model not in (*showing, *passing, *free)]
     parts = [f"`{model}` ends with {count:g} {m.what} found" for model, count in showing.items()]
-    parts += [f"`{model}` had some on the way and ends without" for model in passing]
+    parts += [f"`{model}` had some on the way and ends without ({text(at_end(looks[model], m))})" for model in passing]
     if free:
         worst = ", ".join(f"`{model}` ({text(at_end(looks[model], m))})" for model in free)
         parts.append(f"never in {worst}")
+    if without:
+        parts.append(f"it has no meaning in {', '.join(f'`{model}`' for model in without)}")
     sign = "below" if m.worst is np.nanmin else "above"
     return f"**{m.anomaly}** ({sign} {m.limit:g}): {'; '.join(parts)}."
 
