@@ -3,8 +3,8 @@
     python benchmarks/results.py anomalies                         trains the models as one comparison, then calls
     python benchmarks/anomalies.py COMPARISON docs/results         on that comparison's folder
 
-Writes anomalies.json (the figures of each look), anomalies.md (a table and what it says, part of docs/results.md) and
-anomalies.png below the second folder. Thresholds are those of the warnings in training (`recsys_moe.health`).
+Writes anomalies-health.json (the figures of each look), anomalies-health.md (a table and what it says, part of docs/results.md)
+and anomalies-health.png below the second folder. Thresholds are those of the warnings in training (`recsys_moe.health`).
 """
 
 import argparse
@@ -61,10 +61,10 @@ def main() -> None:
     options = parser.parse_args()
     looks = read(options.comparison)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "anomalies.json").write_text(json.dumps(looks, indent=1) + "\n")
-    (options.out / "anomalies.md").write_text(section(looks))
+    (options.out / "anomalies-health.json").write_text(json.dumps(looks, indent=1) + "\n")
+    (options.out / "anomalies-health.md").write_text(section(looks))
     with drawing():
-        (options.out / "anomalies.png").write_bytes(render(draw(looks)))
+        (options.out / "anomalies-health.png").write_bytes(render(draw(looks)))
 
 
 def read(comparison: Path) -> Looks:

@@ -446,11 +446,10 @@ def test_two_workers_take_the_steps_of_one_with_every_model_kind_of_task_and_pre
             first, second = told(tmp_path, f"{name} {precision}")
             assert first == second
             expected = losses(Trainer(prepared, model, matrix_config(precision)))
-            # bf16 rounds each worker's part of a gradient before they are added.
-            tolerance = 1e-4 if precision == "fp32" else 2e-2
-            torch.testing.assert_close(
-                torch.tensor(first[:24]), torch.tensor(expected[:24]), rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            # bf16 rounds each worker's part of a gradient before they are added, and small steps lead elsewhere.
+            within = {"rtol": 0, "atol": 1e-4} if precision == "fp32" else {"rtol": 0.02, "atol": 0}
+            pair = torch.tensor(first[:24]), torch.tensor(expected[:24])
+            torch.testing.assert_close(*pair, **within, msg=lambda m, n=name, p=precision: f"{n} {p}: {m}")
 
 
 @pytest.mark.parametrize("name", MODELS)
