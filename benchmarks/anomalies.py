@@ -43,7 +43,7 @@ MEASURES = (
     ),
     Measure(
         "underfitting",
-        "a gate's weight on its own experts, times an even share",
+        "weight on own experts, in even shares",
         "gates or experts",
         LIMITS.own_weight,
         lambda plan: plan.own_weight / np.where(plan.own.any(1), plan.even_own_weight, 1.0),
