@@ -16,7 +16,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 CHECKPOINTS ?= runs/checkpoints/*
 
-.PHONY: help setup demo test test-long check lint types imports bench bench-kernels bench-serve bench-llm scaling results kernels-aot gpu-check clean
+.PHONY: help setup demo test test-long check lint types imports bench bench-home bench-kernels bench-serve bench-llm scaling results kernels-aot gpu-check clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ imports: $(VENV)/.ready
 bench: $(VENV)/.ready  ## training rate beside the peers', and start-up beside a trivial fit, in the same minutes
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_startup.py
+
+bench-home: $(VENV)/.ready  ## HoME trained on the synthetic feed, beside the peers' modules
+	$(BIN)/python benchmarks/bench_home.py
 
 bench-kernels: $(VENV)/.ready  ## the expert kernels beside their peers, in the same minutes
 	$(BIN)/recsys-moe bench kernels --figure docs/scaling.png

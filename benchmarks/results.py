@@ -26,6 +26,8 @@ ABLATION = ("expert_norm=false", "hierarchy_mask=false", "feature_gates=0", "sel
 FEED_TASKS = "data.tasks=[effective_view,long_view,like,comment,follow,forward]"
 KUAIRAND_TASKS = "data.tasks=[click,long_view,like,comment,profile_enter]"
 HOME = "home+expert_dims=[32]"
+# Experts as in the paper's account: ReLU, no norm; nothing else that holds them either.
+BARE = ("mmoe+norm=none+dropout=0", "cgc+norm=none+dropout=0", f"{HOME}+expert_norm=false+dropout=0", f"{HOME}+dropout=0")
 PAPER_SIZES = ",".join(
     (
         "shared_bottom+bottom_dims=[113]+tower_dims=[8]+dropout=0",
@@ -37,12 +39,14 @@ PAPER_SIZES = ",".join(
 
 @dataclass(frozen=True)
 class Experiment:
-    """A section: what is asked, the `compare` that answers, and what has to be there before (a command)."""
+    """A section: what is asked, the `compare` that answers, and what has to be there before (a command). With `anomalies`,
+    anomalies.py reads the runs' health afterwards."""
 
     title: str
     question: str
     compare: tuple[str, ...]
     before: tuple[str, ...] = ()
+    anomalies: bool = False
 
 
 def correlated(p: float) -> Experiment:
@@ -161,6 +165,29 @@ EXPERIMENTS = {
         ),
         ("data", "synth", "runs/feed_synth", "--rows", "2000000"),
     ),
+    "anomalies": Experiment(
+        "Synthetic feed: HoME's three anomalies",
+        "MMoE and CGC of ReLU experts without a norm, and HoME without and with its own, all at ten times the usual learning "
+        "rate, in small batches, without decay or dropout: what gates and experts do wrong shows soonest there. 200,000 rows. "
+        "Figures are of the last look, at the weights that are kept.",
+        (
+            "data=feed_synth",
+            "data.source=runs/feed_200000",
+            FEED_TASKS,
+            f"models={','.join(BARE)}",
+            f"baseline={BARE[-1]}",
+            "seeds=1",
+            "parallel=2",
+            "train.epochs=3",
+            "train.patience=0",
+            "train.batch_size=256",
+            "train.lr=0.03",
+            "train.weight_decay=0",
+            "train.health.budget=1",
+        ),
+        ("data", "synth", "runs/feed_200000", "--rows", "200000"),
+        anomalies=True,
+    ),
     **{f"correlation_{p}": correlated(p) for p in (0.0, 0.5, 0.9, 1.0)},
 }
 
@@ -188,6 +215,9 @@ def main() -> None:
         (pictures / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
         for kind in ("differences", "pareto"):
             shutil.copy(folder / f"{kind}.png", pictures / f"{name}-{kind}.png")
+        if experiment.anomalies:
+            script = Path(__file__).with_name("anomalies.py")
+            subprocess.run([sys.executable, script, folder, pictures], check=True)
         (options.docs / "results.md").write_text(report(pictures))
 
 
@@ -224,6 +254,8 @@ def report(pictures: Path) -> str:
         file = pictures / f"{name}.json"
         if file.exists():
             parts += section(name, experiment, json.loads(file.read_text()))
+        if experiment.anomalies and (told := pictures / "anomalies-health.md").exists():
+            parts += [told.read_text().strip(), "![The worst figures over training](results/anomalies-health.png)"]
     if (language := pictures / "llm.md").exists():
         parts.append(language.read_text().strip())
     parts.append(f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}.")

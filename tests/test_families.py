@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys_moe import kernels
 from recsys_moe.errors import UserError
@@ -286,6 +287,8 @@ VARIANTS = FAMILIES | {
     "adatt of single experts": Case(replace(ADATT, levels=3, task_experts=1, norm="none"), naive_adatt),
     "mmoe without norm": Case(replace(MMOE, norm="none", tower_dims=()), naive_mmoe),
 }
+# Sparse gates have their own operators, and tests against softmax gates in test_models.py.
+SPARSE = {"mmoe top-k": Case(replace(MMOE, gate="topk"), naive_mmoe)}
 
 
 def build(config: Any, dtype: torch.dtype = torch.float32, seed: int = 0, in_dim: int = IN_DIM) -> Any:
@@ -406,10 +409,46 @@ def test_the_reference_backend_takes_the_same_weights(name: str, monkeypatch: py
         torch.testing.assert_close(a, b, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_is_one_graph(name: str) -> None:
-    config = FAMILIES[name].config
-    eager, model = build(config), build(config)
+class Operators(TorchDispatchMode):
+    """Collects the names of all operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS | SPARSE)
+def test_every_product_is_a_kernels(name: str, dtype: torch.dtype) -> None:
+    config = (VARIANTS | SPARSE)[name].config
+    model, x = build(config, dtype), draw(config, 20)
+    with Operators() as found:
+        model(x)[0].sum().backward()
+        with torch.no_grad():
+            model.eval()(x)
+    assert {"recsys_moe::expert_linear", "recsys_moe::expert_linear_backward"} <= found.names
+    products = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot")}
+    assert not products & found.names
+
+
+GRAPHS: list[Any] = [(name, torch.float32) for name in FAMILIES | SPARSE]
+# What differs in bf16 are casts, of which three families have all; the others are long.
+GRAPHS += [(name, torch.bfloat16) for name in ("home", "stem", "mmoe top-k")]
+GRAPHS += [
+    pytest.param(name, torch.bfloat16, marks=pytest.mark.long)
+    for name in FAMILIES | SPARSE
+    if (name, torch.bfloat16) not in GRAPHS
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), GRAPHS)
+def test_a_family_is_one_graph(name: str, dtype: torch.dtype) -> None:
+    config = (FAMILIES | SPARSE)[name].config
+    eager, model = build(config, dtype), build(config, dtype)
     x, direction = draw(config, 20), torch.randn(20, sum(TASKS.values()))
     expected, plans = eager(x)
     expected.backward(direction)

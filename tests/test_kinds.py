@@ -20,11 +20,16 @@ from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.embeddings import padded
 from recsys_moe.metrics import quality
+from recsys_moe.models import settle
 from recsys_moe.models.adatt import AdaTTConfig
+from recsys_moe.models.aitm import AITMConfig
+from recsys_moe.models.esmm import ESMMConfig
 from recsys_moe.models.home import HoMEConfig
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
+from recsys_moe.models.single_task import SingleTaskConfig
+from recsys_moe.models.stem import STEMConfig
 from recsys_moe.predictor import Predictor, score_file
 from recsys_moe.schema import Schema
 from recsys_moe.serving.api import build_api
@@ -188,6 +193,10 @@ FAMILIES: dict[str, tuple[Any, Any]] = {
         ),
         "bf16",
     ),
+    "single_task bf16": (SingleTaskConfig(bottom_dims=(32, 16), tower_dims=(8,), dropout=0.0), "bf16"),
+    "cgc bf16": (PLEConfig(name="cgc", levels=1, expert_dims=(16,), tower_dims=(8,), dropout=0.1), "bf16"),
+    "stem": (STEMConfig(expert_dims=(16,), tower_dims=(8,), dropout=0.1), "fp32"),
+    "aitm bf16": (AITMConfig(chain=("click", "share"), bottom_dims=(32, 16), tower_dims=(8,), dropout=0.0), "bf16"),
 }
 
 
@@ -210,6 +219,23 @@ def test_every_family_learns_every_kind_of_task(name: str, data: PreparedData, t
     names: Any = predictor.bundle.model.network.plan_names
     for key, weights in predictor.gates(table).items():
         assert weights.shape == (700, len(names[key].gates), len(names[key].experts))
+
+
+def test_esmm_learns_a_conversion_beside_every_kind_of_task(tmp_path: Path, write_prepared: Any) -> None:
+    click, *others, share = SCHEMA.tasks
+    tasks = (replace(click, label="click == 1"), *others, replace(share, mask="click == 1"))
+    parts = {"train": [draw(3000, 0), draw(1500, 1)], "validation": [draw(500, 2)]}
+    data = write_prepared(tmp_path / "prepared", replace(SCHEMA, tasks=tasks), parts)
+    model = settle(ESMMConfig(bottom_dims=(32, 16), tower_dims=(8,), dropout=0.0), data.schema)
+    assert model.conversions == {"share": "click"}
+    validation: Any = Trainer(data, model, TrainConfig(epochs=4, batch_size=128, lr=5e-3, precision="bf16")).fit().validation
+    assert validation["click"].auc > 0.9
+    assert validation["ending"].accuracy > 0.6
+    assert validation["minutes"].r2 > 0.5
+    assert validation["stars"].auc > 0.8
+    assert validation["share"].auc > 0.8  # of the rows with a click alone, on which its own loss never was
+    raw = draw(500, 2).to_pandas()
+    assert validation["share"].rows == ((raw["click"] == 1) & (raw["w"] > 0)).sum()
 
 
 def test_without_its_feature_a_task_learns_nothing(trainer: Trainer, data: PreparedData, bundle: Path) -> None:

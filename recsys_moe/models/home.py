@@ -148,7 +148,7 @@ class ExpertGroups(nn.Module):
 class FeatureGates(nn.Module):
     """Fea_Gate of G groups: x `[B, D]` or `[B, S, D]`, of which group g reads input `source[g]` → fp32 `[B, G, D]`.
 
-    The L heads of a group have rank D/L (B: D → D/L, A: D/L → D). A starts at zero and the gate therefore at 1.
+    The L heads of a group have rank ⌊D/L⌋, at least 1 (B: D → D/L, A: D/L → D). A starts at zero and the gate therefore at 1.
 
     >>> FeatureGates(3, 6, heads=2, dtype=torch.float32)(torch.randn(5, 6), (0, 0, 0)).allclose(torch.ones(5, 3, 6))
     True
