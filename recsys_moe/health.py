@@ -142,8 +142,12 @@ class PlanHealth:
 
     @property
     def gradient_share(self) -> Floats:
-        """`[T, E]`: each expert's part of the length of a task's gradient at the plan's experts; its squares sum to 1."""
-        return self.gradient / np.maximum(np.sqrt((self.gradient**2).sum(1, keepdims=True)), 1e-30)
+        """`[T, E]`: each expert's part of the length of a task's gradient at the plan's experts; its squares sum to 1.
+
+        NaN for an infinite gradient: the look came while the loss exploded.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.gradient / np.maximum(np.sqrt((self.gradient**2).sum(1, keepdims=True)), 1e-30)
 
 
 @dataclass(frozen=True, eq=False)

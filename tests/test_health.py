@@ -357,6 +357,14 @@ def test_a_gradient_that_does_not_reach_a_tasks_own_experts_is_underfitting() ->
     assert f"sends them {own:.2%} of the length of its gradient (limit 1%)" in finding.message
 
 
+def test_a_gradient_that_exploded_has_no_shares() -> None:
+    plan = looked_at(plain_mmoe()).plans["experts"]
+    exploded = replace(plan, gradient=np.where(np.arange(len(TASKS))[:, None] == 1, np.inf, plan.gradient))
+    share = exploded.gradient_share
+    assert np.isnan(share[1]).all()
+    np.testing.assert_allclose((share[[0, 2]] ** 2).sum(1), 1, rtol=1e-5)
+
+
 def test_a_task_that_no_row_observes_is_not_judged() -> None:
     net = network(FAMILIES["ple"])
     x, labels, observed = rows()
