@@ -29,16 +29,17 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --constraint requirements.txt setuptools wheel
 	$(PIP_INSTALL) --constraint requirements.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(PIP_INSTALL) --no-deps --no-build-isolation --requirement requirements.txt $(FBGEMM)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
-	$(BIN)/python -m recsys_moe.kernels.cpu
+# The kernels need torch alone: they are built while the rest is fetched.
+	$(BIN)/python -m recsys_moe.kernels.cpu & built=$$!; \
+	$(PIP_INSTALL) --no-deps --no-build-isolation --requirement requirements.txt $(FBGEMM) && wait $$built
 	@touch $@
 
 demo: $(VENV)/.ready  ## log rows to a served score, end to end, in minutes
 	$(BIN)/recsys-moe demo
 
 test: $(VENV)/.ready  ## the test suite
-	$(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.ready  ## soaks, overload, chaos, big data
 	$(BIN)/pytest -m long
