@@ -1,6 +1,7 @@
 """What Ray Train runs in each training worker: a plain trainer; the first worker writes events and the model."""
 
 import errno
+import gc
 import json
 import os
 import time
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
+from recsys_moe.bundle import FORMAT, BundleConfig, read_description, save_bundle
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.distributed import rank, world_size
 from recsys_moe.errors import UserError
@@ -89,7 +90,22 @@ def _ends_a_line(path: Path, size: int) -> bool:
 
 
 def train_ranker(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """Train a recommendation model and leave its bundle."""
+    """Train a recommendation model and leave its bundle, with rows of the validation part for its self-test."""
+    last = _train_ranker(config, tell)
+    if rank() == 0 and last["bundle"] is not None:
+        # The self-test loads what was saved. Tables may fill half the memory there is: those of training go first.
+        gc.collect()
+        bundle = Path(config["bundle"])
+        described, schema, _ = read_description(bundle)
+        try:
+            write_selftest(bundle, read_part(described.data, schema, "validation"))
+        except (UserError, OSError) as error:  # the log rows went away while it trained
+            tell({"kind": "warning", "message": f"the bundle has no self-test: {error}"})
+    return last
+
+
+def _train_ranker(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The last event; when it is told nothing of the trainer is left."""
     # The driver has verified the checksums when it opened or wrote the data.
     data = PreparedData(Path(config["prepared"]), verify=False)
     model_config = parse(ModelConfig, config["model"], "model")
@@ -107,15 +123,16 @@ def train_ranker(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
         best = trainer.progress.best if trainer else None
         if trainer and best:
             trainer.restore_best()
-            _save(bundle, trainer, described, {"validation": {t: asdict(m) for t, m in best.validation.items()}}, tell)
+            _save(bundle, trainer, described, {"validation": {t: asdict(m) for t, m in best.validation.items()}})
         return {"kind": "error", "message": str(error), "bundle": str(bundle) if best else None}
     validation = {task: asdict(m) for task, m in result.validation.items()}
-    _save(bundle, trainer, described, {"validation": validation}, tell)
+    _save(bundle, trainer, described, {"validation": validation})
     test = evaluate(trainer.model, data, "test")
     for message in undefined_quality_warnings(test, "test"):
         tell({"kind": "warning", "message": message})
     return {
         "kind": "done",
+        "bundle": str(bundle),
         "validation": validation,
         "test": {task: asdict(m) for task, m in test.items()},
         "train": {
@@ -130,16 +147,11 @@ def train_ranker(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
     }
 
 
-def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict[str, Any], tell: Tell) -> None:
-    """Write the bundle together, and from the first worker rows of the validation part for its self-test."""
+def _save(bundle: Path, trainer: Trainer, described: BundleConfig, metrics: dict[str, Any]) -> None:
+    """Write the bundle together."""
     weights, adagrad = trainer.whole_weights(), trainer.whole_adagrad()
     transform = trainer.data.transform
     save_bundle(bundle, weights, described, transform, plain(metrics), adagrad)
-    if rank() == 0:
-        try:
-            write_selftest(bundle, read_part(described.data, transform.schema, "validation"))
-        except (UserError, OSError) as error:  # the log rows went away while it trained
-            tell({"kind": "warning", "message": f"the bundle has no self-test: {error}"})
 
 
 def train_lm(config: dict[str, Any], tell: Tell) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A bundle's self-test tells a bundle that scores as it did from one that does not."""
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,14 @@ import safetensors.numpy
 
 from recsys_moe.bundle import SELFTEST_FILE
 from recsys_moe.errors import UserError
+from recsys_moe.models.shared_bottom import SharedBottomConfig
+from recsys_moe.pipelines import worker
 from recsys_moe.predictor import Predictor
 from recsys_moe.selftest import ROWS, check, read_selftest, write_selftest
+from recsys_moe.shards import PreparedData
+from recsys_moe.sources import DataConfig
+from recsys_moe.trainer import TrainConfig, Trainer
+from recsys_moe.typed import dump
 from tests.test_serving import save
 
 TABLE = pa.table(
@@ -81,3 +88,35 @@ def test_a_damaged_one_is_told(bundle: Path, tmp_path: Path) -> None:
     shutil.copy(bundle / "model.safetensors", path)
     with pytest.raises(UserError, match="can't be read"):
         check(Predictor(bundle))
+
+
+def test_training_lets_its_tables_go_before_the_selftest_loads_the_bundles(
+    prepared_clicks: PreparedData, clicks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+
+    def trainers() -> int:
+        return sum(isinstance(thing, Trainer) for thing in gc.get_objects())
+
+    def write(folder: Path, tables: Any) -> None:
+        left.append(trainers())
+        write_selftest(folder, tables)
+
+    monkeypatch.setattr(worker, "write_selftest", write)
+    monkeypatch.setattr(worker, "read_part", lambda *of: [clicks(700, 3)])
+    job = {
+        "prepared": str(prepared_clicks.folder),
+        "model": dump(SharedBottomConfig(embedding_dim=4, bottom_dims=(8,), tower_dims=(4,))),
+        "train": dump(TrainConfig(epochs=2)),
+        "data": dump(DataConfig(name="clicks", source="nowhere", schema="-")),
+        "start": None,
+        "bundle": str(tmp_path / "bundle"),
+        "state": str(tmp_path / "state"),
+    }
+    gc.collect()
+    before = trainers()
+    assert worker.train_ranker(job, lambda event: None)["kind"] == "done"
+    assert left == [before]
+    found = read_selftest(Predictor(tmp_path / "bundle"))
+    assert found is not None
+    assert found[0].num_rows == ROWS
