@@ -307,6 +307,15 @@ def test_a_training_that_went_on_ends_with_the_same_bits(precision: str, tokens:
         assert torch.equal(a, b), name
 
 
+def test_a_state_of_another_text_is_refused(tokens: Path, tmp_path: Path) -> None:
+    config, state = replace(SHORT, checkpoint_steps=2), Checkpoints(tmp_path / "state")
+    LmTrainer(tokens, FAMILIES["llama"], config, checkpoints=state).fit()
+    (tmp_path / "other.txt").write_text("the cat sat on another mat. " * 200)
+    other, _ = prepare_text(TextConfig(source=str(tmp_path / "other.txt")), tmp_path, None)
+    with pytest.raises(UserError, match=r"was trained on another text than .*other\.txt' is now; restore the text, or train anew"):
+        LmTrainer(other, FAMILIES["llama"], config, checkpoints=state)
+
+
 WORKERS = replace(SHORT, batch_size=5, balance=BalanceConfig(auxiliary=0.3, z=0.1, importance=0.2, bias_rate=0.01))
 SECOND = """
 import json, sys
@@ -471,6 +480,12 @@ def test_a_run_that_was_stopped_goes_on(cli: Any, tmp_path: Path, monkeypatch: p
         patch.setattr(LmTrainer, "_save", save_and_stop)
         assert cli("llm", "train", *given, cwd=tmp_path).returncode != 0
     (stopped,) = [run for run in all_runs(tmp_path / "runs") if run.record.status == "KILLED"]
+    text = (tmp_path / "text.txt").read_bytes()
+    (tmp_path / "text.txt").write_bytes(text + b"and more")
+    refused = cli("llm", "train", "--resume", stopped.path.name, cwd=tmp_path)
+    assert refused.returncode != 0
+    assert "was trained on another text than" in refused.stderr
+    (tmp_path / "text.txt").write_bytes(text)
     done = cli("llm", "train", "--resume", stopped.path.name, "train.workers=1", "--json", cwd=tmp_path)
     assert "going on from step 3" in done.stderr
     files = [Path(summary["bundle"]) / "model.safetensors" for summary in (whole, json.loads(done.stdout))]

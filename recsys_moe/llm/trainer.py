@@ -39,7 +39,7 @@ from recsys_moe.experts import MLPExperts
 from recsys_moe.kernels import sort_by_expert
 from recsys_moe.llm import checkpoints as folders
 from recsys_moe.llm.layers import Decoder, RMSNorm
-from recsys_moe.llm.text import Windows
+from recsys_moe.llm.text import Windows, open_text
 from recsys_moe.routing import HashRouter, SparsePlan, TopKRouter
 from recsys_moe.typed import typed
 
@@ -231,7 +231,8 @@ class LmTrainer:
         start: a Hugging Face folder whose weights training starts from.
 
     Raises:
-        UserError: settings that don't fit the model, a part without a whole window, a loss that is not finite.
+        UserError: settings that don't fit the model, a part without a whole window, a loss that is not finite, a state of a
+            training on another text.
     """
 
     def __init__(
@@ -244,6 +245,7 @@ class LmTrainer:
         start: Path | None = None,
     ) -> None:
         self.config, self.on_event, self.checkpoints = config, on_event, checkpoints
+        self.text = open_text(tokens)
         self.windows, self.validation = (Windows(tokens, part, config.context) for part in ("train", "validation"))
         self.model = trainable(values, config.dtype, config.seed, start)
         check_settings(self.model, config)
@@ -386,7 +388,8 @@ class LmTrainer:
             for name, parameter in self.named.items():
                 tensors |= {f"adamw.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         try:
-            self.checkpoints.save(self.step, {"step": self.step, "seconds": self.seconds}, tensors, None, {})
+            told = {"text": self.text.digest, "step": self.step, "seconds": self.seconds}
+            self.checkpoints.save(self.step, told, tensors, None, {})
         except OSError as error:
             message = f"the checkpoint of step {self.step} could not be written ({error}); the one before is kept"
             self.on_event({"kind": "warning", "message": message})
@@ -398,6 +401,11 @@ class LmTrainer:
         state = checkpoints.load()
         if state is None:
             return
+        if state.told.get("text") != self.text.digest:
+            raise UserError(
+                f"the checkpoint in {str(checkpoints.folder)!r} was trained on another text than {self.text.source!r} is now; "
+                "restore the text, or train anew"
+            )
         self.step, self.seconds = state.told["step"], state.told["seconds"]
         with torch.no_grad():
             for name, tensor in self._weights().items():
