@@ -10,20 +10,31 @@ gathered; a state can be read by any number of workers.
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from recsys_moe.distributed import rank, total, world_size
+from recsys_moe.distributed import agreed, rank, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.tensorfiles import TensorFiles, Tensors
 
 FORMAT = 1
+
+
+class Often(Protocol):
+    """The part of a training's settings that says when states are written."""
+
+    @property
+    def checkpoint_steps(self) -> int: ...
+
+    @property
+    def checkpoint_seconds(self) -> float: ...
 
 
 class Checkpoints:
@@ -31,6 +42,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._tried = time.monotonic()
         self._best_epoch: int | None = None
         self._best_files: list[str] = []
         self._named: list[str] = []  # the newest state's best files, which it can't do without
@@ -52,6 +64,13 @@ class Checkpoints:
         if rank() == 0:
             self._remove({*self._best_files, *self._named}, "best-*.safetensors*")
         return TensorFiles([path])
+
+    def due(self, step: int, often: Often) -> bool:
+        """Whether a state is to be written behind this step: every so many, and so long after the last (0: not so)."""
+        steps, seconds = often.checkpoint_steps, often.checkpoint_seconds
+        if steps and step % steps == 0:
+            return True
+        return bool(seconds) and agreed(time.monotonic() - self._tried > seconds)
 
     def save(self, step: int, told: dict[str, Any], tensors: Tensors, best_epoch: int | None, best: Tensors) -> None:
         """Write a state: `told` is JSON, `tensors` and `best` (the weights of `best_epoch`, if there is one) are this worker's.
@@ -84,6 +103,8 @@ class Checkpoints:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
             raise
+        finally:
+            self._tried = time.monotonic()
         self._best_epoch, self._best_files, self._named = best_epoch, best_files, best_files
         if rank() == 0:
             # JSON first: what is half removed must not look like a state.

@@ -21,7 +21,7 @@ from recsys_moe.balancing import BalancingConfig, Static, balancer_of
 from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.bundle import ADAGRAD_FILE
 from recsys_moe.checkpoint import Checkpoints
-from recsys_moe.distributed import agreed, gather_pieces, piece, rank, sum_gradients, total, world_size
+from recsys_moe.distributed import gather_pieces, piece, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.heads import Heads, mean_quality
 from recsys_moe.health import HealthConfig, Monitor
@@ -166,7 +166,6 @@ class Trainer:
         if start is not None:
             start.check_model(model_config, config.precision)
             start.take_over(self.model)
-        self._saved_at = time.monotonic()
         if checkpoints is not None:
             self._resume(checkpoints)
 
@@ -297,7 +296,7 @@ class Trainer:
                     }
                 )
             start += self.health.look(self.model, p.step, self.total_steps, p.seconds)
-            if self._is_due():
+            if self.checkpoints is not None and self.checkpoints.due(p.step, self.config):
                 self._save()
         self._check_rows()
         return p.loss / p.rows
@@ -347,14 +346,6 @@ class Trainer:
 
     # ---- states ------------------------------------------------------------------------------------------------------
 
-    def _is_due(self) -> bool:
-        if self.checkpoints is None:
-            return False
-        steps, seconds = self.config.checkpoint_steps, self.config.checkpoint_seconds
-        if steps and self.step % steps == 0:
-            return True
-        return bool(seconds) and agreed(time.monotonic() - self._saved_at > seconds)
-
     def _save(self) -> None:
         """Write a state; a disk that is full is told, and training goes on with the state before."""
         assert self.checkpoints is not None
@@ -371,7 +362,6 @@ class Trainer:
         else:
             rows = {"rows": p.rows, "fingerprint": p.fingerprint}
             self.on_event({"kind": "checkpoint", "step": p.step, "epoch": p.epoch, **rows})
-        self._saved_at = time.monotonic()
 
     def _keep_best(self) -> Tensors:
         """The weights as they are now: on disk, or in memory if there are no states or no room for them."""

@@ -312,7 +312,7 @@ def test_a_state_of_another_text_is_refused(tokens: Path, tmp_path: Path) -> Non
     LmTrainer(tokens, FAMILIES["llama"], config, checkpoints=state).fit()
     (tmp_path / "other.txt").write_text("the cat sat on another mat. " * 200)
     other, _ = prepare_text(TextConfig(source=str(tmp_path / "other.txt")), tmp_path, None)
-    with pytest.raises(UserError, match=r"was trained on another text than .*other\.txt' is now; restore the text, or train anew"):
+    with pytest.raises(UserError, match=r"trained on another text than .*other\.txt' is now; restore the text, or train anew"):
         LmTrainer(other, FAMILIES["llama"], config, checkpoints=state)
 
 

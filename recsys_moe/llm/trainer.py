@@ -33,7 +33,7 @@ from recsys_moe.balance import (
     z_loss,
 )
 from recsys_moe.checkpoint import Checkpoints
-from recsys_moe.distributed import agreed, gather_pieces, piece, rank, sum_gradients, total, world_size
+from recsys_moe.distributed import gather_pieces, piece, rank, sum_gradients, total, world_size
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts
 from recsys_moe.kernels import sort_by_expert
@@ -259,7 +259,6 @@ class LmTrainer:
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=config.weight_decay, fused=True)
         self.step, self.seconds = 0, 0.0
-        self._saved_at = time.monotonic()
         if checkpoints is not None:
             self._resume(checkpoints)
 
@@ -285,7 +284,8 @@ class LmTrainer:
             if self.step % self.config.evaluate_steps == 0 or self.step == self.config.steps:
                 self._tell_experts(plans)
                 evaluation = self._evaluate()
-            if self._is_due():
+            going_on = self.step < self.config.steps
+            if going_on and self.checkpoints is not None and self.checkpoints.due(self.step, self.config):
                 self._save()
             start += time.perf_counter() - now
         return evaluation or self._evaluate()
@@ -371,14 +371,6 @@ class LmTrainer:
 
     # ---- states ------------------------------------------------------------------------------------------------------
 
-    def _is_due(self) -> bool:
-        if self.checkpoints is None or self.step == self.config.steps:
-            return False
-        steps, seconds = self.config.checkpoint_steps, self.config.checkpoint_seconds
-        if steps and self.step % steps == 0:
-            return True
-        return bool(seconds) and agreed(time.monotonic() - self._saved_at > seconds)
-
     def _save(self) -> None:
         """Write a state; a disk that is full is told, and training goes on with the state before."""
         assert self.checkpoints is not None
@@ -395,7 +387,6 @@ class LmTrainer:
             self.on_event({"kind": "warning", "message": message})
         else:
             self.on_event({"kind": "checkpoint", "step": self.step})
-        self._saved_at = time.monotonic()
 
     def _resume(self, checkpoints: Checkpoints) -> None:
         state = checkpoints.load()
