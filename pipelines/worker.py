@@ -169,8 +169,8 @@ def train_lm(config: dict[str, Any], tell: Tell) -> dict[str, Any]:
         found = trainer.fit()
     except UserError as error:
         return {"kind": "error", "message": str(error), "bundle": None}
+    trainer.save(bundle, config["model"])
     if rank() == 0:
-        trainer.save(bundle, config["model"])
         copy_beside(tokens, bundle)
     seconds = trainer.seconds
     trained = {

@@ -136,7 +136,7 @@ def _value(key: str, text: str) -> str:
 
 # What a run that goes on may have differently from before.
 CHANGEABLE = {
-    "train": ("workers", "max_failures", "checkpoint_steps", "checkpoint_seconds"),
+    "train": ("workers", "expert_parallel", "max_failures", "checkpoint_steps", "checkpoint_seconds"),
     "ray": ("address", "wheel"),
 }
 

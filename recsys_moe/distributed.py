@@ -71,9 +71,9 @@ def piece(rows: int, rank: int, world: int) -> slice:
     return slice(rank * rows // world, (rank + 1) * rows // world)
 
 
-def gather_pieces(mine: Tensor, rows: int) -> Tensor:
-    """All rows `[rows, …]` from each worker's `piece` of them, on every worker."""
-    world = world_size()
+def gather_pieces(mine: Tensor, rows: int, group: Any = None) -> Tensor:
+    """All rows `[rows, …]` from each worker's `piece` of them, on every worker (of a process group)."""
+    world = world_size() if group is None else dist.get_world_size(group)
     if world == 1:
         return mine
     pieces = [piece(rows, r, world) for r in range(world)]
@@ -81,7 +81,7 @@ def gather_pieces(mine: Tensor, rows: int) -> Tensor:
     padded = mine.new_zeros(longest, *mine.shape[1:])
     padded[: len(mine)] = mine
     gathered = [torch.empty_like(padded) for _ in pieces]
-    dist.all_gather(gathered, padded)
+    dist.all_gather(gathered, padded, group=group)
     return torch.cat([g[: p.stop - p.start] for g, p in zip(gathered, pieces, strict=True)])
 
 

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from recsys_moe import distributed
 from recsys_moe.experts import MLPExperts
 from recsys_moe.routing import SparsePlan, sparse_plan
+from recsys_moe.tensorfiles import Rows
 
 
 def expert_mesh(sharing: int) -> DeviceMesh:
@@ -56,11 +57,20 @@ class ExpertParallel(nn.Module):
         if experts.norms is not None:
             raise ValueError("experts with norm='batch' can't be dealt to workers: use norm='none'")
         self._pieces = [distributed.piece(count, worker, workers) for worker in range(workers)]
-        mine = self._pieces[dist.get_rank(self.group)]
+        self.mine = mine = self._pieces[dist.get_rank(self.group)]
         for stack in (experts.weights, experts.biases):
             for index, whole in enumerate(stack or ()):
                 stack[index] = nn.Parameter(whole.detach()[mine].clone(), whole.requires_grad)  # type: ignore[index]
         self.experts, self.held = experts, mine.stop - mine.start
+
+    def whole(self) -> MLPExperts:
+        """All experts again, on every worker; those of the mesh's row call it together."""
+        experts, count = self.experts, self._pieces[-1].stop
+        for stack in (experts.weights, experts.biases):
+            for index, mine in enumerate(stack or ()):
+                everyones = distributed.gather_pieces(mine.detach(), count, self.group)
+                stack[index] = nn.Parameter(everyones, mine.requires_grad)  # type: ignore[index]
+        return experts
 
     def combine(self, x_bd: Tensor, plan: SparsePlan) -> Tensor:
         """The weighted sum of the experts that the plan names, wherever they are: `[B, D]` → `[R, H]`, as `x_bd` in dtype."""
@@ -90,6 +100,44 @@ def deal_experts(model: nn.Module, mesh: DeviceMesh) -> None:
     for module in list(model.modules()):
         if isinstance(experts := getattr(module, "experts", None), MLPExperts) and hasattr(module, "router"):
             module.experts = ExpertParallel(experts, mesh)
+
+
+def collect_experts(model: nn.Module) -> None:
+    """Undo `deal_experts`: every worker has all experts again, as they are now."""
+    for module in list(model.modules()):
+        if isinstance(dealt := getattr(module, "experts", None), ExpertParallel):
+            module.experts = dealt.whole()
+
+
+def held(model: nn.Module) -> dict[Rows, nn.Parameter]:
+    """Every parameter, with the name that it has where nothing is dealt and the rows (experts) of it that this worker holds.
+
+    >>> [rows.key for rows in held(nn.Linear(2, 3))]
+    ['weight', 'bias']
+    """
+    dealt = {f"{name}.experts.": module for name, module in model.named_modules() if isinstance(module, ExpertParallel)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        rows = Rows(name, 0, len(parameter), len(parameter))
+        for prefix, module in dealt.items():
+            if name.startswith(prefix):
+                plain = prefix.removesuffix("experts.") + name.removeprefix(prefix)
+                rows = Rows(plain, module.mine.start, module.mine.stop, module._pieces[-1].stop)
+        found[rows] = parameter
+    return found
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The length of the whole gradient, once `sum_gradients` has run: of dealt experts, wherever they are."""
+    dealt = [module for module in model.modules() if isinstance(module, ExpertParallel)]
+    own = {parameter for module in dealt for parameter in module.parameters()}
+    gradients = [p.grad for p in model.parameters() if p.grad is not None and p not in own]
+    square = nn.utils.get_total_norm(gradients).square()
+    if dealt:
+        elsewhere = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square()
+        dist.all_reduce(elsewhere, group=dealt[0].group)
+        square += elsewhere
+    return square.sqrt()
 
 
 def sum_gradients(model: nn.Module, loss: Tensor) -> Tensor:

@@ -321,30 +321,38 @@ SECOND = """
 import json, sys
 from pathlib import Path
 import torch, torch.distributed as dist
+from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.llm.trainer import LmTrainConfig, LmTrainer
 from recsys_moe.typed import parse
 
 torch.set_num_threads(1)
-store, tokens, values, config = sys.argv[1:]
+store, tokens, values, config, state = sys.argv[1:]
 dist.init_process_group("gloo", init_method=store, rank=1, world_size=2)
-LmTrainer(Path(tokens), json.loads(values), parse(LmTrainConfig, json.loads(config), "config")).fit()
+values, config = json.loads(values), parse(LmTrainConfig, json.loads(config), "config")
+trainer = LmTrainer(Path(tokens), values, config, checkpoints=Checkpoints(Path(state)))
+trainer.fit()
+trainer.save(Path("nothing is written here"), values)
 dist.destroy_process_group()
 """
 
 
-def test_two_workers_train_as_one(tokens: Path, tmp_path: Path) -> None:
-    """Five sequences, of which the second takes three."""
-    values = FAMILIES["biased"]
+@pytest.mark.parametrize("sharing", [1, 2])
+def test_two_workers_train_as_one(sharing: int, tokens: Path, tmp_path: Path) -> None:
+    """Five sequences, of which the second takes three; each has all experts, or two of the four."""
+    values, state = FAMILIES["biased"], tmp_path / "state"
+    config = replace(WORKERS, workers=2, expert_parallel=sharing, checkpoint_steps=WORKERS.steps - 1)
     told: dict[str, list[dict[str, Any]]] = {"alone": [], "together": []}
     alone = LmTrainer(tokens, values, WORKERS, told["alone"].append)
     alone_loss = alone.fit().loss
     store = f"file://{tmp_path / 'store'}"
-    arguments = [store, str(tokens), json.dumps(values), json.dumps(dump(WORKERS))]
+    arguments = [store, str(tokens), json.dumps(values), json.dumps(dump(config)), str(state)]
     second = subprocess.Popen([sys.executable, "-c", SECOND, *arguments], env={**os.environ, "PYTHONSAFEPATH": "1"})
     dist.init_process_group("gloo", init_method=store, rank=0, world_size=2)
     try:
-        together = LmTrainer(tokens, values, WORKERS, told["together"].append)
+        together = LmTrainer(tokens, values, config, told["together"].append, Checkpoints(state))
+        assert {len(p) for name, p in together.model.named_parameters() if "experts" in name} == {4 // sharing}
         assert together.fit().loss == pytest.approx(alone_loss, abs=1e-5)
+        together.save(tmp_path / "saved", values)
     finally:
         dist.destroy_process_group()
     assert second.wait(60) == 0
@@ -357,6 +365,12 @@ def test_two_workers_train_as_one(tokens: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(loads[1], loads[0], atol=0.02)
     for (name, a), b in zip(alone.model.named_parameters(), together.model.parameters(), strict=True):
         torch.testing.assert_close(b, a, atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    saved = checkpoints.load(tmp_path / "saved")
+    torch.testing.assert_close(dict(saved.named_parameters()), dict(together.model.named_parameters()), atol=0, rtol=0)
+    # What they left of the step before the last, one goes on with, who has all experts.
+    going_on = LmTrainer(tokens, values, WORKERS, checkpoints=Checkpoints(state))
+    assert going_on.step == WORKERS.steps - 1
+    assert going_on.fit().loss == pytest.approx(alone_loss, abs=1e-5)
 
 
 # ---- mixtures of a dense model
@@ -498,10 +512,12 @@ def test_two_of_rays_workers_leave_the_loss_that_one_does(tmp_path: Path) -> Non
     text_file(tmp_path)
     command = [sys.executable, "-m", "recsys_moe", "llm", "train", *SMALL, *TINY, "model=mixtral", "--json"]
     losses = []
-    for workers in (1, 2):
-        done = subprocess.run([*command, f"train.workers={workers}"], cwd=tmp_path, capture_output=True, text=True, check=True)
-        losses.append(json.loads(done.stdout)["validation"]["loss"])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    for given in (["train.workers=1"], ["train.workers=2"], ["train.workers=2", "train.expert_parallel=2"]):
+        done = subprocess.run([*command, *given], cwd=tmp_path, capture_output=True, text=True, check=True)
+        told = json.loads(done.stdout)
+        losses.append(told["validation"]["loss"])
+        assert checkpoints.load(told["bundle"]).blocks[0].ffn.experts.weights[0].shape[0] == 8  # type: ignore[union-attr, index]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-4)
 
 
 MISTAKES = {
@@ -512,6 +528,12 @@ MISTAKES = {
     "long context": (["data.source=text.txt", "train.context=4096"], "the model has 512 positions"),
     "unknown key": (["data.source=text.txt", "model.num_expert=4"], "unknown key 'num_expert'"),
     "many workers": (["data.source=text.txt", "train.batch_size=1", "train.workers=2"], "some would have no sequence"),
+    "shares that don't divide": (["data.source=text.txt", "train.workers=2", "train.expert_parallel=3"], "choose a divisor"),
+    "shares of nothing": (["data.source=text.txt", "train.workers=2", "train.expert_parallel=2"], "no layer with experts"),
+    "empty shares": (
+        ["data.source=text.txt", "model=mixtral", "train.workers=16", "train.expert_parallel=16"],
+        "a layer has 8 experts; use at most as many",
+    ),
     "no bias": (["data.source=text.txt", "model=mixtral", "train.balance.bias_rate=0.1"], "no correction bias"),
     "no logits": (
         ["data.source=text.txt", "model=routed", "model.router={name: hash}"],

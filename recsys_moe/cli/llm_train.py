@@ -18,6 +18,8 @@ EXAMPLES = """Examples:
 
     recsys-moe llm train data.source=book.txt model=routed 'model.router={name: top_p, p: 0.5}' train.balance.entropy=0.01
 
+    recsys-moe llm train data.source=book.txt model=mixtral train.workers=4 train.expert_parallel=2
+
     recsys-moe llm train data.source=book.txt data.tokenizer=start start=stories-8x260K train.freeze=others
 
     recsys-moe llm train --resume 20261126-101500-text-mixtral-seed0-1a2b3c"""
@@ -36,8 +38,8 @@ def train(
     """Train a language model on text, track the run in MLflow, leave a Hugging Face folder.
 
     model= is llama, mixtral, olmoe, qwen2_moe, deepseek, deepseek_v2, deepseek_v3, switch or routed (any router); start= goes
-    on from a checkpoint. With --resume the settings are the run's own; `train.workers`, `train.max_failures`,
-    `train.checkpoint_…` and `ray.…` may differ.
+    on from a checkpoint. With --resume the settings are the run's own; `train.workers`,
+    `train.expert_parallel`, `train.max_failures`, `train.checkpoint_…` and `ray.…` may differ.
     """
     from recsys_moe.config import changes, compose, lm_conf_dir
     from recsys_moe.console import PhaseProgress, print_json, progress, stderr, stdout

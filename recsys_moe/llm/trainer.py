@@ -33,14 +33,16 @@ from recsys_moe.balance import (
     z_loss,
 )
 from recsys_moe.checkpoint import Checkpoints
-from recsys_moe.distributed import gather_pieces, piece, rank, sum_gradients, total, world_size
+from recsys_moe.distributed import gather_pieces, piece, rank, total, world_size
 from recsys_moe.errors import UserError
+from recsys_moe.expert_parallel import collect_experts, deal_experts, expert_mesh, gradient_norm, held, sum_gradients
 from recsys_moe.experts import MLPExperts
 from recsys_moe.kernels import sort_by_expert
 from recsys_moe.llm import checkpoints as folders
 from recsys_moe.llm.layers import Decoder, RMSNorm
 from recsys_moe.llm.text import Windows, open_text
 from recsys_moe.routing import HashRouter, SparsePlan, TopKRouter
+from recsys_moe.tensorfiles import Rows
 from recsys_moe.typed import typed
 
 Event = dict[str, Any]
@@ -79,6 +81,9 @@ class LmTrainConfig:
     `capacity_factor` bounds what an expert takes in training (None: all that comes). `expert_dropout` drops hidden units of
     the experts (Switch, 2101.03961, for fine-tuning). `freeze` keeps the `experts` as they are, or all the `others`.
 
+    `expert_parallel` of the `workers` share the experts of each sparse layer out, and rows travel to where theirs are; the
+    other parameters everybody has.
+
     The validation part is measured every `evaluate_steps` steps and at the end, the experts' use logged with it. A resumable
     state is written every `checkpoint_steps` steps and every `checkpoint_seconds` (0: not so); `max_failures` lost workers
     are borne.
@@ -102,6 +107,7 @@ class LmTrainConfig:
     freeze: Literal["nothing", "experts", "others"] = "nothing"
     evaluate_steps: Positive = 200
     workers: Positive = 1
+    expert_parallel: Positive = 1
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     checkpoint_seconds: Factor = 300.0
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -111,6 +117,11 @@ class LmTrainConfig:
         if self.workers > self.batch_size:
             raise ValueError(
                 f"train.workers is {self.workers}, but train.batch_size {self.batch_size}: some would have no sequence"
+            )
+        if self.workers % self.expert_parallel:
+            raise ValueError(
+                f"train.expert_parallel is {self.expert_parallel}, which does not divide train.workers "
+                f"{self.workers}; choose a divisor"
             )
         return self
 
@@ -253,9 +264,11 @@ class LmTrainer:
         for module in self.model.modules():
             if isinstance(module, MLPExperts) and config.expert_dropout:
                 module.dropout = config.expert_dropout
-        self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        spared = [p for name, p in self.named.items() if "norm" in name or "bias" in name]
-        decayed = [p for name, p in self.named.items() if not ("norm" in name or "bias" in name)]
+        if config.expert_parallel > 1:
+            deal_experts(self.model, expert_mesh(config.expert_parallel))
+        self.trained = {rows: p for rows, p in held(self.model).items() if p.requires_grad}
+        spared = [p for rows, p in self.trained.items() if "norm" in rows.name or "bias" in rows.name]
+        decayed = [p for rows, p in self.trained.items() if not ("norm" in rows.name or "bias" in rows.name)]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, config.lr, (0.9, 0.95), weight_decay=config.weight_decay, fused=True)
         self.step, self.seconds = 0, 0.0
@@ -307,8 +320,9 @@ class LmTrainer:
         weighted = [getattr(config.balance, name) * value for name, value in balance.items()]
         self.optimizer.zero_grad(set_to_none=True)
         (loss + sum(weighted)).backward()
-        loss = sum_gradients(list(self.named.values()), loss)
-        norm = nn.utils.clip_grad_norm_(self.named.values(), config.clip_norm or math.inf)
+        loss = sum_gradients(self.model, loss)
+        norm = gradient_norm(self.model)
+        nn.utils.clip_grads_with_norm_(self.trained.values(), config.clip_norm or math.inf, norm)
         if not math.isfinite(loss + norm):
             raise UserError(
                 f"the loss became {loss.item()} (gradient norm {norm.item()}) at step {self.step}; lower train.lr, or let "
@@ -374,11 +388,12 @@ class LmTrainer:
     def _save(self) -> None:
         """Write a state; a disk that is full is told, and training goes on with the state before."""
         assert self.checkpoints is not None
-        tensors = {}
-        if rank() == 0:  # all workers have the same
-            tensors = {f"model.{name}": tensor for name, tensor in self._weights().items()}
-            for name, parameter in self.named.items():
-                tensors |= {f"adamw.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+
+        def writes(rows: Rows) -> bool:
+            """Whether this worker is the first that has them."""
+            return rank() == 0 or (rows.high - rows.low < rows.total and rank() < self.config.expert_parallel)
+
+        tensors = {rows.key: tensor for rows, tensor in self._state().items() if writes(rows)}
         try:
             told = {"text": self.text.digest, "step": self.step, "seconds": self.seconds}
             self.checkpoints.save(self.step, told, tensors, None, {})
@@ -398,21 +413,31 @@ class LmTrainer:
                 "restore the text, or train anew"
             )
         self.step, self.seconds = state.told["step"], state.told["seconds"]
-        with torch.no_grad():
-            for name, tensor in self._weights().items():
-                state.tensors.read_into(f"model.{name}", tensor)
-        for name, parameter in self.named.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = {key: state.tensors[f"adamw.{name}.{key}"] for key in keys}
+        for parameter in self.trained.values():
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+        for rows, tensor in self._state().items():
+            state.tensors.read_into(rows.key, tensor)
         self.on_event({"kind": "resume", "step": self.step})
 
-    def _weights(self) -> dict[str, Tensor]:
-        """Parameters, tied ones once, and the routers' biases."""
-        biases = {name: t for name, t in self.model.named_buffers() if name.endswith("correction_bias")}
-        return {name: p.detach() for name, p in self.model.named_parameters()} | biases
+    def _state(self) -> dict[Rows, Tensor]:
+        """What has to be restored: parameters (tied ones once), the routers' biases, AdamW's state; experts as held here."""
+        found = {rows._replace(name=f"model.{rows.name}"): p.detach() for rows, p in held(self.model).items()}
+        for name, buffer in self.model.named_buffers():
+            if name.endswith("correction_bias"):
+                found[Rows(f"model.{name}", 0, len(buffer), len(buffer))] = buffer
+        for rows, parameter in self.trained.items():
+            state = self.optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                found[rows._replace(name=f"adamw.{rows.name}.{key}")] = state[key]
+            found[Rows(f"adamw.{rows.name}.step", 0, 0, 0)] = state["step"]
+        return found
 
     def save(self, folder: Path, values: dict[str, Any]) -> None:
-        """Write the model as a Hugging Face folder, its weights in the precision of the products."""
+        """Write the model as a Hugging Face folder, its weights in the precision of the products; all workers call it."""
+        collect_experts(self.model)
+        if rank():
+            return
         written = folders.build(values, self.config.dtype, folder / "config.json")
         folders.copy(self.model, written)
         folders.save(written, values, folder)
@@ -423,7 +448,7 @@ def check_settings(model: Decoder, config: LmTrainConfig) -> None:
 
     Raises:
         UserError: frozen experts, a capacity, a bias rate or a loss for a model without the like; a longer context than it has
-            positions.
+            positions; experts dealt to more workers than there are experts.
     """
     routers: list[Any] = [part.router for part in sparse_parts(model).values()]
     if config.context > model.config.max_positions:
@@ -434,10 +459,17 @@ def check_settings(model: Decoder, config: LmTrainConfig) -> None:
         f"train.freeze is {config.freeze!r}": config.freeze != "nothing",
         f"train.expert_dropout is {config.expert_dropout}": config.expert_dropout > 0,
         f"train.capacity_factor is {config.capacity_factor}": config.capacity_factor is not None,
+        f"train.expert_parallel is {config.expert_parallel}": config.expert_parallel > 1,
     }
     for setting, asked in wanted.items():
         if asked and not routers:
             raise UserError(f"{setting}, but the model has no layer with experts; leave it out, or train a mixture")
+    for part in sparse_parts(model).values():
+        count = part.experts.weights[0].shape[0]  # type: ignore[union-attr, index]
+        if config.expert_parallel > count:
+            raise UserError(
+                f"train.expert_parallel is {config.expert_parallel}, but a layer has {count} experts; use at most as many"
+            )
     if config.balance.bias_rate and not all(isinstance(r, TopKRouter) and r.correction_bias is not None for r in routers):
         raise UserError(
             f"train.balance.bias_rate is {config.balance.bias_rate}, but the model's routers have no correction bias; use "
@@ -471,11 +503,14 @@ def evaluate(model: Decoder, windows: Windows, batch_size: int) -> Evaluation:
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     mine = piece(len(windows), rank(), world_size())
-    for first in range(mine.start, mine.stop, batch_size):
-        part = torch.from_numpy(windows.ordered(first, min(first + batch_size, mine.stop)))
+    # Experts may be dealt out, so everybody calls the model equally often: who has no window left takes the first, for nothing.
+    for first in range(mine.start, mine.start + math.ceil(len(windows) / world_size()), batch_size):
+        counts = first < mine.stop
+        part = torch.from_numpy(windows.ordered(*(first, min(first + batch_size, mine.stop)) if counts else (0, 1)))
         logits = model.score(part[:, :-1])
-        sums[0] += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").double()
-        sums[1] += part[:, 1:].numel()
+        if counts:
+            sums[0] += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").double()
+            sums[1] += part[:, 1:].numel()
     model.train(was_training)
     loss, tokens = total(sums).tolist()
     return Evaluation(loss / tokens, math.exp(min(loss / tokens, 700.0)), int(tokens))
