@@ -29,11 +29,14 @@ __all__ = [
     "Scoring",
     "embedding_bags",
     "expert_mlp",
+    "fused_attention",
     "gate_mix",
+    "linear",
     "paged_attention",
     "quantise",
     "rms_norm",
     "rotary",
+    "route",
     "route_topk",
     "sort_by_expert",
     "sparse_expert_mlp",
@@ -82,6 +85,27 @@ def expert_mlp(
     if gate_bgd is not None and gate_bgd.shape != (x.shape[0], len(source), width):
         raise ValueError(f"gate_bgd is {list(gate_bgd.shape)}, not [B, G, D] = {[x.shape[0], len(source), width]}")
     out: Tensor = implementation(backend, x.device).expert_mlp(x, layer, gate_bgd, source, invariant)
+    return out
+
+
+def linear(
+    x_bd: Tensor, weight_hd: Tensor, bias_h: Tensor | None = None, *, invariant: bool = False, backend: Backend = "auto"
+) -> Tensor:
+    """y = W·x + b in the weight's dtype, `[B, H]`: `expert_mlp` with one expert that has no activation.
+
+    Args:
+        x_bd: `[B, D]`.
+        weight_hd, bias_h: `[H, D]`, fp32 or bf16, and `[H]`.
+        invariant: a row's result is the same bits whatever rows come with it. Inference only.
+
+    >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]), torch.tensor([4.0]), backend="reference").tolist()
+    [[7.0]]
+    """
+    if weight_hd.dim() != 2 or x_bd.dim() != 2 or x_bd.shape[1] != weight_hd.shape[1]:
+        raise ValueError(f"x_bd {list(x_bd.shape)} and weight_hd {list(weight_hd.shape)} are not [B, D] and [H, D]")
+    if bias_h is not None and bias_h.shape != weight_hd.shape[:1]:
+        raise ValueError(f"bias_h is {list(bias_h.shape)}, not [H] = {[weight_hd.shape[0]]}")
+    out: Tensor = implementation(backend, x_bd.device).linear(x_bd, weight_hd, bias_h, invariant)
     return out
 
 
@@ -154,12 +178,56 @@ def route_topk(
     experts = logits_be.shape[1]
     if not 1 <= k <= experts:
         raise ValueError(f"k is {k}, but there are {experts} experts: choose 1 ≤ k ≤ {experts}")
-    if not torch.compiler.is_compiling():
-        _check_finite(logits_be)
     out: tuple[Tensor, Tensor] = implementation(backend, logits_be.device).route_topk(
         logits_be, k, scoring, renormalize, bias_e, allowed_be
     )
     return out
+
+
+def route(
+    x_bd: Tensor,
+    weight_gd: Tensor,
+    bias_g: Tensor | None,
+    num_experts: int,
+    k: int,
+    *,
+    scoring: Scoring = "softmax",
+    renormalize: bool = False,
+    bias_e: Tensor | None = None,
+    scale: float = 1.0,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a router does with a row at inference, in one call: `linear` in fp32, `route_topk`, `sort_by_expert`.
+
+    Args:
+        x_bd: `[B, D]`.
+        weight_gd, bias_g: of the gates, `[T·E, D]` and `[T·E]`: T routings a row, one after the other.
+        scale: multiplies the weights.
+
+    Returns:
+        ids int32 `[R, K]`, weights fp32 `[R, K]`, order, offsets, and logits fp32 `[R, E]`, R = B·T.
+
+    Raises:
+        ValueError: what the three raise.
+
+    >>> ids, weights, order, offsets, logits = route(torch.ones(1, 1), torch.tensor([[1.0], [3.0]]), None, 2, 1)
+    >>> ids.tolist(), offsets.tolist(), logits.tolist()
+    ([[1]], [0, 0, 1], [[1.0, 3.0]])
+    """
+    if x_bd.dim() != 2 or x_bd.shape[1] != weight_gd.shape[1] or not x_bd.is_floating_point():
+        raise ValueError(f"x_bd is {x_bd.dtype} {list(x_bd.shape)}, not floating-point [B, D] with D = {weight_gd.shape[1]}")
+    run = implementation(backend, x_bd.device)
+    if hasattr(run, "route"):
+        fused: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run.route(
+            x_bd, weight_gd, bias_g, num_experts, k, scoring, renormalize, bias_e, scale
+        )
+        return fused
+    with torch.autocast(x_bd.device.type, enabled=False):
+        logits = run.linear(x_bd.float(), weight_gd.float(), None if bias_g is None else bias_g.float(), True)
+        logits = logits.view(-1, num_experts)
+        ids, weights = run.route_topk(logits, k, scoring, renormalize, bias_e, None)
+        order, offsets = run.sort_by_expert(ids, num_experts)
+        return ids, weights if scale == 1 else weights * scale, order, offsets, logits
 
 
 def sort_by_expert(expert_ids_rk: Tensor, num_experts: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -300,6 +368,8 @@ def embedding_bags(
 
 def paged_attention(
     q_nhd: Tensor,
+    kv_nw: Tensor,
+    turn_nd: Tensor,
     cache: Tensor,
     starts: Tensor,
     lengths: Tensor,
@@ -310,9 +380,12 @@ def paged_attention(
     value_dim: int,
     scale: float,
     window: int | None = None,
+    interleaved: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Causal attention of new tokens to their own sequence's keys and values, which lie in blocks of a cache.
+    """Causal attention of new tokens to their own sequence, whose keys and values lie in blocks of a cache.
+
+    First the tokens' queries and keys are rotated (`rotary`), and their keys and values written into the cache. Then
 
     y[n, h] = Σ_p softmax_p(scale · q[n, h]·key_p)·value_p over the places p of the sequence up to the token's own, the last
     `window` of them if there is one. A token's result is the same bits whatever other tokens and sequences are in the call,
@@ -320,42 +393,59 @@ def paged_attention(
 
     Args:
         q_nhd: `[N, H, D]`, fp32 or bf16: the queries of R sequences, one sequence after the other.
-        cache: `[blocks, places a block, width]` of the same dtype. Of a token's values, key head g is the D from g·D on, value
-            head g the `value_dim` from value_at + g·value_dim on: they may overlap (latent attention).
-        starts: int32 `[R + 1]`, sequence r has the queries from starts[r] on: its last places, already in the cache.
-        lengths: int32 `[R]`, places of each sequence in the cache.
+        kv_nw: `[N, width]`, what the cache is to hold of each token. Key head g is the D values from g·D on, value head g the
+            `value_dim` from value_at + g·value_dim on: they may overlap (latent attention).
+        turn_nd, interleaved: how queries and keys are rotated; a `turn_nd` `[N, 0]` leaves them as they are.
+        cache: `[blocks, places a block, width]`, contiguous, of the same dtype.
+        starts: int32 `[R + 1]`, sequence r has the queries from starts[r] on: its last places.
+        lengths: int32 `[R]`, places of each sequence in the cache, with the new ones.
         blocks: int32 `[R, M]`, the cache's block of each run of places; −1 where no query needs it.
         kv_heads: G, a divisor of H; query head h reads head h // (H/G).
 
     Returns:
         `[N, H, value_dim]` in the dtype of `q_nhd`.
 
-    >>> cache = torch.tensor([[[0.0, 1.0], [0.0, 3.0]]])  # one block of two places: key 0 and value 1, key 0 and value 3
+    >>> kv = torch.tensor([[0.0, 1.0], [0.0, 3.0]])  # two tokens: key 0 and value 1, key 0 and value 3
+    >>> cache, q, turn = torch.zeros(1, 2, 2), torch.ones(2, 1, 1), torch.empty(2, 0)
     >>> starts, lengths = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
     >>> blocks, heads = torch.tensor([[0]], dtype=torch.int32), {"kv_heads": 1, "value_at": 1, "value_dim": 1}
-    >>> q = torch.ones(2, 1, 1)
-    >>> paged_attention(q, cache, starts, lengths, blocks, **heads, scale=1.0, backend="reference").flatten().tolist()
+    >>> paged_attention(q, kv, turn, cache, starts, lengths, blocks, **heads, scale=1.0, backend="reference").flatten().tolist()
     [1.0, 2.0]
     """
-    heads, dim = q_nhd.shape[1:]
+    n, heads, dim = q_nhd.shape
     sequences = lengths.shape[0]
+    _check_turn(q_nhd, turn_nd)
     if heads % kv_heads or max(kv_heads * dim, value_at + kv_heads * value_dim) > cache.shape[-1]:
         raise ValueError(
             f"{heads} query heads of {dim}, {kv_heads} key and value heads and values of {value_dim} from {value_at} on do not "
             f"fit each other or a cache of width {cache.shape[-1]}"
         )
-    if cache.dtype != q_nhd.dtype or starts.shape != (sequences + 1,) or blocks.dim() != 2 or blocks.shape[0] != sequences:
+    if not q_nhd.dtype == kv_nw.dtype == cache.dtype or kv_nw.shape != (n, cache.shape[2]):
         raise ValueError(
-            f"q_nhd {q_nhd.dtype}, cache {cache.dtype}, starts {list(starts.shape)}, lengths {list(lengths.shape)} and blocks "
-            f"{list(blocks.shape)} do not go together: one dtype; R + 1, R and R × M of the others"
+            f"q_nhd {q_nhd.dtype} {list(q_nhd.shape)}, kv_nw {kv_nw.dtype} {list(kv_nw.shape)} and cache {cache.dtype} "
+            f"{list(cache.shape)} do not go together: one dtype, N rows of the cache's width"
+        )
+    if starts.shape != (sequences + 1,) or blocks.dim() != 2 or blocks.shape[0] != sequences:
+        raise ValueError(
+            f"starts {list(starts.shape)}, lengths {list(lengths.shape)} and blocks {list(blocks.shape)} do not go together: "
+            "they are of R + 1, R and R × M"
         )
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1 token, or None")
     run = implementation(backend, q_nhd.device)
     if not hasattr(run, "paged_attention"):
         raise ValueError("paged_attention has no Triton form; use backend='reference'")
-    out: Tensor = run.paged_attention(q_nhd, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window)
+    out: Tensor = run.paged_attention(
+        q_nhd, kv_nw, turn_nd, interleaved, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window
+    )
     return out
+
+
+def fused_attention(device: torch.device) -> Any:
+    """The backend whose `grouped_attention` and `latent_attention` take norm, products, rotation, attention and sum of a layer
+    in one call (recsys_moe.llm says how), or None: `auto` chose one that does not."""
+    run = implementation("auto", device)
+    return run if hasattr(run, "grouped_attention") else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:
@@ -376,18 +466,24 @@ def rotary(x_nhd: Tensor, turn_nd: Tensor, *, interleaved: bool = False, backend
     """Rotary position embedding (2104.09864): each pair (a, b) of a head becomes (a·cos − b·sin, b·cos + a·sin), in fp32.
 
     Args:
-        x_nhd: `[N, H, D]`; the pairs are (x_i, x_{i + D/2}), or neighbours with `interleaved`, whose results come out with the
-            first of each pair in front: a query and a key that went through alike have the product they should.
-        turn_nd: fp32 `[N, D]`, each token's D/2 cosines, then its sines.
+        x_nhd: `[N, H, D]`. Its last d values are rotated; the pairs are (x_i, x_{i + d/2}), or neighbours with `interleaved`,
+            whose results come out with the first of each pair in front: a query and a key that went through alike have the
+            product they should.
+        turn_nd: fp32 `[N, d]`, each token's d/2 cosines, then its sines.
 
     >>> quarter = torch.tensor([[0.0, 1.0]])  # cos 0, sin 1
     >>> rotary(torch.tensor([[[2.0, 5.0]]]), quarter, backend="reference").tolist()
     [[[-5.0, 2.0]]]
     """
-    if turn_nd.shape != (x_nhd.shape[0], x_nhd.shape[2]) or x_nhd.shape[2] % 2 or turn_nd.dtype != torch.float32:
-        raise ValueError(f"x_nhd {list(x_nhd.shape)} and turn_nd {turn_nd.dtype} {list(turn_nd.shape)} do not go together")
+    _check_turn(x_nhd, turn_nd)
     out: Tensor = implementation(backend, x_nhd.device).rotary(x_nhd, turn_nd, interleaved)
     return out
+
+
+def _check_turn(x_nhd: Tensor, turn_nd: Tensor) -> None:
+    rows, turned = turn_nd.shape
+    if rows != x_nhd.shape[0] or turned > x_nhd.shape[2] or turned % 2 or turn_nd.dtype != torch.float32:
+        raise ValueError(f"x_nhd {list(x_nhd.shape)} and turn_nd {turn_nd.dtype} {list(turn_nd.shape)} do not go together")
 
 
 class _EmbeddingBags(torch.autograd.Function):
@@ -434,14 +530,3 @@ def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool, sparse
         if layer.activation == "swiglu" and units % 2:
             raise ValueError(f"layer {number} is swiglu with {units} units: it needs an even number, gate rows first")
         width = units // 2 if layer.activation == "swiglu" else units
-
-
-def _check_finite(logits_be: Tensor) -> None:
-    if math.isfinite(logits_be.sum().item()):  # one operation where all is well
-        return
-    finite = torch.isfinite(logits_be)
-    if not finite.all():
-        row = int((~finite).any(1).nonzero()[0])
-        raise ValueError(
-            f"the router's logits of row {row} are not finite ({logits_be[row].tolist()[:8]} …); look at its input"
-        )

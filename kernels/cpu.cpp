@@ -1192,6 +1192,8 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
     std::vector<float> choice(e), soft(whole_vecs(e));
     for (int64_t row = from; row < to; ++row) {
       const float* l = lp + row * e;
+      TORCH_CHECK_VALUE(std::all_of(l, l + e, [](float x) { return std::isfinite(x); }), "the router's logits of row ", row,
+                        " are not finite (", at::ArrayRef<float>(l, std::min<int64_t>(e, 8)), " …); look at its input");
       float *s = sp + row * e, *w = wp + row * k;
       if (scoring == kSoftmax) {
         softmax_row(l, soft.data(), e);
@@ -1254,6 +1256,8 @@ std::string bf16_products() {
 
 }  // namespace
 
+#include "cpu_step.h"
+
 TORCH_LIBRARY(recsys_moe, m) {
   m.def("bf16_products() -> str", bf16_products);
   m.def("norm_act(Tensor z, int blocks, Tensor? offsets, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? running_mean, "
@@ -1265,6 +1269,7 @@ TORCH_LIBRARY(recsys_moe, m) {
         "-> (Tensor, Tensor, Tensor)");
   m.def("dense_forward(Tensor x, Tensor? gate, Tensor weight, int[] source, Tensor? bias, Tensor? scale, Tensor? shift, "
         "Tensor? mean, Tensor? var, float eps, int activation) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("sparse_forward(Tensor x, Tensor[] weights, Tensor?[] weight_scales, Tensor?[] biases, Tensor?[] scales, "
         "Tensor?[] shifts, Tensor?[] means, Tensor?[] vars, float[] eps, int[] activations, Tensor gate_weights, Tensor order, Tensor offsets, "
         "bool unit_norm) -> Tensor");
@@ -1280,8 +1285,16 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("route_topk(Tensor logits, int k, int scoring, bool renormalize, Tensor? bias, Tensor? allowed) -> "
         "(Tensor, Tensor, Tensor)");
   m.def("sort_by_expert(Tensor ids, int experts) -> (Tensor, Tensor)");
-  m.def("paged_attention(Tensor q, Tensor cache, Tensor starts, Tensor lengths, Tensor blocks, int kv_heads, int value_at, "
-        "int value_dim, float scale, int window) -> Tensor");
+  m.def("paged_attention(Tensor q, Tensor kv, Tensor turn, bool interleaved, Tensor(a!) cache, Tensor starts, Tensor lengths, "
+        "Tensor blocks, int kv_heads, int value_at, int value_dim, float scale, int window) -> Tensor");
+  m.def("grouped_attention(Tensor x, Tensor norm, float eps, Tensor qkv, Tensor? qkv_bias, Tensor? q_norm, Tensor? k_norm, "
+        "float qk_eps, float? clip, Tensor out, Tensor? out_bias, int heads, int kv_heads, float scale, int window, Tensor turn, "
+        "bool interleaved, Tensor(a!) cache, Tensor starts, Tensor lengths, Tensor blocks) -> Tensor");
+  m.def("latent_attention(Tensor x, Tensor norm, float eps, Tensor down, Tensor? q_norm, Tensor? q_up, Tensor latent_norm, "
+        "float latent_eps, Tensor w_uk, Tensor w_uv, Tensor out, float scale, Tensor turn, bool interleaved, Tensor(a!) cache, "
+        "Tensor starts, Tensor lengths, Tensor blocks) -> Tensor");
+  m.def("route(Tensor x, Tensor weight, Tensor? bias, int experts, int k, int scoring, bool renormalize, Tensor? correction, "
+        "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rotary(Tensor x, Tensor turn, bool interleaved) -> Tensor");
   m.def("embedding_bags(Tensor weights, Tensor starts, Tensor ids, Tensor offsets, int width, bool mean) -> Tensor");
@@ -1295,6 +1308,7 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("expert_linear", expert_linear);
   m.impl("expert_linear_backward", expert_linear_backward);
   m.impl("dense_forward", dense_forward);
+  m.impl("linear", project);
   m.impl("sparse_forward", sparse_forward);
   m.impl("grouped_linear", grouped_linear);
   m.impl("grouped_linear_backward", grouped_linear_backward);
@@ -1307,6 +1321,9 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("route_topk", route_topk);
   m.impl("sort_by_expert", sort_by_expert);
   m.impl("paged_attention", paged_attention);
+  m.impl("grouped_attention", grouped_attention);
+  m.impl("latent_attention", latent_attention);
+  m.impl("route", route);
   m.impl("rms_norm", rms_norm);
   m.impl("rotary", rotary);
   m.impl("embedding_bags", embedding_bags);

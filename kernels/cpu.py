@@ -115,6 +115,14 @@ def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[i
     return _finish(z, layer, None)
 
 
+def linear(x_bd: Tensor, weight_hd: Tensor, bias_h: Tensor | None, invariant: bool) -> Tensor:
+    if invariant or not _needs_grad((Layer(weight_hd, bias_h),), x_bd):
+        return torch.ops.recsys_moe.linear(x_bd, weight_hd, bias_h)
+    return torch.ops.recsys_moe.expert_linear(
+        x_bd.unsqueeze(1), None, weight_hd.unsqueeze(0), (0,), None if bias_h is None else bias_h.float(), ACTIVATIONS["none"]
+    ).squeeze(1)
+
+
 def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, residual_bte: Tensor | None) -> Tensor:
     mixed, _ = torch.ops.recsys_moe.gate_mix(logits_bte, experts_beh, mask_te, residual_bte)
     return mixed
@@ -125,6 +133,20 @@ def route_topk(
 ) -> tuple[Tensor, Tensor]:
     ids, weights, _ = torch.ops.recsys_moe.route_topk(logits_be, k, SCORINGS[scoring], renormalize, bias_e, allowed_be)
     return ids, weights
+
+
+def route(
+    x_bd: Tensor,
+    weight_gd: Tensor,
+    bias_g: Tensor | None,
+    num_experts: int,
+    k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    bias_e: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.recsys_moe.route(x_bd, weight_gd, bias_g, num_experts, k, SCORINGS[scoring], renormalize, bias_e, scale)
 
 
 def sort_by_expert(expert_ids_rk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +194,9 @@ def sparse_expert_mlp(
 
 def paged_attention(
     q_nhd: Tensor,
+    kv_nw: Tensor,
+    turn_nd: Tensor,
+    interleaved: bool,
     cache: Tensor,
     starts: Tensor,
     lengths: Tensor,
@@ -183,7 +208,20 @@ def paged_attention(
     window: int | None,
 ) -> Tensor:
     attend = torch.ops.recsys_moe.paged_attention
-    return attend(q_nhd, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window or 0)
+    return attend(
+        q_nhd, kv_nw, turn_nd, interleaved, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window or 0
+    )
+
+
+# Half a decoder's layer in one call each, which this backend alone has; the modules of recsys_moe.llm are their reference.
+
+
+def grouped_attention(*given: Any) -> Tensor:
+    return torch.ops.recsys_moe.grouped_attention(*given)
+
+
+def latent_attention(*given: Any) -> Tensor:
+    return torch.ops.recsys_moe.latent_attention(*given)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -351,6 +389,10 @@ def _register() -> None:
         width = weight.shape[1] // 2 if activation == ACTIVATIONS["swiglu"] else weight.shape[1]
         return weight.new_empty(x.shape[0], weight.shape[0], width)
 
+    @fake("recsys_moe::linear")
+    def _(x, weight, bias):  # type: ignore[no-untyped-def]
+        return weight.new_empty(x.shape[0], weight.shape[0])
+
     @fake("recsys_moe::sparse_forward")
     def _(x, weights, weight_scales, biases, scales, shifts, means, vars, eps, activations, gates, order, offsets, unit):  # type: ignore[no-untyped-def]
         width = weights[-1].shape[1] // 2 if activations[-1] == ACTIVATIONS["swiglu"] else weights[-1].shape[1]
@@ -404,8 +446,28 @@ def _register() -> None:
     )
 
     @fake("recsys_moe::paged_attention")
-    def _(q, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window):  # type: ignore[no-untyped-def]
+    def _(q, kv, turn, interleaved, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window):  # type: ignore[no-untyped-def]
         return q.new_empty(*q.shape[:2], value_dim)
+
+    @fake("recsys_moe::grouped_attention")
+    def _(x, *given):  # type: ignore[no-untyped-def]
+        return torch.empty_like(x)
+
+    @fake("recsys_moe::latent_attention")
+    def _(x, *given):  # type: ignore[no-untyped-def]
+        return torch.empty_like(x)
+
+    @fake("recsys_moe::route")
+    def _(x, weight, bias, experts, k, scoring, renormalize, correction, scale):  # type: ignore[no-untyped-def]
+        rows = x.shape[0] * (weight.shape[0] // experts)
+        integers = {"dtype": torch.int32}
+        return (
+            x.new_empty(rows, k, **integers),
+            x.new_empty(rows, k, dtype=torch.float32),
+            x.new_empty(rows * k, **integers),
+            x.new_empty(experts + 1, **integers),
+            x.new_empty(rows, experts, dtype=torch.float32),
+        )
 
     @fake("recsys_moe::rms_norm")
     def _(x, weight, eps):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-// Attention of new tokens to the keys and values of their own sequence, which lie in blocks of a cache.
+// Attention of new tokens to the keys and values of their own sequence, which lie in blocks of a cache: theirs are written there first.
 //
 // A column is one query head of one token. Keys pass kPlaces at a time, counted from the sequence's first place, and the softmax
 // runs along (its maximum m, its sum l; Milakov & Gimelshein 2018). What a column may not see has weight 0 and changes nothing, so a
@@ -7,6 +7,7 @@
 
 #include <atomic>
 
+#include "cpu_decoder.h"
 #include "cpu_gemm.h"
 
 namespace {
@@ -309,11 +310,48 @@ void attend_columns(Chunk& chunk, const Places<T>& in, const AttentionShape& sha
   }
 }
 
-Tensor paged_attention(const Tensor& q_, const Tensor& cache_, const Tensor& starts_, const Tensor& lengths_, const Tensor& blocks_,
-                       int64_t kv_heads, int64_t value_at, int64_t value_dim, double scale, int64_t window) {
-  const Tensor q = q_.contiguous(), cache = cache_.contiguous(), blocks = blocks_.to(at::kInt).contiguous();
+// Queries and keys of the new tokens, rotated (cpu_decoder.h): the keys, and the values, into their places in the cache.
+Tensor enter(const Tensor& q, const Tensor& kv, const Tensor& turn_, bool interleaved, const Tensor& cache, const Tensor& starts,
+             const Tensor& lengths, const Tensor& blocks, int64_t kv_heads) {
+  const Tensor turn = turn_.contiguous();
+  const int64_t heads = q.size(1), dim = q.size(2), turned = turn.size(1), size = cache.size(1), width = cache.size(2);
+  const int32_t *from = starts.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>();
+  std::vector<int64_t> slots(q.size(0));
+  for (int64_t r = 0; r < lengths.numel(); ++r) {
+    const int32_t* table = blocks.const_data_ptr<int32_t>() + r * blocks.size(1);
+    for (int64_t n = from[r]; n < from[r + 1]; ++n) {
+      const int64_t place = length[r] - from[r + 1] + n;
+      slots[n] = table[place / size] * size + place % size;
+    }
+  }
+  Tensor queries = at::empty({q.size(0), heads, dim}, q.options());
+  with_type(q, [&](auto t) {
+    using T = decltype(t);
+    at::parallel_for(0, q.size(0), std::max<int64_t>(1, 65536 / (heads * dim)), [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(turned);
+      for (int64_t n = begin; n < end; ++n) {
+        auto enter_head = [&](const T* in, T* out) {
+          turn_head(in, dim, turn.const_data_ptr<float>() + n * turned, turned, interleaved, scratch.data(), out);
+        };
+        for (int64_t h = 0; h < heads; ++h)
+          enter_head(data<T>(q) + n * q.stride(0) + h * q.stride(1), data<T>(queries) + (n * heads + h) * dim);
+        const T* row = data<T>(kv) + n * kv.stride(0);
+        T* slot = data<T>(cache) + slots[n] * width;
+        for (int64_t g = 0; g < kv_heads; ++g) enter_head(row + g * dim, slot + g * dim);
+        std::copy(row + kv_heads * dim, row + width, slot + kv_heads * dim);
+      }
+    });
+  });
+  return queries;
+}
+
+Tensor paged_attention(const Tensor& q_, const Tensor& kv, const Tensor& turn, bool interleaved, const Tensor& cache,
+                       const Tensor& starts_, const Tensor& lengths_, const Tensor& blocks_, int64_t kv_heads, int64_t value_at,
+                       int64_t value_dim, double scale, int64_t window) {
+  TORCH_CHECK_VALUE(q_.stride(2) == 1 && kv.stride(1) == 1 && cache.is_contiguous(), "a token's values must lie side by side");
+  const Tensor blocks = blocks_.to(at::kInt).contiguous();
   const Tensor starts = starts_.to(at::kInt).contiguous(), lengths = lengths_.to(at::kInt).contiguous();
-  const AttentionShape shape{q.size(1), q.size(2), kv_heads, value_at, value_dim, cache.size(2), cache.size(1), blocks.size(1),
+  const AttentionShape shape{q_.size(1), q_.size(2), kv_heads, value_at, value_dim, cache.size(2), cache.size(1), blocks.size(1),
                              static_cast<float>(scale), window};
   const int32_t *from = starts.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>(),
                 *table = blocks.const_data_ptr<int32_t>();
@@ -333,6 +371,7 @@ Tensor paged_attention(const Tensor& q_, const Tensor& cache_, const Tensor& sta
     for (int64_t head = 0; head < kv_heads; ++head)
       for (int64_t c = 0; c < columns; c += kColumns) pieces.push_back({r, head, c, std::min(columns, c + kColumns)});
   }
+  const Tensor q = enter(q_, kv, turn, interleaved, cache, starts, lengths, blocks, kv_heads);
   Tensor y = at::empty({q.size(0), shape.heads, value_dim}, q.options());
   with_type(q, [&](auto t) {
     using T = decltype(t);

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton import knobs
 
 from recsys_moe.kernels import triton_ops
+from recsys_moe.kernels.reference import check_finite
 from recsys_moe.kernels.types import BatchNorm, Layer, Scoring
 
 _INTERPRETED = knobs.runtime.interpret  # as the kernels were made
@@ -27,6 +28,11 @@ def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[i
     return _layer(x_bsd, gate_bgd, layer, None, None, source, 1, invariant)
 
 
+def linear(x_bd: Tensor, weight_hd: Tensor, bias_h: Tensor | None, invariant: bool) -> Tensor:
+    one = Layer(weight_hd.unsqueeze(0), None if bias_h is None else bias_h.unsqueeze(0))
+    return expert_mlp(x_bd, one, None, (0,), invariant).squeeze(1)
+
+
 def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, residual_bte: Tensor | None) -> Tensor:
     mask = None if mask_te is None else mask_te.to(torch.uint8)
     residual = None if residual_bte is None else residual_bte.float()
@@ -36,6 +42,7 @@ def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, re
 def route_topk(
     logits_be: Tensor, k: int, scoring: Scoring, renormalize: bool, bias_e: Tensor | None, allowed_be: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    check_finite(logits_be)
     bias = None if bias_e is None else bias_e.detach().float()
     allowed = None if allowed_be is None else allowed_be.to(torch.uint8)
     return triton_ops.route_topk(logits_be.float(), k, scoring, renormalize, bias, allowed)

@@ -4,6 +4,8 @@ Shapes: B rows, S inputs a row, G groups of experts, E experts, D inputs and H o
 R = B·T routed rows, K experts a routed row. Tensors of fp64 are computed in fp64 throughout.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,11 @@ def expert_mlp(x: Tensor, layer: Layer, gate_bgd: Tensor | None, source: tuple[i
     return torch.stack(outputs, 1).to(dtype)
 
 
+def linear(x_bd: Tensor, weight_hd: Tensor, bias_h: Tensor | None, invariant: bool) -> Tensor:
+    one = Layer(weight_hd.unsqueeze(0), None if bias_h is None else bias_h.unsqueeze(0))
+    return expert_mlp(x_bd, one, None, (0,), invariant).squeeze(1)
+
+
 def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, residual_bte: Tensor | None) -> Tensor:
     weights_bte = masked_softmax(logits_bte, mask_te)
     if residual_bte is not None:
@@ -49,6 +56,7 @@ def masked_softmax(logits_bte: Tensor, mask_te: Tensor | None) -> Tensor:
 def route_topk(
     logits_be: Tensor, k: int, scoring: Scoring, renormalize: bool, bias_e: Tensor | None, allowed_be: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    check_finite(logits_be)
     logits_be = _wide(logits_be)
     scores = logits_be
     if scoring == "softmax":
@@ -71,6 +79,18 @@ def route_topk(
         # The small number is DeepSeek-V3's: sigmoids may all be 0.
         weights_bk = weights_bk / (weights_bk.sum(-1, keepdim=True) + 1e-20)
     return ids_bk.int(), weights_bk
+
+
+def check_finite(logits_be: Tensor) -> None:
+    """Raises ValueError for a router's logits that are not; nothing is looked at while a graph is compiled."""
+    if torch.compiler.is_compiling() or math.isfinite(logits_be.sum().item()):  # one operation where all is well
+        return
+    finite = torch.isfinite(logits_be)
+    if not finite.all():
+        row = int((~finite).any(1).nonzero()[0])
+        raise ValueError(
+            f"the router's logits of row {row} are not finite ({logits_be[row].tolist()[:8]} …); look at its input"
+        )
 
 
 def sort_by_expert(expert_ids_rk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -120,6 +140,9 @@ def sparse_expert_mlp(
 
 def paged_attention(
     q_nhd: Tensor,
+    kv_nw: Tensor,
+    turn_nd: Tensor,
+    interleaved: bool,
     cache: Tensor,
     starts: Tensor,
     lengths: Tensor,
@@ -132,6 +155,12 @@ def paged_attention(
 ) -> Tensor:
     n, heads, dim = q_nhd.shape
     size = cache.shape[1]
+    keys, values = kv_nw.split([kv_heads * dim, kv_nw.shape[1] - kv_heads * dim], 1)
+    keys = rotary(keys.unflatten(1, (kv_heads, dim)), turn_nd, interleaved).flatten(1)
+    q_nhd = rotary(q_nhd, turn_nd, interleaved)
+    sequence = torch.repeat_interleave(starts.diff())
+    place_n = (lengths - starts[1:])[sequence] + torch.arange(n, device=starts.device)
+    cache[blocks[sequence, place_n // size].long(), place_n % size] = torch.cat([keys, values], 1)
     y_nhv = q_nhd.new_zeros(n, heads, value_dim)
     bounds = starts.tolist()
     for r, length in enumerate(lengths.tolist()):
@@ -153,9 +182,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x_nhd: Tensor, turn_nd: Tensor, interleaved: bool) -> Tensor:
-    a, b = (x_nhd[..., 0::2], x_nhd[..., 1::2]) if interleaved else x_nhd.chunk(2, -1)
+    plain, x = x_nhd.split([x_nhd.shape[2] - turn_nd.shape[1], turn_nd.shape[1]], 2)
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     cos, sin = turn_nd.unsqueeze(1).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_nhd.dtype)
+    return torch.cat([plain, (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)], -1)
 
 
 def embedding_bags(weights: Tensor, starts: Tensor, ids: Tensor, offsets: Tensor, width: int, mean: bool) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.kernels import Layer, Scoring, expert_mlp, gate_mix, route_topk, sort_by_expert
+from recsys_moe.kernels import Layer, Scoring, expert_mlp, gate_mix, route, route_topk, sort_by_expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,6 +355,21 @@ class TopKRouter(nn.Module):
         self.register_buffer("correction_bias", torch.zeros(num_experts) if correction_bias else None)
 
     def forward(self, x_bd: Tensor) -> SparsePlan:
+        scoring: Literal["softmax", "sigmoid"] = "sigmoid" if self.scoring == "sigmoid" else "softmax"
+        if self.num_groups == 1 and not (self.training or torch.is_grad_enabled()):
+            gate = self.linear
+            ids_rk, weights_rk, order, offsets, logits_re = route(
+                x_bd,
+                gate.weight,
+                gate.bias,
+                gate.num_experts,
+                self.k,
+                scoring=self.scoring,
+                renormalize=self.renormalize,
+                bias_e=self.correction_bias,
+                scale=self.scale,
+            )
+            return SparsePlan(ids_rk, ids_rk, weights_rk, order, offsets, logits_re, scoring)
         logits_re = self.linear(x_bd)
         allowed_re = None if self.num_groups == 1 else self._open_experts(logits_re.detach())
         ids_rk, weights_rk = route_topk(
@@ -367,7 +382,6 @@ class TopKRouter(nn.Module):
         )
         if self.scale != 1:
             weights_rk = weights_rk * self.scale
-        scoring = "sigmoid" if self.scoring == "sigmoid" else "softmax"
         return sparse_plan(ids_rk, weights_rk, self.linear.num_experts, logits=logits_re, scoring=scoring)
 
     @torch.no_grad()

@@ -48,9 +48,17 @@ def test_rotary(backend: str, dim: int, dtype: torch.dtype, interleaved: bool) -
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_heads_front_is_left_as_it_is(backend: str) -> None:
+    x, turn = tensor(9, 3, 10), tensor(9, 4, seed=1)
+    y = rotary(x, turn, backend=backend)
+    assert torch.equal(y[..., :6], x[..., :6])
+    torch.testing.assert_close(y[..., 6:], rotary(x[..., 6:], turn, backend=backend), atol=0, rtol=0)
+
+
 RUNS = {
     "rms_norm": lambda x, backend: rms_norm(x[:, 0], torch.ones(8), 1e-6, backend=backend),
-    "rotary": lambda x, backend: rotary(x, tensor(4, 8), backend=backend),
+    "rotary": lambda x, backend: rotary(x, tensor(4, 6), backend=backend),
 }
 
 
@@ -66,4 +74,4 @@ def test_gradients_are_the_references(run: Callable[..., Tensor]) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="do not go together"):
-        rotary(tensor(4, 3, 8), tensor(4, 6))
+        rotary(tensor(4, 3, 8), tensor(4, 10))

@@ -607,6 +607,43 @@ def test_sparse_expert_mlp_with_int8_weights(backend: Backend, case: Sparse, dty
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_route_is_a_product_a_choice_and_a_sort(backend: Backend) -> None:
+    on = device(backend)
+    x, weight, bias = (t.to(on) for t in (torch.randn(9, 8).bfloat16(), torch.randn(10, 8), torch.randn(10)))
+    correction = torch.randn(5, device=on)
+    with torch.no_grad():
+        found = kernels.route(
+            *(x, weight, bias, 5, 2), scoring="sigmoid", renormalize=True, bias_e=correction, scale=3.0, backend=backend
+        )
+        logits = kernels.linear(x.float(), weight, bias, invariant=True, backend=backend).view(18, 5)
+        choice = {"scoring": "sigmoid", "renormalize": True, "bias_e": correction}
+        ids, weights = kernels.route_topk(logits, 2, **choice, backend=backend)  # type: ignore[arg-type]
+        wanted = (ids, weights * 3, *kernels.sort_by_expert(ids, 5, backend=backend), logits)
+    assert all(torch.equal(mine, its) for mine, its in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_is_one_expert(backend: Backend, dtype: torch.dtype, invariant: bool) -> None:
+    on, given = device(backend), [rounded(*shape, dtype=dtype) for shape in ((20, 9), (7, 9))]
+    given.append(torch.randn(7))
+    results = []
+    for one_expert in (False, True):
+        x, weight, bias = (t.clone().to(on).requires_grad_(not invariant) for t in given)
+        if one_expert:
+            layer = Layer(weight.unsqueeze(0), bias.unsqueeze(0))
+            y = kernels.expert_mlp(x, layer, invariant=invariant, backend=backend).squeeze(1)
+        else:
+            y = kernels.linear(x, weight, bias, invariant=invariant, backend=backend)
+        if not invariant:
+            y.float().sin().sum().backward()
+        results.append([y, x.grad, weight.grad, bias.grad])
+    for mine, its in zip(*results, strict=True):
+        assert mine is None if its is None else torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_keeps_half_and_doubles_it(backend: Backend) -> None:
     torch.manual_seed(0)
     on = device(backend)
@@ -761,6 +798,9 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("weight in fp16", lambda: kernels.expert_mlp(ONES, Layer(torch.ones(2, 3, 4).half())), "torch.float16; .*bfloat16"),
     ("bias of another size", lambda: kernels.expert_mlp(ONES, layer(bias=torch.ones(2, 2))), r"\[2, 2\].*\[2, 3\]"),
     ("odd swiglu", lambda: kernels.expert_mlp(ONES, layer(activation="swiglu")), "3 units: it needs an even number"),
+    ("weight with experts", lambda: kernels.linear(ONES, torch.ones(2, 3, 4)), r"weight_hd \[2, 3, 4\] are not"),
+    ("input of another width", lambda: kernels.linear(ONES, torch.ones(3, 5)), r"x_bd \[2, 4\] and weight_hd \[3, 5\]"),
+    ("a bias too long", lambda: kernels.linear(ONES, torch.ones(3, 4), torch.ones(4)), r"bias_h is \[4\], not \[H\] = \[3\]"),
     ("source beyond the inputs", lambda: kernels.expert_mlp(ONES, layer(), source=(0, 1)), r"source \(0, 1\).*0 … 0"),
     ("groups that do not divide", lambda: kernels.expert_mlp(ONES, layer(), source=(0, 0, 0)), "divides 2"),
     ("gate of another shape", lambda: kernels.expert_mlp(ONES, layer(), gate_bgd=torch.ones(2, 2, 3)), r"\[2, 2, 3\], not"),

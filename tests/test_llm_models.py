@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recsys_moe.llm.batch import BLOCK, KVCache, TokenBatch
 from recsys_moe.llm.checkpoints import load
-from recsys_moe.llm.layers import Decoder
+from recsys_moe.llm.layers import CachedStep, Decoder
 from recsys_moe.routing import SparsePlan, TopKRouter
 
 transformers.logging.set_verbosity_error()
@@ -166,6 +166,27 @@ def greedy(model: Decoder, prompt: Tensor, steps: int) -> tuple[list[int], Tenso
         logits.append(model(batch(torch.tensor(made[-1:]), len(prompt) + len(made) - 1, blocks), cache))
         made.append(int(logits[-1][0].argmax()))
     return made, torch.cat(logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_in_one_call_gives_the_bits_of_its_operations(
+    dtype: torch.dtype, peer: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = load(peer[1], dtype), torch.arange(PROMPT) % SMALL["vocab_size"]
+    attend = CachedStep.attend
+    calls: list[int] = []
+
+    def counted(step: CachedStep, layer: int, *rest: Any) -> Tensor:
+        calls.append(layer)
+        return attend(step, layer, *rest)
+
+    monkeypatch.setattr(CachedStep, "attend", counted)
+    _, fused = greedy(model, prompt, 3)
+    assert calls == []
+    monkeypatch.setattr("recsys_moe.llm.layers.fused_attention", lambda device: None)
+    _, apart = greedy(model, prompt, 3)
+    assert len(calls) == 3 * len(model.blocks)
+    assert torch.equal(fused, apart)
 
 
 def test_logits_tokens_and_routing_are_transformers_own(peer: tuple[Any, Path]) -> None:

@@ -1,4 +1,5 @@
-"""Attention over a paged cache: naive mathematics, and the same bits whatever else is in the call and however it was cut."""
+"""Attention over a paged cache: naive mathematics, what is written there, and the same bits whatever else is in the call and
+however it was cut."""
 
 import itertools
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recsys_moe.kernels import paged_attention
+from recsys_moe.kernels import paged_attention, rotary
 
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -67,13 +68,13 @@ class Pages:
             self.cache[self.blocks[r, places // block].long(), places % block] = self.rows[r]
 
     def run(self, parts: list[tuple[int, int, int]], backend: str = "cpu", window: int | None = None) -> list[Tensor]:
-        """The queries from a to b of sequence r, for each (r, a, b), in one call."""
-        q = torch.cat([self.queries[r][a:b] for r, a, b in parts])
+        """The queries from a to b of sequence r, for each (r, a, b), in one call; nothing is rotated."""
+        q, kv = (torch.cat([whole[r][a:b] for r, a, b in parts]) for whole in (self.queries, self.rows))
         starts = torch.tensor([0, *(b - a for _, a, b in parts)]).cumsum(0).int()
         lengths = torch.tensor([b for _, _, b in parts], dtype=torch.int32)
         blocks = self.blocks[[r for r, _, _ in parts]]
         options = {**self.heads.options, "window": window, "backend": backend}
-        y = paged_attention(q, self.cache, starts, lengths, blocks, **options)
+        y = paged_attention(q, kv, torch.empty(len(q), 0), self.cache, starts, lengths, blocks, **options)
         return list(y.split([b - a for _, a, b in parts]))
 
     def naive(self, r: int, window: int | None = None) -> Tensor:
@@ -102,6 +103,44 @@ def test_it_is_softmax_attention(backend: str, heads: Heads, dtype: torch.dtype,
     tolerance = 2e-5 if dtype == torch.float32 else 3e-2
     for r in range(len(lengths)):
         torch.testing.assert_close(whole[r].float(), pages.naive(r, window), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_new_tokens_are_rotated_and_written_first(backend: str, heads: Heads, dtype: torch.dtype, interleaved: bool) -> None:
+    whole, pages = (Pages(heads, [21, 5], dtype) for _ in range(2))
+    turned = heads.dim // 4 * 2  # a part of a head
+    angles = tensor(8, turned // 2, seed=7, dtype=torch.float32)
+    turn = torch.cat([angles.cos(), angles.sin()], 1)
+    new = [(0, 15, 21), (1, 3, 5)]
+    keys = heads.kv_heads * heads.dim
+    for (r, a, b), piece in zip(new, turn.split([6, 2]), strict=True):
+        rows, queries = whole.rows[r][a:b], whole.queries[r][a:b]
+        rows[:, :keys] = rotary(
+            rows[:, :keys].view(b - a, -1, heads.dim), piece, interleaved=interleaved, backend=backend
+        ).flatten(1)
+        queries[:] = rotary(queries, piece, interleaved=interleaved, backend=backend)
+        pages.cache[pages.blocks[r, torch.arange(a, b) // 16].long(), torch.arange(a, b) % 16] = torch.nan
+    # Side by side, as one product leaves them.
+    fused = torch.cat([torch.cat([pages.queries[r][a:b].flatten(1), pages.rows[r][a:b]], 1) for r, a, b in new])
+    q, kv = fused.split([heads.heads * heads.dim, heads.width], 1)
+    starts, lengths = (torch.tensor(values, dtype=torch.int32) for values in ([0, 6, 8], [21, 5]))
+    y = paged_attention(
+        q.unflatten(1, (heads.heads, -1)),
+        kv,
+        turn,
+        pages.cache,
+        starts,
+        lengths,
+        pages.blocks,
+        **heads.options,
+        interleaved=interleaved,
+        backend=backend,
+    )
+    assert torch.equal(y, torch.cat(whole.run(new, backend)))
+    torch.testing.assert_close(pages.cache, whole.cache, equal_nan=True, atol=0, rtol=0)  # and nothing else
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -165,6 +204,9 @@ def test_what_does_not_fit_is_refused() -> None:
         pages.run([(0, 0, 20)], window=0)
     pages.blocks = pages.blocks[:, :1]
     with pytest.raises(ValueError, match="1 blocks of 16"):
+        pages.run([(0, 0, 20)])
+    pages.rows[0] = pages.rows[0][:, 1:]
+    with pytest.raises(ValueError, match="N rows of the cache's width"):
         pages.run([(0, 0, 20)])
     pages.queries[0] = pages.queries[0].bfloat16()
     with pytest.raises(ValueError, match="one dtype"):

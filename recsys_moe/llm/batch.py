@@ -33,19 +33,6 @@ class TokenBatch:
     blocks: Tensor
     outputs: Tensor
 
-    @property
-    def slots(self) -> Tensor:
-        """int64 `[N]`: where each token lies in the cache, block · BLOCK + place.
-
-        >>> int64, int32 = torch.int64, torch.int32
-        >>> two = torch.tensor([0, 16], dtype=int64)
-        >>> starts, lengths = torch.tensor([0, 1, 2], dtype=int32), torch.tensor([1, 17], dtype=int32)
-        >>> TokenBatch(two, two, starts, lengths, torch.tensor([[5, -1], [-1, 2]], dtype=int32), two[:0]).slots.tolist()
-        [80, 32]
-        """
-        sequence = torch.repeat_interleave(self.starts.diff())
-        return self.blocks[sequence, self.positions // BLOCK].long() * BLOCK + self.positions % BLOCK
-
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -1,6 +1,7 @@
 """Hugging Face folders, read in place: `config.json` and safetensors, shard by shard, every tensor accounted for."""
 
 import json
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +157,7 @@ def build(values: dict[str, Any], dtype: torch.dtype, where: Path, weights: torc
         _allocate(model, weights or dtype)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    except (RuntimeError, MemoryError, OverflowError):  # what PyTorch raises for a size that is no size, or for want of memory
+    except (RuntimeError, MemoryError, OSError, OverflowError):  # what a size that is no size raises, or want of memory
         raise UserError(
             f"{where}: there is no memory for a model of these sizes; correct them or take a larger machine"
         ) from None
@@ -260,14 +261,34 @@ def _redundant(model: Decoder, name: str, files: TensorFiles) -> bool:
     return layer is not None and last <= int(layer[1]) < last + extra
 
 
+_LARGE = 2**22
+
+
 def _allocate(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter memory that nothing has been written to yet; buffers keep their type (a bias for choice is fp32)."""
+    """Give every parameter memory that nothing has been written to yet; buffers keep their type (a bias for choice is fp32).
+
+    It is in huge pages (2 MiB) where the system has them: a step reads all weights, and a core that looks up the address of
+    every 4 KiB reads a third less. Small parameters lie side by side in one piece; a large one can be freed alone.
+    """
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    places = [(m, name, p.shape) for m in model.modules() for name, p in m.named_parameters(recurse=False)]
+    sizes = [shape.numel() * dtype.itemsize for _, _, shape in places]
+    room = [-(-size // 64) * 64 for size in sizes]  # whole cache lines
+    together = iter(_memory(sum(small := [size for size in room if size < _LARGE])).split(small))
+    for (module, name, shape), size, taken in zip(places, sizes, room, strict=True):
+        memory = next(together) if taken < _LARGE else _memory(taken)
+        setattr(module, name, nn.Parameter(memory[:size].view(dtype).view(shape), requires_grad=False))
+
+
+def _memory(size: int) -> Tensor:
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _rope(values: dict[str, Any], theta: float) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from dataclasses import KW_ONLY
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_moe.kernels import Layer, expert_mlp
 from recsys_moe.llm.layers import (
+    CachedStep,
     Decoder,
     DecoderConfig,
     GroupedAttention,
@@ -107,12 +109,12 @@ class LatentAttention(nn.Module):
     Σ p·(W_UV·l) = W_UV·Σ p·l, so the heads attend to the latents themselves, all to the same (absorbed form).
     """
 
-    def __init__(self, config: DeepseekConfig, rotary: Rotary) -> None:
+    def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads, self.latent, self.rope = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
         self.nope, self.value, self.q_rank = config.qk_nope_head_dim, config.v_head_dim, config.q_lora_rank
-        self.scale, self.rotary = config.softmax_scale, rotary
+        self.cached = Heads(kv_heads=1, value_at=0, value_dim=self.latent, scale=config.softmax_scale)
         queries = self.heads * (self.nope + self.rope)
         # What reads x is one product: the queries (or their own latent), and the latent with its rotary part.
         self.down = Linear(width, (self.q_rank or queries) + self.latent + self.rope, bias=False)
@@ -137,13 +139,22 @@ class LatentAttention(nn.Module):
         if self.q_norm is not None and self.q_up is not None:
             q = self.q_up(self.q_norm(q))
         q_nope, q_rope = q.unflatten(1, (self.heads, -1)).split((self.nope, self.rope), 2)
-        key_rope = self.rotary(key_rope.unsqueeze(1), step.turn).squeeze(1)
         absorbed = expert_mlp(q_nope, Layer(self.w_uk.to(x_nd.dtype)), invariant=inference(self))
-        queries = torch.cat([absorbed, self.rotary(q_rope, step.turn)], 2)
-        heads = Heads(kv_heads=1, value_at=0, value_dim=self.latent, scale=self.scale)
-        y = step.attend(layer, queries, torch.cat([self.latent_norm(latent), key_rope], 1), heads)
+        queries = torch.cat([absorbed, q_rope], 2)
+        y = step.attend(layer, queries, torch.cat([self.latent_norm(latent), key_rope], 1), self.cached)
         out: Tensor = self.out(expert_mlp(y, Layer(self.w_uv.to(x_nd.dtype)), invariant=inference(self)).flatten(1))
         return out
+
+    def fused(self, x_nd: Tensor, norm: RMSNorm, step: CachedStep, layer: int) -> Tensor:
+        """x + attention(norm(x)) in one call: the same operations, the same bits."""
+        own = (None, None) if self.q_norm is None or self.q_up is None else (self.q_norm.weight, self.q_up.weight)
+        latent_norm = self.latent_norm
+        y: Tensor = step.fused.latent_attention(
+            *(x_nd, norm.weight, norm.eps, self.down.weight, *own, latent_norm.weight, latent_norm.eps),
+            *(self.w_uk, self.w_uv, self.out.weight, self.cached.scale),
+            *step.where(layer),
+        )
+        return y
 
     def tensors(self) -> Tensors:
         shape = (self.heads * (self.nope + self.value), self.latent)
@@ -170,13 +181,15 @@ class DeepseekMoe(nn.Module):
         self.router = TopKRouter(width, experts, config.num_experts_per_tok, **routing)
         self.experts = swiglu_experts(experts + config.n_shared_experts, width, hidden, dtype)
         self.routed, self.num_shared = experts, config.n_shared_experts
+        self.shared: Tensor
+        ids = torch.arange(experts, experts + self.num_shared, dtype=torch.int32, device="cpu")
+        self.register_buffer("shared", ids.unsqueeze(0), persistent=False)
 
     def forward(self, x_nd: Tensor) -> Tensor:
-        plan, rows, total = self.router(x_nd), x_nd.shape[0], self.routed + self.num_shared
-        shared = torch.arange(self.routed, total, dtype=torch.int32).expand(rows, -1)
-        ids = torch.cat([plan.expert_ids, shared], 1)
-        weights = torch.cat([plan.weights, plan.weights.new_ones(rows, self.num_shared)], 1)
-        return self.experts.combine(x_nd, sparse_plan(ids, weights, total))
+        plan = self.router(x_nd)
+        ids = torch.cat([plan.expert_ids, self.shared.expand(len(x_nd), -1)], 1)
+        weights = F.pad(plan.weights, (0, self.num_shared), value=1.0)
+        return self.experts.combine(x_nd, sparse_plan(ids, weights, self.routed + self.num_shared))
 
     def tensors(self) -> Tensors:
         found: Tensors = {"gate.weight": self.router.linear.weight}
@@ -219,9 +232,7 @@ def build(config: DeepseekV2Config | DeepseekV3Config, dtype: torch.dtype) -> De
     """The model of V2 or V3, its weights not read yet."""
     interleaved = not isinstance(config, DeepseekV3Config) or config.rope_interleave
     rotary = Rotary(config.rope_parameters, config.qk_rope_head_dim, config.max_position_embeddings, interleaved)
-    return Decoder(
-        config, dtype, rotary, attention=lambda i: LatentAttention(config, rotary), ffn=lambda i: _ffn(config, dtype, i)
-    )
+    return Decoder(config, dtype, rotary, attention=lambda i: LatentAttention(config), ffn=lambda i: _ffn(config, dtype, i))
 
 
 def build_v1(config: DeepseekMoeConfig, dtype: torch.dtype) -> Decoder:
@@ -232,7 +243,7 @@ def build_v1(config: DeepseekMoeConfig, dtype: torch.dtype) -> Decoder:
         config,
         dtype,
         rotary,
-        attention=lambda i: GroupedAttention(config.hidden_size, config.num_attention_heads, kv_heads, dim, rotary),
+        attention=lambda i: GroupedAttention(config.hidden_size, config.num_attention_heads, kv_heads, dim),
         ffn=lambda i: _ffn(config, dtype, i),
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts
-from recsys_moe.kernels import Layer, expert_mlp, paged_attention, rms_norm, rotary
+from recsys_moe.kernels import fused_attention, linear, paged_attention, rms_norm, rotary
 from recsys_moe.llm.batch import KVCache, ModelConfig, TokenBatch
 from recsys_moe.typed import typed
 
@@ -161,8 +161,7 @@ class Linear(nn.Linear):
 
     def forward(self, x_nd: Tensor) -> Tensor:
         # In training the weights stay fp32, whatever the precision of the products.
-        one = Layer(self.weight.to(x_nd.dtype).unsqueeze(0), None if self.bias is None else self.bias.unsqueeze(0))
-        return expert_mlp(x_nd, one, invariant=inference(self)).squeeze(1)
+        return linear(x_nd, self.weight.to(x_nd.dtype), self.bias, invariant=inference(self))
 
     def tensors(self, **rows: int) -> Tensors:
         """The rows of W (and b) in turn, by name."""
@@ -206,31 +205,53 @@ class Rotary(nn.Module):
         self.table: Tensor
         self.register_buffer("table", torch.cat([angles.cos(), angles.sin()], 1) * rope.amplitude, persistent=False)
 
-    def at(self, positions: Tensor) -> Tensor:
-        """fp32 `[N, d]`: cosines, then sines."""
-        return self.table[positions]
+    def forward(self, positions: Tensor) -> "Turn":
+        return Turn(self.table[positions], self.interleaved)
 
-    def forward(self, x_nhd: Tensor, turn: Tensor) -> Tensor:
-        return rotary(x_nhd, turn, interleaved=self.interleaved)
+
+class Turn(NamedTuple):
+    """How each token's queries and keys are rotated: cosines, then sines, fp32 `[N, d]`, for the last d values of a head."""
+
+    turn_nd: Tensor
+    interleaved: bool
 
 
 class CachedStep(NamedTuple):
-    """What the layers share in one step of inference: the batch, where its tokens lie in the cache, cosines and sines."""
+    """What the layers share in one step of inference: the batch, its rotation, the cache, and the backend if it has operators
+    that take a layer's attention in one call."""
 
     batch: TokenBatch
-    slots: Tensor
-    turn: Tensor
+    turn: Turn
     layers: list[Tensor]
+    fused: Any
+
+    def where(self, layer: int) -> tuple[Any, ...]:
+        """How such an operator is told of this step."""
+        b = self.batch
+        return *self.turn, self.layers[layer], b.starts, b.lengths, b.blocks
 
     @property
     def tokens(self) -> Tensor:
         return self.batch.tokens
 
     def attend(self, layer: int, q_nhd: Tensor, kv_nw: Tensor, heads: "Heads") -> Tensor:
-        """Put the new tokens' keys and values into the cache, and attend to all that is there: `[N, H, value_dim]`."""
-        cache, batch = self.layers[layer], self.batch
-        cache.flatten(0, 1).index_copy_(0, self.slots, kv_nw)
-        return paged_attention(q_nhd, cache, batch.starts, batch.lengths, batch.blocks, **heads._asdict())
+        """Rotate, put the new tokens' keys and values into the cache, attend to all that is there: `[N, H, value_dim]`."""
+        b, (turn_nd, interleaved) = self.batch, self.turn
+        return paged_attention(
+            q_nhd,
+            kv_nw,
+            turn_nd,
+            self.layers[layer],
+            b.starts,
+            b.lengths,
+            b.blocks,
+            kv_heads=heads.kv_heads,
+            value_at=heads.value_at,
+            value_dim=heads.value_dim,
+            scale=heads.scale,
+            window=heads.window,
+            interleaved=interleaved,
+        )
 
 
 class WholeStep(NamedTuple):
@@ -238,17 +259,20 @@ class WholeStep(NamedTuple):
 
     sequences: int
     tokens: Tensor
-    turn: Tensor
+    turn: Turn
+    fused: None = None
 
     def attend(self, layer: int, q_nhd: Tensor, kv_nw: Tensor, heads: "Heads") -> Tensor:
-        """Causal attention within each sequence: `[N, H, value_dim]`."""
+        """Rotation, and causal attention within each sequence: `[N, H, value_dim]`."""
 
         def split(x_nhd: Tensor) -> Tensor:
             return x_nhd.unflatten(0, (self.sequences, -1)).transpose(1, 2)
 
-        q, kv = split(q_nhd), kv_nw.to(q_nhd.dtype)
-        k = split(kv[:, : heads.kv_heads * q.shape[-1]].unflatten(1, (heads.kv_heads, -1)))
-        v = split(kv[:, heads.value_at : heads.value_at + heads.kv_heads * heads.value_dim].unflatten(1, (heads.kv_heads, -1)))
+        turn_nd, interleaved = self.turn
+        k_ngd = kv_nw[:, : heads.kv_heads * q_nhd.shape[2]].unflatten(1, (heads.kv_heads, -1))
+        v_ngd = kv_nw[:, heads.value_at : heads.value_at + heads.kv_heads * heads.value_dim].unflatten(1, (heads.kv_heads, -1))
+        q, k = (split(rotary(t, turn_nd, interleaved=interleaved)) for t in (q_nhd, k_ngd))
+        v = split(v_ngd)
         mask = None
         if heads.window is not None:
             place = torch.arange(q.shape[2], device=q.device)
@@ -284,7 +308,6 @@ class GroupedAttention(nn.Module):
         heads: int,
         kv_heads: int,
         head_dim: int,
-        rotary: Rotary,
         *,
         window: int | None = None,
         qkv_bias: bool = False,
@@ -295,8 +318,8 @@ class GroupedAttention(nn.Module):
         super().__init__()
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"num_key_value_heads is {kv_heads}, which does not divide num_attention_heads {heads}")
-        self.heads, self.kv_heads, self.head_dim, self.window, self.clip = heads, kv_heads, head_dim, window, clip
-        self.rotary = rotary
+        self.heads, self.head_dim, self.clip = heads, head_dim, clip
+        self.cached = Heads(kv_heads, kv_heads * head_dim, head_dim, head_dim**-0.5, window)
         self.sizes = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
         self.qkv = Linear(width, sum(self.sizes), bias=qkv_bias)
         self.out = Linear(heads * head_dim, width, bias=out_bias)
@@ -314,16 +337,27 @@ class GroupedAttention(nn.Module):
 
     def forward(self, x_nd: Tensor, step: Step, layer: int) -> Tensor:
         qkv = self.qkv(x_nd)
-        q, k, v = qkv.split(self.sizes, 1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = qkv.split(self.sizes, 1)
+            qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], 1)
         if self.clip is not None:
-            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q, k = (self.rotary(t.unflatten(1, (-1, self.head_dim)), step.turn) for t in (q, k))
-        heads = Heads(self.kv_heads, self.sizes[1], self.head_dim, self.head_dim**-0.5, self.window)
-        y = step.attend(layer, q, torch.cat([k.flatten(1), v], 1), heads)
+            qkv = qkv.clamp(-self.clip, self.clip)
+        q, kv = qkv.split((self.sizes[0], self.cache_width), 1)
+        y = step.attend(layer, q.unflatten(1, (self.heads, self.head_dim)), kv, self.cached)
         out: Tensor = self.out(y.flatten(1))
         return out
+
+    def fused(self, x_nd: Tensor, norm: RMSNorm, step: CachedStep, layer: int) -> Tensor:
+        """x + attention(norm(x)) in one call: the same operations, the same bits."""
+        q_norm, k_norm, qkv, out = self.q_norm, self.k_norm, self.qkv, self.out
+        normed = (None, None, 0.0) if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, q_norm.eps)
+        h = self.cached
+        y: Tensor = step.fused.grouped_attention(
+            *(x_nd, norm.weight, norm.eps, qkv.weight, qkv.bias, *normed, self.clip, out.weight, out.bias),
+            *(self.heads, h.kv_heads, h.scale, h.window or 0),
+            *step.where(layer),
+        )
+        return y
 
     def tensors(self) -> Tensors:
         q, k, v = self.sizes
@@ -388,7 +422,10 @@ class Block(nn.Module):
         self.by_token = getattr(ffn, "by_token", False)
 
     def forward(self, x_nd: Tensor, step: Step, layer: int) -> Tensor:
-        x_nd = x_nd + self.attention(self.attention_norm(x_nd), step, layer)
+        if step.fused:
+            x_nd = self.attention.fused(x_nd, self.attention_norm, step, layer)
+        else:
+            x_nd = x_nd + self.attention(self.attention_norm(x_nd), step, layer)
         normed_nd = self.ffn_norm(x_nd)
         out: Tensor = x_nd + (self.ffn(normed_nd, step.tokens) if self.by_token else self.ffn(normed_nd))
         return out
@@ -400,7 +437,7 @@ class Decoder(nn.Module):
     Args:
         config: the checkpoint's own.
         dtype: precision of weights, products and cache.
-        rotary: shared by all layers.
+        rotary: of all layers.
         attention, ffn: make those of layer i.
         ffn_name: what layers' feed-forward part is called in checkpoints.
         window: of every layer, if every one has it.
@@ -434,13 +471,16 @@ class Decoder(nn.Module):
     @torch.inference_mode()  # not no_grad alone: an operator's gradient then costs nothing either
     def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
         """Logits of `batch.outputs`, fp32 `[K, vocabulary]`; the new tokens' keys and values go into the cache."""
-        step = CachedStep(batch, batch.slots, self.rotary.at(batch.positions), cache.layers)
+        as_stored = self.embedding.dtype == self.config.dtype  # what is trained keeps fp32 weights beside bf16 products
+        step = CachedStep(
+            batch, self.rotary(batch.positions), cache.layers, fused_attention(self.embedding.device) if as_stored else None
+        )
         return self._logits(self._run(step)[batch.outputs])
 
     def score(self, tokens_bt: Tensor) -> Tensor:
         """Logits of whole sequences of one length, fp32 `[B, T, vocabulary]`, with gradients and without a cache: training."""
         rows, length = tokens_bt.shape
-        step = WholeStep(rows, tokens_bt.flatten(), self.rotary.at(torch.arange(length).repeat(rows)))
+        step = WholeStep(rows, tokens_bt.flatten(), self.rotary(torch.arange(length).repeat(rows)))
         return self._logits(self._run(step)).view(rows, length, -1)
 
     def _run(self, step: Step) -> Tensor:

@@ -29,7 +29,7 @@ def build(config: LlamaConfig, dtype: torch.dtype) -> Decoder:
         config,
         dtype,
         rotary,
-        attention=lambda i: GroupedAttention(width, heads, kv_heads, dim, rotary, window=window, qkv_bias=bias, out_bias=bias),
+        attention=lambda i: GroupedAttention(width, heads, kv_heads, dim, window=window, qkv_bias=bias, out_bias=bias),
         ffn=lambda i: Mlp(width, config.intermediate_size, dtype, config.mlp_bias),
         window=window,
     )

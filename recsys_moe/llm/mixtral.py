@@ -60,9 +60,7 @@ def build(config: MixtralConfig, dtype: torch.dtype) -> Decoder:
         config,
         dtype,
         rotary,
-        attention=lambda i: GroupedAttention(
-            config.hidden_size, config.num_attention_heads, kv_heads, dim, rotary, window=window
-        ),
+        attention=lambda i: GroupedAttention(config.hidden_size, config.num_attention_heads, kv_heads, dim, window=window),
         ffn=lambda i: MixtralMoe(config, dtype),
         ffn_name="block_sparse_moe",
         window=window,

@@ -61,8 +61,6 @@ def build(config: OlmoeConfig, dtype: torch.dtype) -> Decoder:
         config,
         dtype,
         rotary,
-        attention=lambda i: GroupedAttention(
-            width, heads, kv_heads, dim, rotary, qk_norm=config.rms_norm_eps, clip=config.clip_qkv
-        ),
+        attention=lambda i: GroupedAttention(width, heads, kv_heads, dim, qk_norm=config.rms_norm_eps, clip=config.clip_qkv),
         ffn=lambda i: OlmoeMoe(config, dtype),
     )

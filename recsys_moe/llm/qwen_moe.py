@@ -85,9 +85,7 @@ def build(config: Qwen2MoeConfig, dtype: torch.dtype) -> Decoder:
         config,
         dtype,
         rotary,
-        attention=lambda i: GroupedAttention(
-            width, heads, kv_heads, dim, rotary, window=config.window(i), qkv_bias=config.qkv_bias
-        ),
+        attention=lambda i: GroupedAttention(width, heads, kv_heads, dim, window=config.window(i), qkv_bias=config.qkv_bias),
         ffn=lambda i: Qwen2Moe(config, dtype) if config.sparse(i) else Mlp(width, config.intermediate_size, dtype),
         window=windows.pop() if len(windows) == 1 else None,
     )

@@ -161,6 +161,6 @@ def build(config: RoutedConfig, dtype: torch.dtype) -> Decoder:
         config,
         dtype,
         rotary,
-        attention=lambda i: GroupedAttention(config.hidden_size, config.num_attention_heads, kv_heads, dim, rotary),
+        attention=lambda i: GroupedAttention(config.hidden_size, config.num_attention_heads, kv_heads, dim),
         ffn=lambda i: RoutedMoe(config, dtype),
     )

@@ -74,6 +74,6 @@ def build(config: SwitchConfig, dtype: torch.dtype) -> Decoder:
         config,
         dtype,
         rotary,
-        attention=lambda i: GroupedAttention(config.hidden_size, config.num_attention_heads, kv_heads, dim, rotary),
+        attention=lambda i: GroupedAttention(config.hidden_size, config.num_attention_heads, kv_heads, dim),
         ffn=lambda i: ReluMlp(config, dtype) if (i + 1) % step else SwitchMoe(config, dtype),
     )

@@ -21,7 +21,7 @@ class ExpertLoad:
 
     def __init__(self, model: nn.Module) -> None:
         self.counts: dict[str, Tensor] = {}
-        self._recent: dict[str, Tensor] = {}
+        self._recent: dict[str, Tensor] = {}  # sums of offsets, whose differences are the experts' tokens
         self._tokens = 0
         for name, module in model.named_modules():
             if hasattr(module, "batch_invariant"):
@@ -31,12 +31,11 @@ class ExpertLoad:
         """A step of so many tokens is over."""
         self._tokens += tokens
         if self._tokens >= RELEASE:
-            self.counts = {name: self.counts.get(name, 0) + recent for name, recent in self._recent.items()}
+            self.counts = {name: self.counts.get(name, 0) + recent.diff().long() for name, recent in self._recent.items()}
             self._recent, self._tokens = {}, 0
 
     def _counter(self, name: str) -> Any:
         def count(router: nn.Module, inputs: tuple[Any, ...], plan: SparsePlan) -> None:
-            chosen = plan.offsets.diff().long()
-            self._recent[name] = self._recent[name] + chosen if name in self._recent else chosen
+            self._recent[name] = self._recent[name] + plan.offsets if name in self._recent else plan.offsets
 
         return count
