@@ -29,7 +29,7 @@ __all__ = [
     "Scoring",
     "embedding_bags",
     "expert_mlp",
-    "fused_attention",
+    "fused_layers",
     "gate_mix",
     "linear",
     "paged_attention",
@@ -441,9 +441,9 @@ def paged_attention(
     return out
 
 
-def fused_attention(device: torch.device) -> Any:
-    """The backend whose `grouped_attention` and `latent_attention` take norm, products, rotation, attention and sum of a layer
-    in one call (recsys_moe.llm says how), or None: `auto` chose one that does not."""
+def fused_layers(device: torch.device) -> Any:
+    """The backend that takes half a decoder's layer in one call (`grouped_attention`, `latent_attention`, `routed_experts`:
+    recsys_moe.llm.layers says what they compute), or None: `auto` chose one that does not."""
     run = implementation("auto", device)
     return run if hasattr(run, "grouped_attention") else None
 

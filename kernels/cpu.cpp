@@ -1293,6 +1293,9 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("latent_attention(Tensor x, Tensor norm, float eps, Tensor down, Tensor? q_norm, Tensor? q_up, Tensor latent_norm, "
         "float latent_eps, Tensor w_uk, Tensor w_uv, Tensor out, float scale, Tensor turn, bool interleaved, Tensor(a!) cache, "
         "Tensor starts, Tensor lengths, Tensor blocks) -> Tensor");
+  m.def("routed_experts(Tensor x, Tensor norm, float eps, Tensor router, Tensor? bias, int k, int scoring, bool renormalize, "
+        "Tensor? correction, float scale, Tensor[] weights, Tensor?[] weight_scales, int shared) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("route(Tensor x, Tensor weight, Tensor? bias, int experts, int k, int scoring, bool renormalize, Tensor? correction, "
         "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
@@ -1324,6 +1327,7 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("grouped_attention", grouped_attention);
   m.impl("latent_attention", latent_attention);
   m.impl("route", route);
+  m.impl("routed_experts", routed_experts);
   m.impl("rms_norm", rms_norm);
   m.impl("rotary", rotary);
   m.impl("embedding_bags", embedding_bags);

@@ -224,6 +224,26 @@ def latent_attention(*given: Any) -> Tensor:
     return torch.ops.recsys_moe.latent_attention(*given)
 
 
+def routed_experts(
+    x_nd: Tensor,
+    norm_d: Tensor,
+    eps: float,
+    weight_ed: Tensor,
+    bias_e: Tensor | None,
+    k: int,
+    scoring: Scoring,
+    renormalize: bool,
+    correction_e: Tensor | None,
+    scale: float,
+    layers: tuple[Layer, ...],
+    shared: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.recsys_moe.routed_experts(
+        *(x_nd, norm_d, eps, weight_ed, bias_e, k, SCORINGS[scoring], renormalize, correction_e, scale),
+        *([layer.weight for layer in layers], [layer.weight_scale for layer in layers], shared),
+    )
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return reference.rms_norm(x, weight, eps)
@@ -456,6 +476,11 @@ def _register() -> None:
     @fake("recsys_moe::latent_attention")
     def _(x, *given):  # type: ignore[no-untyped-def]
         return torch.empty_like(x)
+
+    @fake("recsys_moe::routed_experts")
+    def _(x, norm, eps, router, bias, k, scoring, renormalize, correction, scale, weights, weight_scales, shared):  # type: ignore[no-untyped-def]
+        experts = router.shape[0]
+        return torch.empty_like(x), *ops.route(x, router, bias, experts, k, scoring, renormalize, correction, scale)
 
     @fake("recsys_moe::route")
     def _(x, weight, bias, experts, k, scoring, renormalize, correction, scale):  # type: ignore[no-untyped-def]

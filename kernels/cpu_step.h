@@ -71,4 +71,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& x, const 
   return {ids, weights, order, offsets, logits};
 }
 
+// y = x + Σ_k w_k·expert_k(norm(x)) over the k best of a router's SwiGLU experts and, behind those, `shared` ones that every row has with
+// weight 1; and the routing without these.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> routed_experts(
+    const Tensor& x, const Tensor& norm, double eps, const Tensor& router, const OptionalTensor& bias, int64_t k, int64_t scoring,
+    bool renormalize, const OptionalTensor& correction, double scale, at::TensorList weights,
+    const c10::List<OptionalTensor>& weight_scales, int64_t shared) {
+  const Tensor h = rms_norm(x, norm, eps);
+  const int64_t routed = weights[0].size(0) - shared;
+  auto [ids, gates, order, offsets, logits] = route(h, router, bias, routed, k, scoring, renormalize, correction, scale);
+  Tensor all_gates = gates, all_order = order, all_offsets = offsets;
+  if (shared) {
+    const Tensor behind = at::arange(routed, routed + shared, ids.options()).expand({x.size(0), shared});
+    all_gates = at::cat({gates, at::ones({x.size(0), shared}, gates.options())}, 1);
+    std::tie(all_order, all_offsets) = sort_by_expert(at::cat({ids, behind}, 1), routed + shared);
+  }
+  const c10::List<OptionalTensor> none({OptionalTensor(), OptionalTensor()});
+  const Tensor y = sparse_forward(h, weights, weight_scales, none, none, none, none, none, {0.0, 0.0}, {kSwiglu, kNone}, all_gates,
+                                  all_order, all_offsets, false);
+  return {y.add_(x), ids, gates, order, offsets, logits};
+}
+
 }  // namespace

@@ -65,7 +65,7 @@ class MLPExperts(nn.Module):
     def forward(self, x: Tensor, source: tuple[int, ...] | None = None, gate_bgd: Tensor | None = None) -> Tensor:
         """x `[B, D]` or `[B, S, D]` → `[B, E, H]`."""
         first: dict[str, Any] = {"source": source, "gate_bgd": gate_bgd}
-        for layer in self._layers():
+        for layer in self.layers():
             if synced((layer,)):
                 x = synced_expert_mlp(x, layer, **first)
             else:
@@ -75,7 +75,7 @@ class MLPExperts(nn.Module):
 
     def combine(self, x_bd: Tensor, plan: SparsePlan) -> Tensor:
         """The weighted sum of the experts that a sparse plan names: x `[B, D]` → `[R, H]`, fp32. Nothing else is computed."""
-        layers = self._layers()
+        layers = self.layers()
         if synced(layers):
             return synced_sparse_expert_mlp(x_bd, layers, plan)
         return sparse_expert_mlp(
@@ -94,7 +94,7 @@ class MLPExperts(nn.Module):
         for weight in self.weights:
             weight.requires_grad_(False)
             weight.data = weight.data.to(self.dtype)
-        self._frozen = self._layers()
+        self._frozen = self.layers()
 
     def quantise(self) -> None:
         """Keep the weights as int8 with a scale for each output (`kernels.quantise`), for `combine` at inference."""
@@ -105,12 +105,14 @@ class MLPExperts(nn.Module):
             scales.append(nn.Parameter(scale, requires_grad=False))
         self.weight_scales = nn.ParameterList(scales)
         self._frozen = ()
+        self._frozen = self.layers()
 
     def _invariant(self) -> bool:
         """At inference a row's result must not depend on the rows that come with it."""
         return not (self.training or torch.is_grad_enabled())
 
-    def _layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[Layer, ...]:
+        """As the kernels take them."""
         return self._frozen or tuple(self._layer(index) for index in range(len(self.weights)))
 
     def _layer(self, index: int) -> Layer:

@@ -355,7 +355,6 @@ class TopKRouter(nn.Module):
         self.register_buffer("correction_bias", torch.zeros(num_experts) if correction_bias else None)
 
     def forward(self, x_bd: Tensor) -> SparsePlan:
-        scoring: Literal["softmax", "sigmoid"] = "sigmoid" if self.scoring == "sigmoid" else "softmax"
         if self.num_groups == 1 and not (self.training or torch.is_grad_enabled()):
             gate = self.linear
             ids_rk, weights_rk, order, offsets, logits_re = route(
@@ -369,7 +368,7 @@ class TopKRouter(nn.Module):
                 bias_e=self.correction_bias,
                 scale=self.scale,
             )
-            return SparsePlan(ids_rk, ids_rk, weights_rk, order, offsets, logits_re, scoring)
+            return SparsePlan(ids_rk, ids_rk, weights_rk, order, offsets, logits_re, self.plan_scoring)
         logits_re = self.linear(x_bd)
         allowed_re = None if self.num_groups == 1 else self._open_experts(logits_re.detach())
         ids_rk, weights_rk = route_topk(
@@ -382,7 +381,12 @@ class TopKRouter(nn.Module):
         )
         if self.scale != 1:
             weights_rk = weights_rk * self.scale
-        return sparse_plan(ids_rk, weights_rk, self.linear.num_experts, logits=logits_re, scoring=scoring)
+        return sparse_plan(ids_rk, weights_rk, self.linear.num_experts, logits=logits_re, scoring=self.plan_scoring)
+
+    @property
+    def plan_scoring(self) -> Literal["softmax", "sigmoid"]:
+        """What turns the plan's logits into probabilities."""
+        return "sigmoid" if self.scoring == "sigmoid" else "softmax"
 
     @torch.no_grad()
     def update_bias(self, load_e: Tensor, rate: float) -> None:

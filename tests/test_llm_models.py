@@ -169,7 +169,7 @@ def greedy(model: Decoder, prompt: Tensor, steps: int) -> tuple[list[int], Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention_in_one_call_gives_the_bits_of_its_operations(
+def test_half_a_layer_in_one_call_gives_the_bits_of_its_operations(
     dtype: torch.dtype, peer: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompt = load(peer[1], dtype), torch.arange(PROMPT) % SMALL["vocab_size"]
@@ -183,7 +183,7 @@ def test_attention_in_one_call_gives_the_bits_of_its_operations(
     monkeypatch.setattr(CachedStep, "attend", counted)
     _, fused = greedy(model, prompt, 3)
     assert calls == []
-    monkeypatch.setattr("recsys_moe.llm.layers.fused_attention", lambda device: None)
+    monkeypatch.setattr("recsys_moe.llm.layers.fused_layers", lambda device: None)
     _, apart = greedy(model, prompt, 3)
     assert len(calls) == 3 * len(model.blocks)
     assert torch.equal(fused, apart)

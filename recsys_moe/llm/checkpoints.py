@@ -61,6 +61,9 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, int8_experts: boo
     if int8_experts and not any(_sparse_experts(block) for block in model.blocks):
         raise UserError(f"{folder}: a {values['model_type']} model has no sparse experts to keep as int8; leave the option out")
     fill(model, shards(folder), int8_experts)
+    for module in model.modules():
+        if isinstance(module, MLPExperts) and module.weight_scales is None:
+            module.freeze()
     return model
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts
-from recsys_moe.kernels import fused_attention, linear, paged_attention, rms_norm, rotary
+from recsys_moe.kernels import fused_layers, linear, paged_attention, rms_norm, rotary
 from recsys_moe.llm.batch import KVCache, ModelConfig, TokenBatch
+from recsys_moe.routing import SparsePlan, TopKRouter
 from recsys_moe.typed import typed
 
 
@@ -218,7 +219,7 @@ class Turn(NamedTuple):
 
 class CachedStep(NamedTuple):
     """What the layers share in one step of inference: the batch, its rotation, the cache, and the backend if it has operators
-    that take a layer's attention in one call."""
+    that take half a layer in one call."""
 
     batch: TokenBatch
     turn: Turn
@@ -411,23 +412,44 @@ def expert_tensors(
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); a feed-forward part that is `by_token` is told the tokens too."""
+    """x + attention(norm(x)), then x + ffn(norm(x)).
+
+    A feed-forward part that is `by_token` is told the tokens too. One that has `num_shared` is a router and SwiGLU experts, of
+    which the last `num_shared` are every row's with weight 1, and nothing else.
+    """
 
     def __init__(self, config: DecoderConfig, attention: nn.Module, ffn: nn.Module) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = attention
+        self.attention: Any = attention
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn = ffn
         self.by_token = getattr(ffn, "by_token", False)
+        router = getattr(ffn, "router", None)
+        self.routed = hasattr(ffn, "num_shared") and isinstance(router, TopKRouter) and router.num_groups == 1
 
     def forward(self, x_nd: Tensor, step: Step, layer: int) -> Tensor:
-        if step.fused:
+        if step.fused is not None:
             x_nd = self.attention.fused(x_nd, self.attention_norm, step, layer)
         else:
             x_nd = x_nd + self.attention(self.attention_norm(x_nd), step, layer)
+        if step.fused is not None and self.routed:
+            return self._fused_ffn(x_nd, step.fused)
         normed_nd = self.ffn_norm(x_nd)
         out: Tensor = x_nd + (self.ffn(normed_nd, step.tokens) if self.by_token else self.ffn(normed_nd))
+        return out
+
+    def _fused_ffn(self, x_nd: Tensor, fused: Any) -> Tensor:
+        """x + ffn(norm(x)) in one call: the same operations, the same bits. The router's watchers are told as by its call."""
+        ffn: Any = self.ffn
+        router, norm = ffn.router, self.ffn_norm
+        y, ids, weights, order, offsets, logits = fused.routed_experts(
+            *(x_nd, norm.weight, norm.eps, router.linear.weight, router.linear.bias, router.k, router.scoring),
+            *(router.renormalize, router.correction_bias, router.scale, ffn.experts.layers(), ffn.num_shared),
+        )
+        for hook in router._forward_hooks.values():
+            hook(router, (x_nd,), SparsePlan(ids, ids, weights, order, offsets, logits, router.plan_scoring))
+        out: Tensor = y
         return out
 
 
@@ -473,7 +495,7 @@ class Decoder(nn.Module):
         """Logits of `batch.outputs`, fp32 `[K, vocabulary]`; the new tokens' keys and values go into the cache."""
         as_stored = self.embedding.dtype == self.config.dtype  # what is trained keeps fp32 weights beside bf16 products
         step = CachedStep(
-            batch, self.rotary(batch.positions), cache.layers, fused_attention(self.embedding.device) if as_stored else None
+            batch, self.rotary(batch.positions), cache.layers, fused_layers(self.embedding.device) if as_stored else None
         )
         return self._logits(self._run(step)[batch.outputs])
 

@@ -43,6 +43,7 @@ class MixtralMoe(nn.Module):
         width, experts = config.hidden_size, config.num_local_experts
         self.router = TopKRouter(width, experts, config.num_experts_per_tok, renormalize=True)
         self.experts = swiglu_experts(experts, width, config.intermediate_size, dtype)
+        self.num_shared = 0
 
     def forward(self, x_nd: Tensor) -> Tensor:
         return self.experts.combine(x_nd, self.router(x_nd))

@@ -42,6 +42,7 @@ class OlmoeMoe(nn.Module):
         width, k = config.hidden_size, config.num_experts_per_tok
         self.router = TopKRouter(width, config.num_experts, k, renormalize=config.norm_topk_prob)
         self.experts = swiglu_experts(config.num_experts, width, config.intermediate_size, dtype)
+        self.num_shared = 0
 
     def forward(self, x_nd: Tensor) -> Tensor:
         return self.experts.combine(x_nd, self.router(x_nd))

@@ -143,6 +143,7 @@ class RoutedMoe(nn.Module):
         super().__init__()
         self.router = make_router(config.router, config.hidden_size, config.num_experts)
         self.experts = swiglu_experts(config.num_experts, config.hidden_size, config.intermediate_size, dtype)
+        self.num_shared = 0
         self.by_token = isinstance(config.router, Hash)
 
     def forward(self, x_nd: Tensor, tokens_n: Tensor | None = None) -> Tensor:
