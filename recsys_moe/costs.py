@@ -53,6 +53,9 @@ def _formulas() -> dict[Any, Any]:
     def dense(x: Any, gate: Any, weight: Any, *rest: Any, out_val: Any = None, **named: Any) -> int:
         return 2 * int(x[0]) * int(torch.Size(weight).numel())
 
+    def product(x: Any, weight: Any, *rest: Any, out_val: Any = None, **named: Any) -> int:
+        return 2 * int(x[0]) * int(torch.Size(weight).numel())
+
     def sparse(*inputs: Any, **named: Any) -> int:
         weights, gate_weights = inputs[1], inputs[10]
         return 2 * int(torch.Size(gate_weights).numel()) * sum(int(w[1] * w[2]) for w in weights)
@@ -60,7 +63,8 @@ def _formulas() -> dict[Any, Any]:
     def mix(logits: Any, experts: Any, *rest: Any, out_val: Any = None, **named: Any) -> int:
         return 2 * int(torch.Size(logits).numel()) * int(experts[2])
 
-    return {ops.dense_forward: dense, ops.sparse_forward: sparse, ops.gate_mix: mix}
+    products = {ops.linear: product, ops.route: product}
+    return {ops.dense_forward: dense, ops.sparse_forward: sparse, ops.gate_mix: mix, **products}
 
 
 def scaled(config: Any, factor: float) -> Any:
