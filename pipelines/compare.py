@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -90,11 +90,14 @@ class CompareJob:
         return self.compare.baseline or self.compare.models[0]
 
 
-def model_of(label: str) -> Any:
+def model_of(label: str, shared: Sequence[str] = ()) -> Any:
     """The configuration that a label such as `mmoe` or `home+self_gates=false+experts_per_group=4` names.
 
-    >>> model_of("home+self_gates=false").self_gates
-    False
+    Args:
+        shared: overrides `model.KEY=value` of all networks; the label's own settings go before them.
+
+    >>> model_of("home+self_gates=false").self_gates, model_of("home+dropout=0", ["model.dropout=0.5"]).dropout
+    (False, 0.0)
 
     Raises:
         UserError: no such model or setting.
@@ -105,7 +108,7 @@ def model_of(label: str) -> Any:
         return parse(BaselineConfig, {"name": name, **values}, f"model {label!r}")
     if name not in options("model"):
         raise UserError(f"model {name!r} is unknown; {nearest(name, [*options('model'), *BASELINES])}")
-    config = compose([f"model={name}", *(f"model.{setting}" for setting in settings)], needs_data=False)
+    config = compose([f"model={name}", *shared, *(f"model.{setting}" for setting in settings)], needs_data=False)
     return parse(ModelConfig, config["model"], f"model {label!r}")
 
 

@@ -53,6 +53,20 @@ class PhaseProgress:
             self._tasks[phase] = self._display.add_task(phase, total=total, note=note)
         self._display.update(self._tasks[phase], completed=done, total=total, note=note)
 
+    def training(self, event: dict[str, Any], unit: str) -> None:
+        """Show what every trainer tells alike: warnings, where it starts and goes on, loss and speed in `unit` a second."""
+        kind = event["kind"]
+        if kind == "warning":
+            stderr.print(f"warning: {event['message']}", style="yellow", soft_wrap=True)
+        elif kind == "start":
+            self("train", event["step"], event["total_steps"])
+        elif kind == "resume":
+            epoch = f", in epoch {event['epoch'] + 1}" if "epoch" in event else ""
+            stderr.print(f"going on from step {event['step']:,}{epoch}", soft_wrap=True)
+        elif kind in ("step", "epoch"):
+            note = f"loss {event['train.loss']:.4f}  {event[f'train.{unit}_per_s']:,.0f} {unit}/s"
+            self("train", event["step"], event["total_steps"], note)
+
 
 def print_metrics(title: str, metrics: dict[str, dict[str, Any]], console: Console = stdout) -> None:
     """Tasks down, metrics across, a table for each kind of task; whole even where the terminal is too narrow for it. GAUC

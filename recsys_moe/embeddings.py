@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from recsys_moe.kernels import embedding_bags
 from recsys_moe.tensorfiles import CHUNK_BYTES
-from recsys_moe.transforms import Inputs
+from recsys_moe.transforms import Inputs, ListInput
 
 ADAGRAD = {"lr": 0.02, "eps": 1e-8}
 """What the tables' optimizer starts with; `set_lr` is called before every step."""
@@ -50,6 +50,7 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         cardinalities: rows of each table.
         width: dimensions of an embedding, a multiple of 4.
         pooling: what a row's ids become where they are not just one: their embeddings' sum or mean, zero if there is none.
+        zeros: start at zero, not at random.
     """
 
     def __init__(
@@ -59,17 +60,18 @@ class FusedEmbeddings(FusedEmbeddingBagCollection):
         width: int,
         pooling: Pooling = "sum",
         device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+        zeros: bool = False,
     ) -> None:
         tables = table_configs(names, cardinalities, width, pooling)
         super().__init__(tables, RowWiseAdagrad, ADAGRAD, device=device)
         self._lookup._emb_module.bounds_check_mode_int = BoundsCheckMode.NONE.value
         self._names, self._width, self._mean, self._rate = names, width, pooling == "mean", ADAGRAD["lr"]
-        self._bounds = [config.get_weight_init_max() for config in tables]
+        self._bounds = [0.0 if zeros else config.get_weight_init_max() for config in tables]
         # torchrec draws the tables from ±1/√rows and heeds no init_fn here. Missing and unknown start at zero: where training
         # has no such row, scoring one adds nothing. (In a table of buckets, row 1 is the first bucket, which training has.)
         with torch.no_grad():
             for weight in self._lookup.split_embedding_weights():
-                weight[:2] = 0
+                weight[: None if zeros else 2] = 0
 
     @property
     def _lookup(self) -> Any:
@@ -183,6 +185,20 @@ def last_ids(rows: JaggedTensor, length: int) -> JaggedTensor:
     some_b = lengths_b > 0
     last = ids_bl[some_b].gather(1, lengths_b[some_b].long().unsqueeze(1) - 1).squeeze(1)
     return JaggedTensor(last, lengths=some_b.to(lengths_b.dtype))
+
+
+def table_pooling(feature: ListInput) -> Pooling:
+    """How a table pools a list: the last id alone is the sum of one."""
+    return "mean" if feature.pooling == "mean" else "sum"
+
+
+def pooled_ids(features: Sequence[ListInput], lists: Sequence[JaggedTensor], pooling: str) -> dict[str, JaggedTensor]:
+    """By name, the ids that tables of this pooling look up; of a feature that is pooled to its last id, that one."""
+    return {
+        f.name: last_ids(ids, f.max_length) if f.pooling == "last" and f.max_length else ids
+        for f, ids in zip(features, lists, strict=True)
+        if table_pooling(f) == pooling
+    }
 
 
 @lru_cache(maxsize=8)

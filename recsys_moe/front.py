@@ -1,4 +1,5 @@
-"""What may stand between the embeddings and any family: DCN-v2's crosses and DIN's target attention.
+"""What may stand between the embeddings and any family: DCN-v2's crosses and DIN's target attention. (Beside it:
+`recsys_moe.first_order`.)
 
     crosses (Wang et al., WWW 2021):    x_{l+1} = x_0 ⊙ c_l(x_l) + x_l
         full                            c(x) = W·x + b
@@ -30,7 +31,8 @@ Width = Annotated[int, Field(ge=1)]
 
 @typed
 class FrontConfig:
-    """Number of cross layers (0: none), their rank (0: full) and experts; which sequence attention pools for which target.
+    """Number of cross layers (0: none), their rank (0: full) and experts; which sequence attention pools for which target;
+    whether each task's outputs have a linear model of all inputs beside the network (`first_order`).
 
     `attention={last_viewed: video_id}` takes the place of the sequence's own pooling; the target is a categorical, hashed or
     cross feature. `attention_dims` are the hidden widths of the attention's network.
@@ -41,6 +43,7 @@ class FrontConfig:
     cross_experts: Annotated[int, Field(ge=1)] = 1
     attention: dict[str, str] = field(default_factory=dict)
     attention_dims: tuple[Width, ...] = (32,)
+    first_order: bool = False
 
     @model_validator(mode="after")
     def _check_rank(self) -> Self:

@@ -378,13 +378,16 @@ def _watched(plan: RoutingPlan, made: list[Tensor], rows: int) -> WatchedPlan:
     return plan
 
 
-def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights_bt: Tensor) -> Health:
+def measure(
+    network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights_bt: Tensor, first_bo: Tensor | None = None
+) -> Health:
     """Look at a family's network in evaluation mode, on rows as the embeddings have made them.
 
     Args:
         network: a family's network, as `Ranker.network`; its `plan_names` name the gates and experts.
         x_bd: fp32 `[B, D]`, the shared representation.
         labels_bt, weights_bt: fp32 `[B, T]`, as batches have them.
+        first_bo: what stands beside the network, as `Ranker.first_order_outputs`.
 
     What a plan's experts put out, and the gradients at it, are NaN where they can't be told (see `_watched`).
 
@@ -400,6 +403,7 @@ def measure(network: Any, heads: Heads, x_bd: Tensor, labels_bt: Tensor, weights
     x_bd = x_bd.detach().requires_grad_()
     with torch.enable_grad(), _watching(network) as made:
         outputs, returned = network(x_bd)
+        outputs = outputs if first_bo is None else outputs + first_bo
         losses_bt, trained_bt = network.objective(outputs, heads.losses(outputs, labels_bt), labels_bt, weights_bt)
         means_t = (losses_bt * trained_bt).sum(0) / trained_bt.sum(0).clamp_min(1e-12)
     plans = {name: _watched(plan, made, len(x_bd)) for name, plan in returned.items()}
@@ -525,10 +529,12 @@ class Monitor:
         batch = batch.to(model.device)
         with torch.no_grad():
             x_bd = gather_pieces(model.represent(batch.ids_bf, batch.dense_bd, batch.lists), rows)
+            first_bo = model.first_order_outputs(batch.ids_bf, batch.dense_bd, batch.lists)
+            first_bo = None if first_bo is None else gather_pieces(first_bo, rows)
         if rank():
             return None
         whole = self._batch.to(model.device)
-        return measure(model.network, self._heads, x_bd, whole.labels_bt, whole.weights_bt)
+        return measure(model.network, self._heads, x_bd, whole.labels_bt, whole.weights_bt, first_bo)
 
     def _warn(self, health: Health, step: int) -> None:
         for finding in find_anomalies(health, self._config):

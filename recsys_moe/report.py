@@ -288,7 +288,8 @@ def _health(predictor: Predictor, table: pa.Table) -> Health:
     batch = Batch.of(Rows(bundle.transform(table), *task_labels(table, bundle.schema), None))
     with torch.no_grad():
         x_bd = bundle.model.represent(batch.ids_bf, batch.dense_bd, batch.lists)
-    return measure(bundle.model.network, bundle.heads, x_bd, batch.labels_bt, batch.weights_bt)
+        first_bo = bundle.model.first_order_outputs(batch.ids_bf, batch.dense_bd, batch.lists)
+    return measure(bundle.model.network, bundle.heads, x_bd, batch.labels_bt, batch.weights_bt, first_bo)
 
 
 def permutation_importance(

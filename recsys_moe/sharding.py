@@ -42,7 +42,9 @@ class ShardedEmbeddings(nn.Module):
     batch of no rows is fine.
     """
 
-    def __init__(self, names: list[str], cardinalities: list[int], width: int, pooling: Pooling = "sum") -> None:
+    def __init__(
+        self, names: list[str], cardinalities: list[int], width: int, pooling: Pooling = "sum", zeros: bool = False
+    ) -> None:
         super().__init__()
         self._names, self.width, self._mean = names, width, pooling == "mean"
         # Always sums: torchrec's mean over a split table adds a millionth to every length.
@@ -83,6 +85,10 @@ class ShardedEmbeddings(nn.Module):
         sharded = model.module.state_dict()
         self._mine = {name: rows for name, pieces in self.pieces.items() if (rows := pieces.get(rank())) is not None}
         self._weights = {rows.key: _local(sharded[name]) for name, rows in self._mine.items()}
+        if zeros:
+            for weight in self._weights.values():
+                weight.zero_()
+            return
         for config in configs:
             mine = self._mine.get(_weight_name(config.name))
             for low, drawn_rd in drawn_rows(config):  # all of it: the random numbers have to be one worker's

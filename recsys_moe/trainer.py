@@ -41,9 +41,10 @@ Workers = Annotated[int, Field(ge=1)]
 class TrainConfig:
     """How a model is trained.
 
-    Adam (AdamW with `weight_decay`, biases and norms spared) for the dense part and row-wise Adagrad for the embeddings, both
-    on the same `schedule`: a `one_cycle` (Smith 2018) over all epochs, or `constant`. `clip_norm` bounds the dense gradient's
-    norm (0: off; the embeddings' update happens inside the backward pass, where no norm over all parameters is known yet).
+    Adam (AdamW with `weight_decay`, biases and norms spared) for the dense part and row-wise Adagrad for the tables, those of
+    the embeddings at `embedding_lr` and those of `model.front.first_order` at `first_order_lr`, all on the same `schedule`: a
+    `one_cycle` (Smith 2018) over all epochs, or `constant`. `clip_norm` bounds the dense gradient's norm (0: off; the tables'
+    update happens inside the backward pass, where no norm over all parameters is known yet).
     `balancing` is how the tasks' losses are weighed against each other (`recsys_moe.balancing`); the loss that is told is that
     of the schema's weights all the same.
     Training stops when the mean validation quality (of a binary task its AUC; see `recsys_moe.heads`) has not risen for
@@ -63,6 +64,7 @@ class TrainConfig:
     batch_size: Annotated[int, Field(ge=1)] = 1024
     lr: Annotated[float, Field(gt=0)] = 3e-3
     embedding_lr: Annotated[float, Field(gt=0)] = 0.05
+    first_order_lr: Annotated[float, Field(gt=0)] = 0.2
     weight_decay: Annotated[float, Field(ge=0)] = 1.0
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     clip_norm: Annotated[float, Field(ge=0)] = 10.0
@@ -311,6 +313,8 @@ class Trainer:
         if self.balancer is not None and not x.requires_grad:  # numbers alone
             x = x.detach().requires_grad_()
         outputs, _ = self.model.network(x)
+        if (first_bo := self.model.first_order_outputs(batch.ids_bf, batch.dense_bd, batch.lists)) is not None:
+            outputs = outputs + first_bo
         losses_bt = self.heads.losses(outputs, batch.labels_bt)
         losses_bt, weights_bt = self.model.network.objective(outputs, losses_bt, batch.labels_bt, batch.weights_bt)
         totals_t = total(weights_bt.sum(0))
@@ -333,6 +337,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * factor
         self.model.set_embedding_lr(self.config.embedding_lr * factor)
+        self.model.set_first_order_lr(self.config.first_order_lr * factor)
 
     def _check_rows(self) -> None:
         """Every row of the epoch was trained once, by whichever workers, before and after whatever was lost."""

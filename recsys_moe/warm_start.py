@@ -102,7 +102,7 @@ def _copy(path: Path, targets: dict[str, Tensor]) -> None:
 
 def is_table(name: str) -> bool:
     """Whether a tensor of that name in a ranker's state is an embedding table or its Adagrad sums."""
-    return name.startswith(("embeddings.", "pooled.", "attended."))
+    return name.removeprefix("first_order.").startswith(("embeddings.", "pooled.", "attended."))
 
 
 def _check_equal(before: Any, now: Any, where: str, remedy: str) -> None:

@@ -29,10 +29,11 @@ from recsys_moe.shards import write_json
 from recsys_moe.sources import DataConfig, read_rows
 from recsys_moe.trainer import TrainConfig, Trainer, evaluate
 
+CROSSED = FrontConfig(cross_layers=2, cross_rank=4, first_order=True)
 MODELS = {
     "mmoe": MMoEConfig(embedding_dim=4, num_experts=3, expert_dims=(8,), tower_dims=(4,)),
     "shared_bottom": SharedBottomConfig(embedding_dim=4, bottom_dims=(8,), tower_dims=(4,)),
-    "stem": STEMConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), front=FrontConfig(cross_layers=2, cross_rank=4)),
+    "stem": STEMConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), front=CROSSED),
 }
 
 

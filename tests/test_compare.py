@@ -27,6 +27,10 @@ def test_labels_name_models_and_their_settings() -> None:
     assert not found.self_gates
     assert found.expert_dims == (16,)
     assert model_of("trees+leaves=7").leaves == 7
+    shared = ["model.front.first_order=true", "model.dropout=0.5"]  # of all networks, before a label's own
+    both = model_of("home+dropout=0", shared)
+    assert (both.front.first_order, both.dropout) == (True, 0.0)
+    assert model_of("trees+leaves=7", shared).leaves == 7
     for label, told in [
         ("mmeo", "did you mean 'mmoe'"),
         ("home+gates=1", "unknown key 'gates'"),

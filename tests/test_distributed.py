@@ -54,7 +54,11 @@ MODELS: dict[str, Any] = {
     "esmm": ESMMConfig(embedding_dim=4, conversions={"buy": "click"}, bottom_dims=(8,), norm="none", dropout=0.0),
     "aitm": AITMConfig(embedding_dim=4, chain=("click", "buy"), bottom_dims=(8,), tower_dims=(4,), dropout=0.0),
     "stem": STEMConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
-    "front": replace(MMOE, norm="none", front=FrontConfig(cross_layers=1, attention={"seen": "colour"}, attention_dims=(4,))),
+    "front": replace(
+        MMOE,
+        norm="none",
+        front=FrontConfig(cross_layers=1, attention={"seen": "colour"}, attention_dims=(4,), first_order=True),
+    ),
     **dict.fromkeys(("pcgrad", "gradnorm"), replace(MMOE, norm="none")),
     "home": HoMEConfig(embedding_dim=4, categories={"click": "a", "buy": "b"}, expert_dims=(8,), tower_dims=(4,), dropout=0.0),
     "adatt": AdaTTConfig(embedding_dim=4, expert_dims=(8,), tower_dims=(4,), dropout=0.0),

@@ -1,6 +1,7 @@
 """Crosses and target attention against loops on the same parameters, alone and before a family in a ranker."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
-from recsys_moe.embeddings import JaggedTensor
+from recsys_moe.embeddings import JaggedTensor, take_rows
 from recsys_moe.errors import UserError
 from recsys_moe.front import Crosses, FrontConfig, TargetAttention
 from recsys_moe.models import settle
@@ -310,3 +311,78 @@ def test_attention_over_or_for_what_is_not_there(attention: dict[str, str], told
 def test_mistakes_in_the_front_are_named(front: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         parse(MMoEConfig, {"front": front}, "model")
+
+
+# ---- beside the network
+
+
+BESIDE = FrontConfig(attention={"seen.items": "item"}, first_order=True)
+
+
+def first_order_of(model: Ranker, ids: Tensor, dense: Tensor, lists: list[JaggedTensor]) -> Tensor:
+    """Σ_f w_f[id_f] + V·numbers, row by row."""
+    state = {name.removeprefix("first_order."): t for name, t in model.state_dict().items() if name.startswith("first_order.")}
+    outputs = sum(WIDTHS)
+    rows = []
+    for b in range(len(ids)):
+        o = state["numbers.weights.0"][0] @ dense[b]
+        for f, name in enumerate(NAMES):
+            o = o + state[f"embeddings.embedding_bags.{name}.weight"][ids[b, f], :outputs]
+        tags, seen = (rows.to_dense()[b].long() for rows in lists)
+        if len(tags):
+            o = o + state["pooled.mean.embedding_bags.tags.weight"][tags, :outputs].mean(0)
+        if len(seen):
+            o = o + state["pooled.sum.embedding_bags.seen__items.weight"][seen[-1], :outputs]
+        rows.append(o)
+    return torch.stack(rows)
+
+
+WIDTHS = (1, 3, 1)
+
+
+def beside(config: Any) -> Ranker:
+    torch.manual_seed(5)
+    return Ranker(config, NAMES, CARDINALITIES, 2, dict(zip(("click", "ending", "buy"), WIDTHS, strict=True)), lists=LISTS)
+
+
+@pytest.mark.parametrize("kind", [MMoEConfig, STEMConfig])
+def test_a_linear_model_of_all_inputs_stands_beside_the_network(kind: Any) -> None:
+    config = kind(embedding_dim=4, dropout=0.0, front=BESIDE)
+    model, plain = beside(config), beside(replace(config, front=replace(BESIDE, first_order=False)))
+    ids, dense, lists = inputs(12)
+    # A fresh one is the network alone, drawn from the same random numbers.
+    assert torch.equal(model(ids, dense, lists)[0], plain(ids, dense, lists)[0])
+    for name, tensor in model.state_dict().items():
+        if name.startswith("first_order."):
+            tensor.normal_()
+    with torch.no_grad():
+        added = model(ids, dense, lists)[0] - plain(ids, dense, lists)[0]
+    torch.testing.assert_close(added, first_order_of(model, ids, dense, lists), **CLOSE)
+    model.eval()
+    whole = model.first_order_outputs(ids, dense, lists)
+    assert whole is not None
+    for b in range(12):  # bit for bit
+        one = model.first_order_outputs(
+            ids[b : b + 1], dense[b : b + 1], [take_rows(rows, torch.tensor([b])) for rows in lists]
+        )
+        assert one is not None
+        assert torch.equal(one[0], whole[b])
+
+
+def test_the_linear_model_takes_adagrads_steps_at_its_own_rate() -> None:
+    model = beside(MMoEConfig(embedding_dim=4, dropout=0.0, front=BESIDE))
+    ids, dense, lists = inputs(12)
+    direction = torch.randn(12, sum(WIDTHS))
+    model.set_embedding_lr(0.0)
+    model.set_first_order_lr(0.3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    outputs = model(ids, dense, lists)[0]
+    (outputs * direction).sum().backward()
+    table = model.state_dict()["first_order.embeddings.embedding_bags.item.weight"]
+    for item in range(CARDINALITIES[1]):
+        g = torch.zeros(8)  # five outputs, filled up to eight
+        g[: sum(WIDTHS)] = direction[ids[:, 1] == item].sum(0)
+        torch.testing.assert_close(table[item], -0.3 * g / (g.square().mean().sqrt() + 1e-8), rtol=1e-4, atol=1e-6)
+    (numbers,) = [p for name, p in model.named_dense_parameters() if name.startswith("first_order.")]
+    torch.testing.assert_close(numbers.grad, (direction.T @ dense).unsqueeze(0), **CLOSE)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if name.startswith("embeddings."))

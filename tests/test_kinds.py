@@ -19,6 +19,7 @@ from recsys_moe import batches
 from recsys_moe.batches import Batch, ShuffledBatches, ordered_rows
 from recsys_moe.bundle import FORMAT, BundleConfig, save_bundle
 from recsys_moe.embeddings import padded
+from recsys_moe.front import FrontConfig
 from recsys_moe.metrics import quality
 from recsys_moe.models import settle
 from recsys_moe.models.adatt import AdaTTConfig
@@ -179,7 +180,7 @@ def test_lists_grow_and_old_ids_score_as_before(
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "shared_bottom bf16": (SharedBottomConfig(bottom_dims=(32, 16), tower_dims=(8,), dropout=0.0), "bf16"),
-    "omoe": (replace(MODEL, name="omoe"), "fp32"),
+    "omoe and first order": (replace(MODEL, name="omoe", front=FrontConfig(first_order=True)), "fp32"),
     "mmoe top-k bf16": (replace(MODEL, gate="topk"), "bf16"),
     "ple": (PLEConfig(expert_dims=(16,), tower_dims=(8,), dropout=0.1), "fp32"),
     "adatt bf16": (AdaTTConfig(expert_dims=(16,), tower_dims=(8,), dropout=0.1), "bf16"),

@@ -1,6 +1,7 @@
 """Ids that have rows of their own: the policy against a dictionary, and a model that trains on more ids than it has rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from recsys_moe import trainer as trainer_module
 from recsys_moe.bundle import FORMAT, Bundle, BundleConfig, save_bundle
 from recsys_moe.checkpoint import Checkpoints
 from recsys_moe.errors import UserError
+from recsys_moe.front import FrontConfig
 from recsys_moe.hashing import combine, hash_texts
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.stem import STEMConfig
@@ -186,7 +188,14 @@ def _vocabulary() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("config", "table"), [(MODEL, "user"), (STEM, "user"), (STEM, "user of click")], ids=["mmoe", "shared set", "task's set"]
+    ("config", "table"),
+    [
+        (MODEL, "embeddings.embedding_bags.user"),
+        (STEM, "embeddings.embedding_bags.user"),
+        (STEM, "embeddings.embedding_bags.user of click"),
+        (replace(MODEL, front=FrontConfig(first_order=True)), "first_order.embeddings.embedding_bags.user"),
+    ],
+    ids=["mmoe", "shared set", "task's set", "first order"],
 )
 def test_a_row_that_changes_hands_starts_anew(config: Any, table: str, data: PreparedData) -> None:
     trainer = Trainer(data, config, CONFIG)
@@ -197,12 +206,13 @@ def test_a_row_that_changes_hands_starts_anew(config: Any, table: str, data: Pre
     def step(hashes: Tensor) -> None:
         halves = hashes.view(torch.int32).view(-1, 2)
         ids = torch.cat([torch.ones(len(hashes), 2, dtype=torch.int32), halves], 1)
-        model(ids, torch.empty(len(hashes), 0))[0].square().sum().backward()
+        (model(ids, torch.empty(len(hashes), 0))[0] - 1).square().sum().backward()
 
     model.set_embedding_lr(0.5)
+    model.set_first_order_lr(0.5)
     first = torch.arange(3, 3 * ROWS + 3, 3)  # all of set 0, which has 50 rows
     step(first[:50])
-    name = f"embeddings.embedding_bags.{table}.weight"
+    name = f"{table}.weight"
     weight, sums = model.state_dict()[name], model.adagrad()[name]
     assert (sums[2:52] > 0).all()
     before, sums_before = weight.clone(), sums.clone()
@@ -248,7 +258,7 @@ def test_the_bundle_scores_as_training_did_and_unknown_ids_are_one(trained: Trai
     assert vars(predictor.evaluate([table])["click"]) == pytest.approx(vars(online), abs=1e-6, nan_ok=True)
     strangers = pa.table({"user": [f"new{n}" for n in range(500)], "colour": ["blue"] * 500})
     ids = torch.from_numpy(predictor.bundle.transform(strangers).ids).t()
-    assert (predictor.bundle.model._give_rows(ids)[:, -1] == 1).all()
+    assert (predictor.bundle.model._rows_of(ids)[:, -1] == 1).all()
     predictor.score(strangers)
     assert all(torch.equal(value, kept[name]) for name, value in predictor.bundle.model.state_dict().items())
 

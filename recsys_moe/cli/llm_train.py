@@ -59,16 +59,8 @@ def train(
         phases = PhaseProgress(display)
 
         def on_event(event: dict[str, Any]) -> None:
-            if event["kind"] == "warning":
-                stderr.print(f"warning: {event['message']}", style="yellow", soft_wrap=True)
-            elif event["kind"] == "start":
-                phases("train", event["step"], event["total_steps"])
-            elif event["kind"] == "resume":
-                stderr.print(f"going on from step {event['step']:,}", soft_wrap=True)
-            elif event["kind"] == "step":
-                note = f"loss {event['train.loss']:.4f}  {event['train.tokens_per_s']:,.0f} tokens/s"
-                phases("train", event["step"], event["total_steps"], note)
-            elif event["kind"] == "evaluation":
+            phases.training(event, "tokens")
+            if event["kind"] == "evaluation":
                 figures = f"loss {event['validation.loss']:.4f}  perplexity {event['validation.perplexity']:.3f}"
                 stderr.print(f"step {event['step']:,}: validation {figures}", soft_wrap=True)
 

@@ -49,19 +49,11 @@ def train(
         phases = PhaseProgress(display)
 
         def on_event(event: dict[str, Any]) -> None:
-            if event["kind"] == "warning":
-                stderr.print(f"warning: {event['message']}", style="yellow", soft_wrap=True)
-            elif event["kind"] == "start":
-                phases("train", event["step"], event["total_steps"])
-            elif event["kind"] == "before":
+            phases.training(event, "samples")
+            if event["kind"] == "before":
                 mean = number(event["before.mean_quality"])
                 stderr.print(f"before: validation {qualities(event['before'])}  mean {mean}", soft_wrap=True)
-            elif event["kind"] == "resume":
-                stderr.print(f"going on from step {event['step']:,}, in epoch {event['epoch'] + 1}", soft_wrap=True)
-            elif event["kind"] in ("step", "epoch"):
-                note = f"loss {event['train.loss']:.4f}  {event['train.samples_per_s']:,.0f} samples/s"
-                phases("train", event["step"], event["total_steps"], note)
-            if event["kind"] == "epoch":
+            elif event["kind"] == "epoch":
                 best = "  *" if event["best"] else ""
                 mean = number(event["validation.mean_quality"])
                 stderr.print(
@@ -101,8 +93,9 @@ def compare(overrides: Overrides = None, json: Json = False) -> None:
     """Train a grid of models and seeds, and say which is better, by how much and how surely.
 
     Besides configuration overrides it takes `models=A,B,…` (names of `model=`, `trees`, `logistic`; settings of its own behind
-    a `+`), `seeds=N`, `baseline=A`, `budget=params|flops` (networks made equally large), `draws=N` (of the bootstrap) and
-    `parallel=N`. With `trials=N` each model is tuned first. The same command again goes on where it was stopped.
+    a `+`, those of all networks as `model.KEY=…`), `seeds=N`, `baseline=A`, `budget=params|flops` (networks made equally
+    large), `draws=N` (of the bootstrap) and `parallel=N`. With `trials=N` each model is tuned first. The same command again
+    goes on where it was stopped.
     """
     from recsys_moe.comparison import cost_table, table
     from recsys_moe.console import PhaseProgress, print_json, print_table, progress, stderr, stdout
@@ -111,19 +104,19 @@ def compare(overrides: Overrides = None, json: Json = False) -> None:
     from recsys_moe.typed import dump, parse
 
     own, rest = own_keys(overrides, CompareConfig)
-    if any(override.startswith(("model=", "model.")) for override in rest):
+    if any(override.startswith("model=") for override in rest):
         raise UserError("compare takes models=A,B,… in place of model=; write a model's own settings as A+key=value")
+    shared = [override for override in rest if override.startswith("model.")]
     if "models" in own:
         own["models"] = re.split(r",(?![^\[]*\])", str(own["models"]))  # not within [64,32]
     grid = parse(CompareConfig, own, "compare")
-    config = compose(rest)
+    config = compose([override for override in rest if override not in shared])
     parts = {key: config[key] for key in ("data", "train", "tracking", "ray", "runs_dir")}
     if config["start"] is not None:
         raise UserError("start is for `train`: models are compared from scratch; leave it out")
 
-    job = parse(
-        CompareJob, parts | {"compare": dump(grid), "models": {n: dump(model_of(n)) for n in grid.models}}, "configuration"
-    )
+    models = {label: dump(model_of(label, shared)) for label in grid.models}
+    job = parse(CompareJob, parts | {"compare": dump(grid), "models": models}, "configuration")
     with progress() as display:
         comparison, summary = run(job, lambda message: stderr.print(message, soft_wrap=True), PhaseProgress(display))
     if json:
