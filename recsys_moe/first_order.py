@@ -46,7 +46,7 @@ class FirstOrder(nn.Module):
         super().__init__()
         self.names, self.lists, self.outputs = names, lists, outputs
         self.width = -(-outputs // 4) * 4
-        self.embeddings = tables(names, cardinalities, self.width, zeros=True) if names else None
+        self.embeddings: Any = tables(names, cardinalities, self.width, zeros=True) if names else None
         self.pooled = nn.ModuleDict()
         for pooling in ("sum", "mean"):
             if of := [f for f in lists if table_pooling(f) == pooling]:
