@@ -123,6 +123,28 @@ FIGURES = {
 }
 
 
+def test_both_trainers_progress_is_shown_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    from recsys_moe.console import PhaseProgress, progress
+
+    with progress() as display:
+        phases = PhaseProgress(display)
+        for event in (
+            {"kind": "warning", "message": "slow"},
+            {"kind": "start", "step": 0, "total_steps": 9},
+            {"kind": "resume", "step": 1234},
+            {"kind": "resume", "step": 3, "epoch": 1},
+            {"kind": "health"},
+            {"kind": "step", "step": 4, "total_steps": 9, "train.loss": 0.5, "train.tokens_per_s": 1234.4},
+        ):
+            phases.training(event, "tokens")
+        (task,) = display.tasks
+        found = task.description, task.completed, task.total, task.fields["note"]
+        assert found == ("train", 4, 9, "loss 0.5000  1,234 tokens/s")
+    told = capsys.readouterr().err
+    for line in ("warning: slow\n", "going on from step 1,234\n", "going on from step 3, in epoch 2\n"):
+        assert line in told
+
+
 @pytest.mark.parametrize("width", [30, 80, 10_000])
 def test_figures_are_never_cut(width: int) -> None:
     from recsys_moe.console import print_metrics
