@@ -109,7 +109,7 @@ EXPERIMENTS = {
             *KUAIRAND,
             f"models={NETWORKS},aitm+chain=[click,long_view],trees,logistic",
             "baseline=logistic",
-            "seeds=5",
+            "seeds=3",
             "parallel=2",
         ),
     ),
