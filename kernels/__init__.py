@@ -19,17 +19,19 @@ import torch
 from torch import Tensor
 
 from recsys_moe.kernels.backends import Backend, implementation
-from recsys_moe.kernels.types import Activation, BatchNorm, Layer, Scoring
+from recsys_moe.kernels.types import Activation, BatchNorm, FeatureGate, Layer, Scoring
 
 __all__ = [
     "Activation",
     "Backend",
     "BatchNorm",
+    "FeatureGate",
     "Layer",
     "Scoring",
     "embedding_bags",
     "expert_mlp",
     "fused_layers",
+    "feature_gate_values",
     "gate_mix",
     "linear",
     "paged_attention",
@@ -48,19 +50,21 @@ def expert_mlp(
     layer: Layer,
     *,
     gate_bgd: Tensor | None = None,
+    feature_gate: FeatureGate | None = None,
     source: tuple[int, ...] | None = None,
     invariant: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """One layer of all experts at once: y[b, e] = act(norm(W_e·(x[b, source_g] ⊙ gate[b, g]) + bias_e)), g the expert's group.
 
-    The E experts lie in G groups of E/G, one after the other. Group g reads input `source[g]`, times its gate if given
-    (HoME's feature gate); the gated input is never stored for all groups at once.
+    The E experts lie in G groups of E/G, one after the other. Group g reads input `source[g]`, times its gate if given, as a
+    tensor or by its parts; the gated input is never stored for all groups at once.
 
     Args:
         x: `[B, D]`, one input for all, or `[B, S, D]`.
         layer: weight `[E, H, D]`, bias, norm, activation.
         gate_bgd: `[B, G, D]`, multiplied into the groups' inputs; None: nothing is.
+        feature_gate: the same, to be computed from the inputs on the way.
         source: for each group, which of the S inputs it reads. Default: all read the one input, or group g reads input g.
         invariant: a row's result is the same bits whatever rows come with it. Inference only.
 
@@ -73,7 +77,8 @@ def expert_mlp(
     """
     inputs = 1 if x.dim() == 2 else x.shape[1]
     if source is None:
-        groups = gate_bgd.shape[1] if gate_bgd is not None else inputs
+        gates = gate_bgd if feature_gate is None else feature_gate.logits
+        groups = inputs if gates is None else gates.shape[1]
         source = (0,) * groups if inputs == 1 else tuple(range(inputs))
     experts, _, width = layer.weight.shape
     _check_layers((layer,), x.shape[-1], invariant)
@@ -84,7 +89,18 @@ def expert_mlp(
         )
     if gate_bgd is not None and gate_bgd.shape != (x.shape[0], len(source), width):
         raise ValueError(f"gate_bgd is {list(gate_bgd.shape)}, not [B, G, D] = {[x.shape[0], len(source), width]}")
-    out: Tensor = implementation(backend, x.device).expert_mlp(x, layer, gate_bgd, source, invariant)
+    run = implementation(backend, x.device)
+    out: Tensor
+    if feature_gate is None:
+        out = run.expert_mlp(x, layer, gate_bgd, source, invariant)
+        return out
+    if gate_bgd is not None:
+        raise ValueError("gate_bgd and feature_gate are both given: a group's input has one gate")
+    _check_feature_gate(feature_gate, x.shape[0], len(source), layer.weight)
+    if hasattr(run, "feature_gated_mlp"):
+        out = run.feature_gated_mlp(x, layer, feature_gate, source, invariant)
+    else:
+        out = run.expert_mlp(x, layer, feature_gate_values(x, feature_gate, source, invariant, backend), source, invariant)
     return out
 
 
@@ -107,6 +123,24 @@ def linear(
         raise ValueError(f"bias_h is {list(bias_h.shape)}, not [H] = {[weight_hd.shape[0]]}")
     out: Tensor = implementation(backend, x_bd.device).linear(x_bd, weight_hd, bias_h, invariant)
     return out
+
+
+def feature_gate_values(
+    x: Tensor, gate: FeatureGate, source: tuple[int, ...], invariant: bool = False, backend: Backend = "auto"
+) -> Tensor:
+    """The gates themselves, fp32 `[B, G, D]`: x `[B, D]` or `[B, S, D]`, of which group g reads input `source[g]`.
+
+    >>> gate = FeatureGate(torch.zeros(2, 1, 3), torch.ones(3, 4, 5), torch.zeros(3, 5, 4))
+    >>> feature_gate_values(torch.ones(2, 5), gate, (0,), backend="reference").unique().item()  # `up` starts at 0
+    1.0
+    """
+    b, groups, heads = gate.logits.shape
+    of_heads = tuple(s for s in source for _ in range(heads))
+    low = expert_mlp(x, Layer(gate.down), source=of_heads, invariant=invariant, backend=backend)
+    high = expert_mlp(low, Layer(gate.up, activation="double_sigmoid"), invariant=invariant, backend=backend)
+    # A group's heads are its own: B·G rows of one gate each.
+    pairs = high.view(b * groups, heads, x.shape[-1])
+    return gate_mix(gate.logits.reshape(-1, 1, heads), pairs, backend=backend).view(b, groups, x.shape[-1])
 
 
 def gate_mix(
@@ -501,6 +535,18 @@ class _EmbeddingBags(torch.autograd.Function):
         with torch.no_grad():
             ctx.run.embedding_adagrad(*ctx.state, grad, ctx.width, ctx.mean, ctx.rate, ctx.eps)
         return (None,) * 10
+
+
+def _check_feature_gate(gate: FeatureGate, rows: int, groups: int, weight: Tensor) -> None:
+    heads, rank, width = gate.logits.shape[-1], gate.down.shape[1], weight.shape[2]
+    shapes = [tuple(t.shape) for t in gate]
+    if shapes != [(rows, groups, heads), (groups * heads, rank, width), (groups * heads, width, rank)]:
+        raise ValueError(
+            f"feature_gate has logits, down and up of {shapes}, not [B, G, L], [G·L, R, D] and [G·L, D, R] with B = {rows}, "
+            f"G = {groups} and D = {width}"
+        )
+    if not gate.down.dtype == gate.up.dtype == weight.dtype:
+        raise ValueError(f"feature_gate is of {gate.down.dtype} and {gate.up.dtype}, not of the weight's {weight.dtype}")
 
 
 def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool, sparse: bool = False) -> None:

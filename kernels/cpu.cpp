@@ -13,6 +13,7 @@
 #include "cpu_attention.h"
 #include "cpu_decoder.h"
 #include "cpu_embeddings.h"
+#include "cpu_gated.h"
 #include "cpu_gemm.h"
 #include "cpu_int8.h"
 #include "cpu_lanes.h"
@@ -663,17 +664,7 @@ Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& 
   with_types(in.x, w, [&](auto from, auto to) {
     using X = decltype(from);
     using T = decltype(to);
-    const int64_t size = panel_words<T>(d);
-    const Tensor packed = at::empty({in.groups * each * size}, w.options().dtype(at::kFloat));
-    float* pp = packed.data_ptr<float>();
-    at::parallel_for(0, in.groups * each, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i % each * kPanel;
-        const T* unit[kPanel] = {};
-        for (int64_t j = 0; j < std::min(kPanel, width - n); ++j) unit[j] = data<T>(w) + (i / each * width + n + j) * d;
-        pack_rows(unit, d, kPanel * d, pp + i * size);
-      }
-    });
+    const Panels<T> packed(w, in.groups, true);
     for_blocks(b, each, [&](int64_t begin, int64_t end, int64_t from_panel, int64_t to_panel) {
       std::vector<T> copy;
       std::pair<const T*, int64_t> A_rows;
@@ -684,7 +675,7 @@ Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& 
           T* out = data<T>(z) + begin * columns + g * width + n;
           const float* bias_here = c ? c + g * width + n : nullptr;
           with_activation(activation, [&](auto A) {
-            multiply(A_rows.first, A_rows.second, end - begin, pp + (g * each + p) * size, words<T>(d),
+            multiply(A_rows.first, A_rows.second, end - begin, packed.at(g, n, nullptr), words<T>(d),
                      [&](int64_t m, const float* sums) { finish<decltype(A)::value>(sums, bias_here, out + m * columns, count); });
           });
         }
@@ -792,8 +783,7 @@ struct ToInputs {
       float* total = sum + m * lds + i;
       store_first(first ? v : load_first(total, n) + v, total, n);
     };
-    if (count < kPanel) return by_vecs(count, vec);
-    for (int64_t i = 0; i < kPanel; i += kLanes) vec(i, std::integral_constant<int64_t, kLanes>{});
+    over_panel(count, vec);
   }
 };
 
@@ -821,15 +811,8 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_,
     });
     if (!need_x && !gated) return;
     const int64_t each = panels(d), size = panel_words<T>(width);
-    const Tensor packed = at::empty({in.groups * each * size}, grad_w.options());
-    float* pp = packed.data_ptr<float>();
-    const int64_t chunks = (words<T>(width) + kPackWords - 1) / kPackWords;
-    at::parallel_for(0, in.groups * chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t g = i / chunks, w0 = i % chunks * kPackWords, w1 = std::min(words<T>(width), w0 + kPackWords);
-        pack_columns<T>(w0, w1, width, d, size, pp + g * each * size, [&](int64_t k) { return wp + (g * width + k) * d; });
-      }
-    });
+    const Tensor packed = pack_over_units<T>(w, in.groups);
+    const float* pp = packed.const_data_ptr<float>();
     // The groups of one input after one another: their sum is rounded once.
     std::vector<int64_t> order(in.groups);
     std::iota(order.begin(), order.end(), 0);
@@ -858,6 +841,69 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_,
     });
   });
   return {grad_x, gated ? grad_gate.to(gate->scalar_type()) : grad_gate, grad_w.to(w.scalar_type())};
+}
+
+// ---- experts behind their feature gates: cpu_gated.h -----------------------------------------------------------------------
+
+// y `[B, E, H]` = act(norm(W·g)); in training the product alone, whatever comes behind it.
+Tensor gated_forward(const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_, const Tensor& weight_,
+                     at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+                     const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation) {
+  const Tensor x = x_.contiguous(), logits = logits_.to(at::kFloat).contiguous();
+  const Tensor down = down_.contiguous(), up = up_.contiguous(), weight = weight_.contiguous();
+  const int64_t experts = weight.size(0), units = weight.size(1), n = experts / static_cast<int64_t>(source.size());
+  const int64_t out = activation == kSwiglu ? units / 2 : units;
+  const Folded f = fold_layer(experts * units, bias, scale, shift, mean, var, eps);
+  Tensor y = at::empty({x.size(0), experts, out}, weight.options());
+  with_types(x, weight, [&](auto from, auto to) {
+    using T = decltype(to);
+    gated_forward_rows<decltype(from), T>(x, logits, down, up, weight, source, [&](const float* z, int64_t row, int64_t g) {
+      const int64_t first = g * n * units;
+      activate_row(z, data<T>(y) + (row * experts + g * n) * out, n * units, n, f.scale_of(first), f.shift_of(first), activation);
+    });
+  });
+  return y;
+}
+
+// Gradients of x, logits, down, up and weight.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(const Tensor& grad_z_, const Tensor& x_, const Tensor& logits_,
+                                                                  const Tensor& down_, const Tensor& up_, const Tensor& weight_,
+                                                                  at::IntArrayRef source, bool need_x) {
+  const Tensor x = x_.contiguous(), logits = logits_.to(at::kFloat).contiguous();
+  const Tensor down = down_.contiguous(), up = up_.contiguous(), weight = weight_.contiguous();
+  const Tensor grad_z = grad_z_.to(weight.scalar_type()).contiguous();
+  Tensor grad_x = at::zeros(need_x ? x.sizes() : at::IntArrayRef{0}, x.options().dtype(at::kFloat));
+  Tensor grad_logits = at::empty_like(logits);
+  if (!x.size(0)) return {grad_x.to(x.scalar_type()), grad_logits, at::zeros_like(down), at::zeros_like(up), at::zeros_like(weight)};
+  Tensor grad_down = at::empty_like(down), grad_up = at::empty_like(up), grad_weight = at::empty_like(weight);
+  with_types(x, weight, [&](auto from, auto to) {
+    using X = decltype(from);
+    using T = decltype(to);
+    const GatedExperts<X, T> e(x, logits, down, up, weight, source, true);
+    const GatedBackward<X, T> backward{e, data<T>(grad_z), need_x ? grad_x.data_ptr<float>() : nullptr, grad_logits.data_ptr<float>(),
+                                       pack_over_units<T>(down, e.G * e.L), pack_over_units<T>(up, e.G * e.L),
+                                       pack_over_units<T>(weight, e.G)};
+    const int64_t parts = std::clamp<int64_t>(e.B / kGatedRows<T>, 1, at::get_num_threads());
+    const Tensor sums = at::empty({parts, e.G * backward.group_size()}, at::kFloat);
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) backward.run(e.B * i / parts, e.B * (i + 1) / parts, sums.data_ptr<float>() + i * sums.size(1));
+    });
+    std::vector<int64_t> of_weight, of_up, of_down;
+    for (int64_t g = 0; g < e.G; ++g) {
+      int64_t at = g * backward.group_size();
+      of_weight.push_back(at);
+      at += outer_size(e.U, e.D);
+      for (int64_t l = 0; l < e.L; ++l) {
+        of_up.push_back(at);
+        of_down.push_back(at + outer_size(e.D, e.R));
+        at += outer_size(e.D, e.R) + outer_size(e.R, e.D);
+      }
+    }
+    gather_outer(sums, of_weight, e.U, e.D, data<T>(grad_weight));
+    gather_outer(sums, of_up, e.D, e.R, data<T>(grad_up));
+    gather_outer(sums, of_down, e.R, e.D, data<T>(grad_down));
+  });
+  return {grad_x.to(x.scalar_type()), grad_logits, grad_down, grad_up, grad_weight};
 }
 
 // ---- grouped products for training: slots sorted by expert --------------------------------------------------------------
@@ -1031,25 +1077,6 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_, const Tensor& h
 }
 
 // ---- gates ----------------------------------------------------------------------------------------------------------------
-
-// Softmax of one row. `w` has room for whole vectors: stored and loaded whole, its values stay in the store buffer's reach.
-inline void softmax_row(const float* logits, float* w, int64_t e) {
-  Vec top = -INFINITY - Vec{};
-  by_vecs(e, [&](int64_t i, int64_t n) {
-    const Vec v = load_first(logits + i, n, -INFINITY);
-    store(v, w + i);
-    top = v > top ? v : top;
-  });
-  top = max_lanes(top) - Vec{};
-  Vec sums = {};
-  by_vecs(e, [&](int64_t i, int64_t) {
-    const Vec v = exp(load(w + i) - top);  // 0 behind the end
-    store(v, w + i);
-    sums += v;
-  });
-  const float inverse = 1.0f / add_lanes(sums);
-  by_vecs(e, [&](int64_t i, int64_t) { store(load(w + i) * inverse, w + i); });
-}
 
 // Which experts each task's gate may see, and which tasks see each expert.
 struct Sight {
@@ -1270,6 +1297,12 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("dense_forward(Tensor x, Tensor? gate, Tensor weight, int[] source, Tensor? bias, Tensor? scale, Tensor? shift, "
         "Tensor? mean, Tensor? var, float eps, int activation) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  const std::string gated = "(Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, int[] source, Tensor? bias, "
+                            "Tensor? scale, Tensor? shift, Tensor? mean, Tensor? var, float eps, int activation) -> Tensor";
+  m.def(("gated_linear" + gated).c_str());  // has gradients, where nothing follows the product
+  m.def(("gated_forward" + gated).c_str());
+  m.def("gated_backward(Tensor grad_z, Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, int[] source, "
+        "bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("sparse_forward(Tensor x, Tensor[] weights, Tensor?[] weight_scales, Tensor?[] biases, Tensor?[] scales, "
         "Tensor?[] shifts, Tensor?[] means, Tensor?[] vars, float[] eps, int[] activations, Tensor gate_weights, Tensor order, Tensor offsets, "
         "bool unit_norm) -> Tensor");
@@ -1312,6 +1345,9 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("expert_linear_backward", expert_linear_backward);
   m.impl("dense_forward", dense_forward);
   m.impl("linear", project);
+  m.impl("gated_linear", gated_forward);
+  m.impl("gated_forward", gated_forward);
+  m.impl("gated_backward", gated_backward);
   m.impl("sparse_forward", sparse_forward);
   m.impl("grouped_linear", grouped_linear);
   m.impl("grouped_linear_backward", grouped_linear_backward);

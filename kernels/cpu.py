@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recsys_moe.kernels import reference
-from recsys_moe.kernels.types import BatchNorm, Layer, Scoring
+from recsys_moe.kernels.types import BatchNorm, FeatureGate, Layer, Scoring
 
 log = logging.getLogger("recsys_moe.kernels")
 
@@ -121,6 +121,18 @@ def linear(x_bd: Tensor, weight_hd: Tensor, bias_h: Tensor | None, invariant: bo
     return torch.ops.recsys_moe.expert_linear(
         x_bd.unsqueeze(1), None, weight_hd.unsqueeze(0), (0,), None if bias_h is None else bias_h.float(), ACTIVATIONS["none"]
     ).squeeze(1)
+
+
+def feature_gated_mlp(x: Tensor, layer: Layer, gate: FeatureGate, source: tuple[int, ...], invariant: bool) -> Tensor:
+    ops = torch.ops.recsys_moe
+    n = layer.norm or _NO_NORM
+    x_bsd = x.unsqueeze(1) if x.dim() == 2 else x
+    given = (x_bsd, *gate, layer.weight, source)
+    if invariant or not (_in_training((layer,)) or _needs_grad((layer,), x, *gate)):
+        norm = (n.scale, n.shift, n.running_mean, n.running_var, n.eps)
+        return ops.gated_forward(*given, layer.bias, *norm, ACTIVATIONS[layer.activation])
+    z = ops.gated_linear(*given, None, None, None, None, None, 0.0, ACTIVATIONS["none"])
+    return _finish(z, layer, None)
 
 
 def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, residual_bte: Tensor | None) -> Tensor:
@@ -403,6 +415,29 @@ def _register() -> None:
         return grad_x if need else None, None if gate is None else grad_gate, grad_w, None, on_bias, None
 
     gradient("recsys_moe::expert_linear", linear_gradient, setup_context=save_linear)
+
+    def gated_shape(x_bsd, logits, down, up, weight, source, bias, scale, shift, mean, var, eps, activation):  # type: ignore[no-untyped-def]
+        width = weight.shape[1] // 2 if activation == ACTIVATIONS["swiglu"] else weight.shape[1]
+        return weight.new_empty(x_bsd.shape[0], weight.shape[0], width)
+
+    fake("recsys_moe::gated_linear")(gated_shape)
+    fake("recsys_moe::gated_forward")(gated_shape)
+
+    @fake("recsys_moe::gated_backward")
+    def _(grad_z, x_bsd, logits, down, up, weight, source, need_x):  # type: ignore[no-untyped-def]
+        grad_x = torch.empty_like(x_bsd) if need_x else x_bsd.new_empty(0)
+        return grad_x, *(torch.empty_like(t) for t in (logits, down, up, weight))
+
+    def save_gated(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.source = inputs[:6]
+        ctx.save_for_backward(*tensors)
+
+    def gated_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        need = ctx.needs_input_grad[0]
+        grad_x, *others = ops.gated_backward(grad, *ctx.saved_tensors, ctx.source, need)
+        return grad_x if need else None, *others, *[None] * 8
+
+    gradient("recsys_moe::gated_linear", gated_gradient, setup_context=save_gated)
 
     @fake("recsys_moe::dense_forward")
     def _(x, gate, weight, source, bias, scale, shift, mean, var, eps, activation):  # type: ignore[no-untyped-def]

@@ -182,10 +182,10 @@ inline void tiles_block(const TileProduct& p, int64_t rows, int64_t columns, flo
   else tiles_block<true, true>(p, rows, sums, ldc, add);
 }
 
-// multiply() of cpu_gemm.h by tiles: rows of A, `stride` bytes apart, times one panel of `depth` words; done(row, sums[32]).
+// run(product, m, count) for each block of rows of A, `stride` bytes apart, that meets one panel of `depth` words.
 template <typename F>
-void multiply_tiles(const char* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done) {
-  alignas(64) float tail[kTile * kSums], sums[kSums * kSums];
+void by_tiles(const char* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& run) {
+  alignas(64) float tail[kTile * kSums];
   const int64_t rest = depth % kTile;
   if (rest) {
     std::memset(tail, 0, sizeof tail);
@@ -194,12 +194,21 @@ void multiply_tiles(const char* a, int64_t stride, int64_t rows, const float* pa
   Tiles tiles;
   for (int64_t m = 0; m < rows; m += kSums) {
     const int64_t count = std::min<int64_t>(kSums, rows - m);
+    tiles.shape(count);
+    run(TileProduct{a + m * stride, stride, depth * 4, panel, tail}, m, count);
+  }
+}
+
+// multiply() of cpu_gemm.h by tiles: done(row, sums[32]).
+template <typename F>
+void multiply_tiles(const char* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, F&& done) {
+  alignas(64) float sums[kSums * kSums];
+  by_tiles(a, stride, rows, panel, depth, [&](const TileProduct& p, int64_t m, int64_t count) {
     if constexpr (requires { done.prefetch(m); })
       for (int64_t i = 0; i < count; ++i) done.prefetch(m + i);
-    tiles.shape(count);
-    tiles_block({a + m * stride, stride, depth * 4, panel, tail}, count, kSums, sums, kSums, false);
+    tiles_block(p, count, kSums, sums, kSums, false);
     for (int64_t i = 0; i < count; ++i) done(m + i, static_cast<const float*>(sums + i * kSums));
-  }
+  });
 }
 
 }  // namespace

@@ -103,6 +103,30 @@ inline void store_panel(const float* sums, T* to, int64_t count) {
   for (int v = 0; v < kPanelVecs; ++v) store(load(sums + v * kLanes), to + v * kLanes);
 }
 
+// over(i, count) for the vectors of a panel's first `columns` columns; a whole panel's have a constant count.
+template <typename F>
+inline void over_panel(int64_t columns, F&& over) {
+  if (columns < kPanel) return by_vecs(columns, over);
+  for (int64_t i = 0; i < kPanel; i += kLanes) over(i, std::integral_constant<int64_t, kLanes>{});
+}
+
+// multiply() whose sums [row][kPanel] are stored, or added to what is there.
+template <typename T>
+void multiply_into(const T* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* sums, bool add) {
+#if RECSYS_MOE_AMX
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (amx()) {
+      return by_tiles(reinterpret_cast<const char*>(a), stride * sizeof(T), rows, panel, depth,
+                      [&](const TileProduct& p, int64_t m, int64_t count) { tiles_block(p, count, kSums, sums + m * kSums, kSums, add); });
+    }
+  }
+#endif
+  multiply(a, stride, rows, panel, depth, [&](int64_t m, const float* sum) {
+    float* to = sums + m * kPanel;
+    for (int64_t i = 0; i < kPanel; i += kLanes) store(add ? load(to + i) + load(sum + i) : load(sum + i), to + i);
+  });
+}
+
 // ---- packing ---------------------------------------------------------------------------------------------------------------
 
 template <int Distance, size_t... L>
@@ -201,6 +225,56 @@ void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_t colum
       for (int64_t i = 0; i < std::min<int64_t>(kLanes, columns - m); ++i) store(block[i], to + (m + i) * row + w);
     }
   }
+}
+
+// The panels of `count` matrices [units, depth], as layers keep their weights, for products over the depth. Packed ahead for all
+// threads, or, where a thread needs each but once, when it comes to it.
+template <typename T>
+class Panels {
+ public:
+  Panels(const Tensor& weight, int64_t count, bool ahead)
+      : weight_(weight), units_(weight.numel() / count / weight.size(-1)), depth_(weight.size(-1)), each_(panels(units_)) {
+    if (!ahead) return;
+    ahead_ = at::empty({count * each_ * size()}, at::kFloat);
+    float* to = ahead_.data_ptr<float>();
+    at::parallel_for(0, count * each_, 1, [&](int64_t from, int64_t end) {
+      for (int64_t i = from; i < end; ++i) pack(i / each_, i % each_ * kPanel, to + i * size());
+    });
+  }
+  int64_t size() const { return panel_words<T>(depth_); }
+  // The panel of a matrix from unit n on; `room` for one that is packed now.
+  const float* at(int64_t matrix, int64_t n, float* room) const {
+    if (ahead_.defined()) return ahead_.const_data_ptr<float>() + (matrix * each_ + n / kPanel) * size();
+    pack(matrix, n, room);
+    return room;
+  }
+
+ private:
+  void pack(int64_t matrix, int64_t n, float* to) const {
+    const T* unit[kPanel] = {};
+    for (int64_t j = 0; j < std::min(kPanel, units_ - n); ++j) unit[j] = data<T>(weight_) + (matrix * units_ + n + j) * depth_;
+    pack_rows(unit, depth_, kPanel * depth_, to);
+  }
+  const Tensor weight_;
+  const int64_t units_, depth_, each_;
+  Tensor ahead_;
+};
+
+// The panels of the same matrices for products over their units: [matrix][panel of the depth].
+template <typename T>
+Tensor pack_over_units(const Tensor& weight, int64_t count) {
+  constexpr int64_t kPackWords = 32;
+  const int64_t depth = weight.size(-1), units = weight.numel() / count / depth, all = words<T>(units), size = panel_words<T>(units);
+  const int64_t chunks = (all + kPackWords - 1) / kPackWords;
+  const Tensor packed = at::empty({count * panels(depth) * size}, at::kFloat);
+  at::parallel_for(0, count * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t matrix = i / chunks, from = i % chunks * kPackWords, to = std::min(all, from + kPackWords);
+      pack_columns<T>(from, to, units, depth, size, packed.data_ptr<float>() + matrix * panels(depth) * size,
+                      [&](int64_t k) { return data<T>(weight) + (matrix * units + k) * depth; });
+    }
+  });
+  return packed;
 }
 
 // ---- the work of a product, cut for the threads ----------------------------------------------------------------------------

@@ -111,7 +111,7 @@ inline void store_first(Vec v, T* p, int64_t count) {
 template <typename F>
 inline void by_vecs(int64_t n, F&& run) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) run(i, kLanes);
+  for (; i + kLanes <= n; i += kLanes) run(i, std::integral_constant<int64_t, kLanes>{});
   if (i < n) run(i, n - i);
 }
 
@@ -193,6 +193,25 @@ void with_activation(int64_t activation, F&& run) {
     case kDoubleSigmoidOutput: return run(std::integral_constant<int64_t, kDoubleSigmoidOutput>{});
     default: return run(std::integral_constant<int64_t, kNone>{});
   }
+}
+
+// Softmax of one row. `w` has room for whole vectors: stored and loaded whole, its values stay in the store buffer's reach.
+inline void softmax_row(const float* logits, float* w, int64_t e) {
+  Vec top = -INFINITY - Vec{};
+  by_vecs(e, [&](int64_t i, int64_t n) {
+    const Vec v = load_first(logits + i, n, -INFINITY);
+    store(v, w + i);
+    top = v > top ? v : top;
+  });
+  top = max_lanes(top) - Vec{};
+  Vec sums = {};
+  by_vecs(e, [&](int64_t i, int64_t) {
+    const Vec v = exp(load(w + i) - top);  // 0 behind the end
+    store(v, w + i);
+    sums += v;
+  });
+  const float inverse = 1.0f / add_lanes(sums);
+  by_vecs(e, [&](int64_t i, int64_t) { store(load(w + i) * inverse, w + i); });
 }
 
 // y = act(z·a + c) of one row (a, c null: 1, 0); with swiglu its columns are [gate | up] for each of `blocks` blocks.

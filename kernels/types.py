@@ -47,3 +47,17 @@ class Layer(NamedTuple):
     activation: Activation = "none"
     dropout: float = 0.0
     weight_scale: Tensor | None = None
+
+
+class FeatureGate(NamedTuple):
+    """HoME's feature gates of G groups, by their parts (Kuaishou, arXiv 2408.05430). Of a group that reads x:
+
+        gate = Σ_l softmax(logits)_l · 2σ(up_l · down_l · x)
+
+    `logits` is fp32 `[B, G, L]`; `down` `[G·L, R, D]` and `up` `[G·L, D, R]` have the L heads of a group side by side, in the
+    dtype of the experts' weight.
+    """
+
+    logits: Tensor
+    down: Tensor
+    up: Tensor

@@ -56,6 +56,10 @@ def _formulas() -> dict[Any, Any]:
     def product(x: Any, weight: Any, *rest: Any, out_val: Any = None, **named: Any) -> int:
         return 2 * int(x[0]) * int(torch.Size(weight).numel())
 
+    def gated(x: Any, logits: Any, *weights: Any, out_val: Any = None, **named: Any) -> int:
+        products = sum(int(torch.Size(w).numel()) for w in weights[:3])  # down, up, the experts'
+        return 2 * int(x[0]) * products + 2 * int(torch.Size(logits).numel()) * int(x[2])
+
     def sparse(*inputs: Any, **named: Any) -> int:
         weights, gate_weights = inputs[1], inputs[10]
         return 2 * int(torch.Size(gate_weights).numel()) * sum(int(w[1] * w[2]) for w in weights)
@@ -64,7 +68,7 @@ def _formulas() -> dict[Any, Any]:
         return 2 * int(torch.Size(logits).numel()) * int(experts[2])
 
     products = {ops.linear: product, ops.route: product}
-    return {ops.dense_forward: dense, ops.sparse_forward: sparse, ops.gate_mix: mix, **products}
+    return {ops.dense_forward: dense, ops.gated_forward: gated, ops.sparse_forward: sparse, ops.gate_mix: mix, **products}
 
 
 def scaled(config: Any, factor: float) -> Any:

@@ -94,7 +94,7 @@ def synced(layers: Sequence[Layer]) -> bool:
 
 
 def synced_expert_mlp(x: Tensor, layer: Layer, **inputs: Any) -> Tensor:
-    """`kernels.expert_mlp` of a layer in training, its norm over all workers' rows. `inputs`: `gate_bgd`, `source`."""
+    """`kernels.expert_mlp` of a layer in training, its norm over all workers' rows. `inputs`: `feature_gate`, `source`."""
     z_beh = expert_mlp(x, Layer(layer.weight, layer.bias), **inputs)
     return _finish(z_beh, layer, None)
 

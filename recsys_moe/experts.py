@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recsys_moe.distributed import synced, synced_expert_mlp, synced_sparse_expert_mlp
-from recsys_moe.kernels import Activation, BatchNorm, Layer, expert_mlp, quantise, sparse_expert_mlp
+from recsys_moe.kernels import Activation, BatchNorm, FeatureGate, Layer, expert_mlp, quantise, sparse_expert_mlp
 from recsys_moe.routing import SparsePlan
 
 Norm = Literal["batch", "none"]
@@ -22,8 +22,8 @@ class MLPExperts(nn.Module):
     hidden layer has two matrices, one above the other: h ← silu(W_e·h) ⊙ (V_e·h).
 
     The input is `[B, D]` (shared by all) or `[B, E, D]` (one for each, as towers need); or the experts lie in G groups of
-    E/G, one after the other, of which group g reads input `source[g]` of `[B, S, D]`, times its gate in `gate_bgd`
-    `[B, G, D]`, if there is one. The output is `[B, E, H]` in `dtype`, the precision of the matrix products; parameters stay
+    E/G, one after the other, of which group g reads input `source[g]` of `[B, S, D]`, times its feature gate, if there is
+    one. The output is `[B, E, H]` in `dtype`, the precision of the matrix products; parameters stay
     fp32.
 
     >>> MLPExperts(2, 8, (16, 4)).eval()(torch.zeros(5, 8)).shape
@@ -62,9 +62,9 @@ class MLPExperts(nn.Module):
             if self.biases is not None:
                 nn.init.uniform_(self.biases[index], -bound, bound)
 
-    def forward(self, x: Tensor, source: tuple[int, ...] | None = None, gate_bgd: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, source: tuple[int, ...] | None = None, feature_gate: FeatureGate | None = None) -> Tensor:
         """x `[B, D]` or `[B, S, D]` → `[B, E, H]`."""
-        first: dict[str, Any] = {"source": source, "gate_bgd": gate_bgd}
+        first: dict[str, Any] = {"source": source, "feature_gate": feature_gate}
         for layer in self.layers():
             if synced((layer,)):
                 x = synced_expert_mlp(x, layer, **first)
@@ -112,7 +112,7 @@ class MLPExperts(nn.Module):
         return not (self.training or torch.is_grad_enabled())
 
     def layers(self) -> tuple[Layer, ...]:
-        """As the kernels take them."""
+        """What the kernels are given, weights in the products' precision."""
         return self._frozen or tuple(self._layer(index) for index in range(len(self.weights)))
 
     def _layer(self, index: int) -> Layer:

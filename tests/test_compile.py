@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, gate_mix, route_topk, sort_by_expert, sparse_expert_mlp
+from recsys_moe.kernels import (
+    BatchNorm,
+    FeatureGate,
+    Layer,
+    expert_mlp,
+    gate_mix,
+    route_topk,
+    sort_by_expert,
+    sparse_expert_mlp,
+)
 
 E, D, H = 8, 16, 12
 
@@ -24,11 +33,13 @@ class Sparse(nn.Module):
 
 
 class Dense(nn.Module):
-    """Normalised experts under two gates."""
+    """Normalised experts behind feature gates, under two gates."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gates = nn.Linear(D, 2 * E)
+        self.weigh = nn.Linear(D, 2 * 2)
+        self.down, self.up = nn.Parameter(torch.randn(4, D // 2, D)), nn.Parameter(torch.randn(4, D, D // 2))
         self.weight, self.bias = nn.Parameter(torch.randn(E, H, D)), nn.Parameter(torch.randn(E, H))
         self.scale, self.shift = nn.Parameter(torch.ones(E, H)), nn.Parameter(torch.zeros(E, H))
         self.mean: Tensor
@@ -38,7 +49,9 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = BatchNorm(self.scale, self.shift, self.mean, self.var, self.training)
-        y = expert_mlp(x, Layer(self.weight, self.bias, norm, "silu"), invariant=not self.training)
+        gate = FeatureGate(self.weigh(x).view(-1, 2, 2), self.down, self.up)
+        layer = Layer(self.weight, self.bias, norm, "silu")
+        y = expert_mlp(x, layer, feature_gate=gate, source=(0, 0), invariant=not self.training)
         return gate_mix(self.gates(x).view(-1, 2, E), y)
 
 
@@ -78,11 +91,13 @@ def test_operators_are_registered_soundly() -> None:
     ids, _ = route_topk(g(6, E), 2)
     order, offsets = sort_by_expert(ids, E)
     ops = torch.ops.recsys_moe
+    gated = (g(5, 1, D), g(5, 2, 2), g(4, 3, D), g(4, D, 3), g(E, H, D))
     for op, inputs in (
         (ops.gate_mix, (g(5, 2, E, requires_grad=True), g(5, E, H, requires_grad=True), None, None)),
         (ops.gate_mix, (g(5, 2, E, requires_grad=True), g(5, E, H, requires_grad=True), None, g(5, 2, E, requires_grad=True))),
         (ops.expert_linear, (g(5, 1, D, requires_grad=True), None, g(E, H, D, requires_grad=True), [0], None, 0)),
         (ops.expert_linear, (g(5, 1, D, requires_grad=True), None, g(E, H, D, requires_grad=True), [0], g(E, H), 5)),
+        (ops.gated_linear, (*(t.requires_grad_() for t in gated), [0, 0], *[None] * 5, 0.0, 0)),
         (ops.gather_rows, (g(6, D, requires_grad=True), order, offsets)),
         (ops.grouped_linear, (g(12, D, requires_grad=True), g(E, H, D, requires_grad=True), offsets)),
         (ops.combine, (g(12, H, requires_grad=True), g(6, 2, requires_grad=True), order, offsets)),

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from recsys_moe.kernels import BatchNorm, Layer, expert_mlp, gate_mix, quantise, route_topk, sort_by_expert, sparse_expert_mlp
+from recsys_moe.kernels import (
+    BatchNorm,
+    FeatureGate,
+    Layer,
+    expert_mlp,
+    gate_mix,
+    quantise,
+    route_topk,
+    sort_by_expert,
+    sparse_expert_mlp,
+)
 
 E, D, F, K = 8, 70, 50, 2
 DTYPES = (torch.float32, torch.bfloat16)
@@ -42,13 +52,15 @@ def dense_layer(dtype: torch.dtype) -> Run:
         tensor(E, F, seed=5), tensor(E, F, seed=6), tensor(E, F, seed=7), tensor(E, F, seed=8) ** 2, training=False
     )
     experts = Layer((tensor(E, F, D, seed=9) / 8).to(dtype), tensor(E, F, seed=10), norm, "silu")
-    gates = Layer(tensor(2 * D, D, seed=11).view(2, D, D) / 8, activation="silu")
+    weigh = Layer(tensor(2, 2, D, seed=11) / 8)
+    down = tensor(2 * D, D, seed=13).view(4, D // 2, D).to(dtype) / 8
+    up = tensor(2 * D, D, seed=14).view(4, D, D // 2).to(dtype) / 8
     router = Layer(tensor(3, E, D, seed=12))
     mask = torch.arange(E) % 3 != torch.arange(3).unsqueeze(1)
 
     def run(x: Tensor) -> Tensor:
-        gate = expert_mlp(x, gates, invariant=True)
-        y = expert_mlp(x, experts, gate_bgd=gate, source=(0, 0), invariant=True)
+        gate = FeatureGate(expert_mlp(x, weigh, invariant=True), down, up)
+        y = expert_mlp(x, experts, feature_gate=gate, source=(0, 0), invariant=True)
         return gate_mix(expert_mlp(x, router, invariant=True), y, mask_te=mask).flatten(1)
 
     return run

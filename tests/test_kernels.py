@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recsys_moe import kernels
-from recsys_moe.kernels import Activation, Backend, BatchNorm, Layer, Scoring
+from recsys_moe.kernels import Activation, Backend, BatchNorm, FeatureGate, Layer, Scoring
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_CPU = pytest.mark.skipif(importlib.util.find_spec("recsys_moe.kernels.cpu") is None, reason="no C++ backend yet")
@@ -126,6 +126,16 @@ def naive_softmax(logits: Tensor) -> Tensor:
     return powers / powers.sum()
 
 
+def naive_feature_gate(row: Tensor, p: Tensors, b: int, g: int) -> Tensor:
+    """A row's gate of one group."""
+    logits = p["logits"][b, g]
+    gate = torch.zeros_like(row)
+    for i, weight in enumerate(naive_softmax(logits)):
+        head = g * len(logits) + i
+        gate = gate + weight * naive_activation(p["up"][head] @ (p["down"][head] @ row), "double_sigmoid")
+    return gate
+
+
 # ------------------------------------------------------------------------------------------------------ expert_mlp
 
 
@@ -144,6 +154,8 @@ class Dense:
     norm: Norm = "none"
     bias: bool = True
     gate: bool = False
+    heads: int = 0
+    rank: int = 7
     wide_x: bool = False
     strided: bool = False
 
@@ -172,6 +184,21 @@ DENSE = [
     Dense("norm in training of no rows", rows=0, norm="training"),
     Dense("non-contiguous input and weight", strided=True),
     Dense("a wide input of rounded experts", wide_x=True, gate=True, source=(0, 0)),
+    Dense(
+        "feature gates in training, over several blocks of rows",
+        rows=450,
+        source=(0, 0),
+        norm="training",
+        activation="silu",
+        heads=2,
+    ),
+    Dense("feature gates at inference", source=(0, 0), norm="inference", activation="silu", heads=2, wide_x=True),
+    Dense("feature gates of groups that swap inputs", inputs=3, source=(2, 0, 2), experts=6, activation="silu", heads=3),
+    Dense(
+        "feature gates of more than one tile each way", rows=131, source=(0,), width=66, units=34, rank=65, heads=1, experts=2
+    ),
+    Dense("a feature gate of rank 1", rows=9, source=(0, 0), rank=1, heads=2, activation="swiglu", strided=True),
+    Dense("feature gates without rows", rows=0, source=(0, 0), heads=2, activation="gelu"),
 ]
 
 
@@ -224,6 +251,12 @@ def test_expert_mlp(backend: Backend, case: Dense, dtype: torch.dtype) -> None:
     if case.gate:
         # Powers of two, so that x⊙gate is exact in bf16 too and ReLU's kink is where the loops have it.
         inputs["gate"] = torch.exp2(torch.randint(-2, 2, (case.rows, len(source), case.width))).to(dtype)
+    if case.heads:
+        stacks = {"down": (case.rank, case.width), "up": (case.width, case.rank)}
+        for name, size in stacks.items():
+            heads = len(source) * case.heads
+            inputs[name] = rounded(heads, *size, dtype=dtype, scale=2 * size[-1] ** -0.5, strided=case.strided)
+        inputs["logits"] = torch.randn(case.rows, len(source), case.heads)
     if case.wide_x:
         inputs["x"] = inputs["x"].float()
     on, moments = device(backend), running(case.experts, units, case.norm)
@@ -232,7 +265,9 @@ def test_expert_mlp(backend: Backend, case: Dense, dtype: torch.dtype) -> None:
 
     def kernel(p: Tensors) -> Tensor:
         layer = layer_of(p, moved, case.activation, case.norm)
-        y = kernels.expert_mlp(p["x"], layer, gate_bgd=p.get("gate"), source=case.source, backend=backend)
+        feature_gate = FeatureGate(p["logits"], p["down"], p["up"]) if case.heads else None
+        given: Any = {"gate_bgd": p.get("gate"), "feature_gate": feature_gate, "source": case.source}
+        y = kernels.expert_mlp(p["x"], layer, **given, backend=backend)
         assert y.dtype == dtype
         return y
 
@@ -243,6 +278,8 @@ def test_expert_mlp(backend: Backend, case: Dense, dtype: torch.dtype) -> None:
             rows = list(p["x"][:, source[g]] if case.inputs else p["x"])
             if "gate" in p:
                 rows = [row * gate for row, gate in zip(rows, p["gate"][:, g], strict=True)]
+            if case.heads:
+                rows = [row * naive_feature_gate(row, p, b, g) for b, row in enumerate(rows)]
             y = naive_layer(rows, p | exact, e, case.activation, case.norm)
             outputs.append(torch.stack(y) if y else p["x"].new_zeros(0, case.units))
         return torch.stack(outputs, 1)
@@ -787,7 +824,12 @@ def sparse(x: Tensor, layers: Sequence[Layer], **changed: Tensor) -> Tensor:
     )
 
 
+def gated(gate: FeatureGate, **given: Any) -> Tensor:
+    return kernels.expert_mlp(ONES, layer(), feature_gate=gate, source=(0,), **given)
+
+
 ONES = torch.ones(2, 4)
+ONE, DOWN, UP = torch.ones(2, 1, 1), torch.ones(1, 3, 4), torch.ones(1, 4, 3)
 BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("k > E", lambda: kernels.route_topk(torch.ones(1, 3), 4), "k is 4, but there are 3 experts"),
     ("k = 0", lambda: kernels.route_topk(torch.ones(1, 3), 0), "1 ≤ k ≤ 3"),
@@ -803,6 +845,17 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("a bias too long", lambda: kernels.linear(ONES, torch.ones(3, 4), torch.ones(4)), r"bias_h is \[4\], not \[H\] = \[3\]"),
     ("source beyond the inputs", lambda: kernels.expert_mlp(ONES, layer(), source=(0, 1)), r"source \(0, 1\).*0 … 0"),
     ("groups that do not divide", lambda: kernels.expert_mlp(ONES, layer(), source=(0, 0, 0)), "divides 2"),
+    (
+        "feature gate of another shape",
+        lambda: gated(FeatureGate(torch.ones(2, 1, 1), torch.ones(1, 2, 3), UP)),
+        r"\(1, 2, 3\).*D = 4",
+    ),
+    (
+        "feature gate in bf16",
+        lambda: gated(FeatureGate(ONE, DOWN.bfloat16(), UP)),
+        "bfloat16.*not of the weight",
+    ),
+    ("two gates", lambda: gated(FeatureGate(ONE, DOWN, UP), gate_bgd=torch.ones(2, 1, 4)), "both given"),
     ("gate of another shape", lambda: kernels.expert_mlp(ONES, layer(), gate_bgd=torch.ones(2, 2, 3)), r"\[2, 2, 3\], not"),
     (
         "mask of another shape",

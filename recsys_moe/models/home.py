@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.experts import MLPExperts, Norm, Towers
 from recsys_moe.front import FrontConfig
-from recsys_moe.kernels import Activation, gate_mix
+from recsys_moe.kernels import Activation, FeatureGate
 from recsys_moe.models.family import Family
 from recsys_moe.routing import PlanNames, RoutingPlan, SoftRouter, sigmoid
 from recsys_moe.typed import typed
@@ -140,36 +140,34 @@ class ExpertGroups(nn.Module):
         self.experts = MLPExperts(experts, in_dim, config.expert_dims, norm, config.dropout, activation=activation, dtype=dtype)
 
     def forward(self, x: Tensor, source: tuple[int, ...]) -> Tensor:
-        gate_bgd = None if self.feature_gate is None else self.feature_gate(x, source)
-        outputs: Tensor = self.experts(x, source, gate_bgd)
+        gate = None if self.feature_gate is None else self.feature_gate(x, source)
+        outputs: Tensor = self.experts(x, source, gate)
         return outputs
 
 
 class FeatureGates(nn.Module):
-    """Fea_Gate of G groups: x `[B, D]` or `[B, S, D]`, of which group g reads input `source[g]` → fp32 `[B, G, D]`.
+    """Fea_Gate of G groups: x `[B, D]` or `[B, S, D]`, of which group g reads input `source[g]` → the gates' parts.
 
     The L heads of a group have rank ⌊D/L⌋, at least 1 (B: D → D/L, A: D/L → D). A starts at zero and the gate therefore at 1.
 
-    >>> FeatureGates(3, 6, heads=2, dtype=torch.float32)(torch.randn(5, 6), (0, 0, 0)).allclose(torch.ones(5, 3, 6))
+    >>> from recsys_moe.kernels import feature_gate_values
+    >>> x, source = torch.randn(5, 6), (0, 0, 0)
+    >>> gate = FeatureGates(3, 6, heads=2, dtype=torch.float32)(x, source)
+    >>> feature_gate_values(x, gate, source).allclose(torch.ones(5, 3, 6))
     True
     """
 
     def __init__(self, groups: int, in_dim: int, heads: int, dtype: torch.dtype) -> None:
         super().__init__()
         rank = max(1, in_dim // heads)
-        self.heads = heads
         self.down = MLPExperts(groups * heads, in_dim, (), linear_out=rank, bias=False, dtype=dtype)
-        self.up = MLPExperts(groups * heads, rank, (in_dim,), activation="double_sigmoid", bias=False, dtype=dtype)
+        self.up = MLPExperts(groups * heads, rank, (), linear_out=in_dim, bias=False, dtype=dtype)
         nn.init.zeros_(self.up.weights[0])
         self.weigh = MLPExperts(groups, in_dim, (), linear_out=heads)
 
-    def forward(self, x: Tensor, source: tuple[int, ...]) -> Tensor:
-        groups = len(source)
-        heads_bed = self.up(self.down(x, tuple(s for s in source for _ in range(self.heads))))
-        logits_bgl = self.weigh(x, source)
-        # A group's heads are its own: B·G rows of one gate each.
-        pairs = heads_bed.view(-1, self.heads, heads_bed.shape[2])
-        return gate_mix(logits_bgl.view(-1, 1, self.heads), pairs).view(-1, groups, heads_bed.shape[2])
+    def forward(self, x: Tensor, source: tuple[int, ...]) -> FeatureGate:
+        (down,), (up,) = self.down.layers(), self.up.layers()
+        return FeatureGate(self.weigh(x, source), down.weight, up.weight)
 
 
 class SelfGates(nn.Module):
