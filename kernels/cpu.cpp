@@ -125,7 +125,7 @@ inline void grad_row(const Z* z, const Z* grad_y, int64_t columns, int64_t block
   if (activation == kSwiglu) {
     const int64_t half = columns / blocks / 2;
     for (int64_t block = 0; block < blocks; ++block) {
-      by_vecs(half, [&](int64_t i, int64_t count) {
+      by_vecs(half, [&](int64_t i, auto count) {
         const int64_t gate = block * 2 * half + i, up = gate + half;
         const Vec zg = load_first(z + gate, count), zu = load_first(z + up, count), g = load_first(grad_y + block * half + i, count);
         const Vec ug = affine(zg, gate, count), uu = affine(zu, up, count);
@@ -136,7 +136,7 @@ inline void grad_row(const Z* z, const Z* grad_y, int64_t columns, int64_t block
     return;
   }
   with_activation(activation, [&](auto A) {
-    by_vecs(columns, [&](int64_t i, int64_t count) {
+    by_vecs(columns, [&](int64_t i, auto count) {
       const Vec zi = load_first(z + i, count);
       use(i, count, load_first(grad_y + i, count) * slope<decltype(A)::value>(affine(zi, i, count)), zi);
     });
@@ -187,18 +187,22 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& z_, int64_t blocks, co
   return {y, mean, var};
 }
 
-// Backward of norm_act: gradients of z, bias, scale and shift. Sums are taken chunk by chunk and added in order.
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_y_, const Tensor& z_, int64_t blocks,
-                                                             const OptionalTensor& offsets, const OptionalTensor& bias,
-                                                             const OptionalTensor& scale, const OptionalTensor& shift,
-                                                             const Tensor& mean, const Tensor& var, bool training,
-                                                             double eps, int64_t activation) {
+// The gradient of z where it is left to whoever needs it: a·du + p·(z − mean) + q, du that of u = z·a + c.
+struct GradOfZ { std::vector<float> a, c, mean, p, q; };
+
+// Backward of norm_act: gradients of z, bias, scale and shift. Sums are taken chunk by chunk and added in order. With `later`, for the
+// rows of one segment, z's own gradient is left.
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_gradients(const Tensor& grad_y_, const Tensor& z_, int64_t blocks,
+                                                              const OptionalTensor& offsets, const OptionalTensor& bias,
+                                                              const OptionalTensor& scale, const OptionalTensor& shift,
+                                                              const Tensor& mean, const Tensor& var, bool training,
+                                                              double eps, int64_t activation, GradOfZ* later) {
   const Tensor z = z_.contiguous(), grad_y = grad_y_.to(z.scalar_type()).contiguous();
   const int64_t rows = z.size(0), columns = offsets.has_value() ? z.size(1) : z.size(1) * z.size(2);
   const Segments segments = segments_of(offsets, rows);
   const int64_t params = segments.count() * columns;
   auto fp32 = z.options().dtype(at::kFloat);
-  Tensor grad_z = at::empty_like(z);
+  Tensor grad_z = later ? at::empty({0}, z.options()) : at::empty_like(z);
   Tensor grad_shift = at::zeros({params}, fp32), grad_scale = at::zeros({scale.has_value() ? params : 0}, fp32);
   std::vector<float> a(params), c(params);
   const bool norm = scale.has_value();
@@ -228,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_
                      const Vec x = (zk - load_first(ms + k, count)) * load_first(rs + k, count);
                      store_first(load_first(sum_x + k, count) + du * x, sum_x + k, count);
                    }
-                   if (direct) store_first(du * load_first(as + k, count), out + r * columns + k, count);
+                   if (direct && !later) store_first(du * load_first(as + k, count), out + r * columns + k, count);
                  });
       }
     });
@@ -240,17 +244,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_
         if (norm) total_x[owner[i] * columns + k] += sum[columns + k];
       }
     }
-    if (direct) return;
     // Second pass: dz = a·(du − mean(du) − x̂·mean(du·x̂)); a segment that kept to its running moments: a·du.
-    segments.for_chunks(kChunk, columns, [&](int64_t, int64_t s, int64_t begin, int64_t end) {
-      std::vector<float> p(columns), q(columns);
+    auto pull = [&](int64_t s, std::vector<float>& p, std::vector<float>& q) {
       const int64_t n = segments.size(s);
       const float share = n < 2 ? 0.0f : 1.0f / n;
-      const float *as = a.data() + s * columns, *cs = c.data() + s * columns, *ms = m + s * columns, *rs = s1 + s * columns;
-      for (int64_t k = 0; k < columns; ++k) {
-        p[k] = -as[k] * total_x[s * columns + k] * share * rs[k];
-        q[k] = -as[k] * total[s * columns + k] * share;
+      for (int64_t k = 0, i = s * columns; k < columns; ++k, ++i) {
+        p[k] = -a[i] * total_x[i] * share * s1[i];
+        q[k] = -a[i] * total[i] * share;
       }
+    };
+    if (later) {
+      *later = {a, c, std::vector<float>(columns), std::vector<float>(columns), std::vector<float>(columns)};
+      if (direct) return;
+      later->mean.assign(m, m + columns);
+      return pull(0, later->p, later->q);
+    }
+    if (direct) return;
+    segments.for_chunks(kChunk, columns, [&](int64_t, int64_t s, int64_t begin, int64_t end) {
+      std::vector<float> p(columns), q(columns);
+      const float *as = a.data() + s * columns, *cs = c.data() + s * columns, *ms = m + s * columns;
+      pull(s, p, q);
       for (int64_t r = begin; r < end; ++r) {
         grad_row(zp + r * columns, gp + r * out_columns, columns, blocks, as, cs, activation,
                  [&](int64_t k, int64_t count, Vec du, Vec zk) {
@@ -261,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_
       }
     });
   });
-  if (rows && segments.rows() < rows) grad_z.slice(0, segments.rows()).zero_();
+  if (rows && segments.rows() < rows && !later) grad_z.slice(0, segments.rows()).zero_();
   // The bias: du itself without a norm; none in training, where the mean takes it away; a·du with running moments.
   Tensor grad_bias = at::zeros({bias.has_value() ? params : 0}, fp32);
   if (bias.has_value()) {
@@ -273,6 +286,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_
     }
   }
   return {grad_z, grad_bias, grad_scale, norm ? grad_shift : at::zeros({0}, fp32)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(const Tensor& grad_y, const Tensor& z, int64_t blocks,
+                                                             const OptionalTensor& offsets, const OptionalTensor& bias,
+                                                             const OptionalTensor& scale, const OptionalTensor& shift,
+                                                             const Tensor& mean, const Tensor& var, bool training,
+                                                             double eps, int64_t activation) {
+  return norm_act_gradients(grad_y, z, blocks, offsets, bias, scale, shift, mean, var, training, eps, activation, nullptr);
 }
 
 // a and c of every layer at inference, where the moments are the running ones.
@@ -845,7 +866,7 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_,
 
 // ---- experts behind their feature gates: cpu_gated.h -----------------------------------------------------------------------
 
-// y `[B, E, H]` = act(norm(W·g)); in training the product alone, whatever comes behind it.
+// At inference: y `[B, E, H]` = act(norm(W·g)).
 Tensor gated_forward(const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_, const Tensor& weight_,
                      at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
                      const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation) {
@@ -865,26 +886,55 @@ Tensor gated_forward(const Tensor& x_, const Tensor& logits_, const Tensor& down
   return y;
 }
 
-// Gradients of x, logits, down, up and weight.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(const Tensor& grad_z_, const Tensor& x_, const Tensor& logits_,
-                                                                  const Tensor& down_, const Tensor& up_, const Tensor& weight_,
-                                                                  at::IntArrayRef source, bool need_x) {
+// In training: y, z = W·g, and the moments that were used.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_act(const Tensor& x, const Tensor& logits, const Tensor& down, const Tensor& up,
+                                                          const Tensor& weight, at::IntArrayRef source, const OptionalTensor& bias,
+                                                          const OptionalTensor& scale, const OptionalTensor& shift,
+                                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                                          bool training, double eps, int64_t activation) {
+  const OptionalTensor none;
+  const Tensor z = gated_forward(x, logits, down, up, weight, source, none, none, none, none, none, 0.0, kNone);
+  const auto [y, mean, var] =
+      norm_act(z, weight.size(0), none, bias, scale, shift, running_mean, running_var, training, eps, activation);
+  return {y, z, mean, var};
+}
+
+// Gradients of x, logits, down, up, weight, bias, scale and shift. That of z is made where a block of rows needs it.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_norm_act_backward(
+    const Tensor& grad_y_, const Tensor& z, const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_,
+    const Tensor& weight_, at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+    const Tensor& mean, const Tensor& var, bool training, double eps, int64_t activation, bool need_x) {
   const Tensor x = x_.contiguous(), logits = logits_.to(at::kFloat).contiguous();
   const Tensor down = down_.contiguous(), up = up_.contiguous(), weight = weight_.contiguous();
-  const Tensor grad_z = grad_z_.to(weight.scalar_type()).contiguous();
+  const Tensor grad_y = grad_y_.to(z.scalar_type()).contiguous();
+  const int64_t experts = weight.size(0), columns = experts * weight.size(1);
+  const int64_t out_columns = activation == kSwiglu ? columns / 2 : columns;
+  GradOfZ of_z;
+  const auto [_, grad_bias, grad_scale, grad_shift] = norm_act_gradients(grad_y, z, experts, OptionalTensor(), bias, scale, shift, mean,
+                                                                         var, training, eps, activation, &of_z);
   Tensor grad_x = at::zeros(need_x ? x.sizes() : at::IntArrayRef{0}, x.options().dtype(at::kFloat));
   Tensor grad_logits = at::empty_like(logits);
-  if (!x.size(0)) return {grad_x.to(x.scalar_type()), grad_logits, at::zeros_like(down), at::zeros_like(up), at::zeros_like(weight)};
   Tensor grad_down = at::empty_like(down), grad_up = at::empty_like(up), grad_weight = at::empty_like(weight);
   with_types(x, weight, [&](auto from, auto to) {
     using X = decltype(from);
     using T = decltype(to);
     const GatedExperts<X, T> e(x, logits, down, up, weight, source, true);
-    const GatedBackward<X, T> backward{e, data<T>(grad_z), need_x ? grad_x.data_ptr<float>() : nullptr, grad_logits.data_ptr<float>(),
-                                       pack_over_units<T>(down, e.G * e.L), pack_over_units<T>(up, e.G * e.L),
-                                       pack_over_units<T>(weight, e.G)};
+    const T *zp = data<T>(z), *gp = data<T>(grad_y);
+    auto grad_z = [&](int64_t row, int64_t g, T* to) {
+      const int64_t at = g * e.U, of_y = at * out_columns / columns;
+      const float *a = of_z.a.data() + at, *m = of_z.mean.data() + at, *p = of_z.p.data() + at, *q = of_z.q.data() + at;
+      grad_row(zp + row * columns + at, gp + row * out_columns + of_y, e.U, experts / e.G, a, of_z.c.data() + at, activation,
+               [&](int64_t k, auto count, Vec du, Vec zk) {
+                 const Vec pull = (zk - load_first(m + k, count)) * load_first(p + k, count) + load_first(q + k, count);
+                 store_first(du * load_first(a + k, count) + pull, to + k, count);
+               });
+    };
+    const GatedBackward<X, T, decltype(grad_z)> backward{e, grad_z, need_x ? grad_x.data_ptr<float>() : nullptr,
+                                                         grad_logits.data_ptr<float>(), pack_over_units<T>(down, e.G * e.L),
+                                                         pack_over_units<T>(up, e.G * e.L), pack_over_units<T>(weight, e.G)};
     const int64_t parts = std::clamp<int64_t>(e.B / kGatedRows<T>, 1, at::get_num_threads());
-    const Tensor sums = at::empty({parts, e.G * backward.group_size()}, at::kFloat);
+    const std::vector<int64_t> size{parts, e.G * backward.group_size()};
+    const Tensor sums = e.B ? at::empty(size, at::kFloat) : at::zeros(size, at::kFloat);
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) backward.run(e.B * i / parts, e.B * (i + 1) / parts, sums.data_ptr<float>() + i * sums.size(1));
     });
@@ -903,7 +953,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_backward(const Tensor& 
     gather_outer(sums, of_up, e.D, e.R, data<T>(grad_up));
     gather_outer(sums, of_down, e.R, e.D, data<T>(grad_down));
   });
-  return {grad_x.to(x.scalar_type()), grad_logits, grad_down, grad_up, grad_weight};
+  return {grad_x.to(x.scalar_type()), grad_logits, grad_down, grad_up, grad_weight, grad_bias, grad_scale, grad_shift};
 }
 
 // ---- grouped products for training: slots sorted by expert --------------------------------------------------------------
@@ -1297,12 +1347,14 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("dense_forward(Tensor x, Tensor? gate, Tensor weight, int[] source, Tensor? bias, Tensor? scale, Tensor? shift, "
         "Tensor? mean, Tensor? var, float eps, int activation) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  const std::string gated = "(Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, int[] source, Tensor? bias, "
-                            "Tensor? scale, Tensor? shift, Tensor? mean, Tensor? var, float eps, int activation) -> Tensor";
-  m.def(("gated_linear" + gated).c_str());  // has gradients, where nothing follows the product
-  m.def(("gated_forward" + gated).c_str());
-  m.def("gated_backward(Tensor grad_z, Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, int[] source, "
-        "bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gated_forward(Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, int[] source, Tensor? bias, "
+        "Tensor? scale, Tensor? shift, Tensor? mean, Tensor? var, float eps, int activation) -> Tensor");
+  m.def("gated_norm_act(Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, int[] source, Tensor? bias, "
+        "Tensor? scale, Tensor? shift, Tensor? running_mean, Tensor? running_var, bool training, float eps, int activation) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gated_norm_act_backward(Tensor grad_y, Tensor z, Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, "
+        "int[] source, Tensor? bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor var, bool training, float eps, "
+        "int activation, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("sparse_forward(Tensor x, Tensor[] weights, Tensor?[] weight_scales, Tensor?[] biases, Tensor?[] scales, "
         "Tensor?[] shifts, Tensor?[] means, Tensor?[] vars, float[] eps, int[] activations, Tensor gate_weights, Tensor order, Tensor offsets, "
         "bool unit_norm) -> Tensor");
@@ -1345,9 +1397,9 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("expert_linear_backward", expert_linear_backward);
   m.impl("dense_forward", dense_forward);
   m.impl("linear", project);
-  m.impl("gated_linear", gated_forward);
   m.impl("gated_forward", gated_forward);
-  m.impl("gated_backward", gated_backward);
+  m.impl("gated_norm_act", gated_norm_act);
+  m.impl("gated_norm_act_backward", gated_norm_act_backward);
   m.impl("sparse_forward", sparse_forward);
   m.impl("grouped_linear", grouped_linear);
   m.impl("grouped_linear_backward", grouped_linear_backward);

@@ -131,8 +131,13 @@ def feature_gated_mlp(x: Tensor, layer: Layer, gate: FeatureGate, source: tuple[
     if invariant or not (_in_training((layer,)) or _needs_grad((layer,), x, *gate)):
         norm = (n.scale, n.shift, n.running_mean, n.running_var, n.eps)
         return ops.gated_forward(*given, layer.bias, *norm, ACTIVATIONS[layer.activation])
-    z = ops.gated_linear(*given, None, None, None, None, None, 0.0, ACTIVATIONS["none"])
-    return _finish(z, layer, None)
+    bias = None if layer.bias is None else layer.bias.float()
+    training = layer.norm is not None and layer.norm.training
+    norm = (n.scale, n.shift, n.running_mean, n.running_var, training, n.eps)
+    y, _, mean, var = ops.gated_norm_act(*given, bias, *norm, ACTIVATIONS[layer.activation])
+    if training:
+        _move_running(n, mean, var, bias, y.shape[0], None)
+    return F.dropout(y, layer.dropout) if layer.dropout else y
 
 
 def gate_mix(logits_bte: Tensor, experts_beh: Tensor, mask_te: Tensor | None, residual_bte: Tensor | None) -> Tensor:
@@ -416,28 +421,41 @@ def _register() -> None:
 
     gradient("recsys_moe::expert_linear", linear_gradient, setup_context=save_linear)
 
-    def gated_shape(x_bsd, logits, down, up, weight, source, bias, scale, shift, mean, var, eps, activation):  # type: ignore[no-untyped-def]
+    @fake("recsys_moe::gated_forward")
+    def _(x_bsd, logits, down, up, weight, source, bias, scale, shift, mean, var, eps, activation):  # type: ignore[no-untyped-def]
         width = weight.shape[1] // 2 if activation == ACTIVATIONS["swiglu"] else weight.shape[1]
         return weight.new_empty(x_bsd.shape[0], weight.shape[0], width)
 
-    fake("recsys_moe::gated_linear")(gated_shape)
-    fake("recsys_moe::gated_forward")(gated_shape)
+    @fake("recsys_moe::gated_norm_act")
+    def _(x, logits, down, up, weight, source, bias, scale, shift, running_mean, running_var, training, eps, activation):  # type: ignore[no-untyped-def]
+        width = weight.shape[1] // 2 if activation == ACTIVATIONS["swiglu"] else weight.shape[1]
+        y, z = (weight.new_empty(x.shape[0], weight.shape[0], size) for size in (width, weight.shape[1]))
+        moment = weight.new_empty(0 if scale is None else scale.numel(), dtype=torch.float32)
+        return y, z, moment, torch.empty_like(moment)
 
-    @fake("recsys_moe::gated_backward")
-    def _(grad_z, x_bsd, logits, down, up, weight, source, need_x):  # type: ignore[no-untyped-def]
-        grad_x = torch.empty_like(x_bsd) if need_x else x_bsd.new_empty(0)
-        return grad_x, *(torch.empty_like(t) for t in (logits, down, up, weight))
+    @fake("recsys_moe::gated_norm_act_backward")
+    def _(grad_y, z, x, logits, down, up, weight, source, bias, scale, shift, mean, var, training, eps, activation, need_x):  # type: ignore[no-untyped-def]
+        grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+        sizes = [0 if t is None else t.numel() for t in (bias, scale, scale)]
+        small = (z.new_empty(n, dtype=torch.float32) for n in sizes)
+        return grad_x, *(torch.empty_like(t) for t in (logits, down, up, weight)), *small
 
     def save_gated(ctx: Any, inputs: Any, output: Any) -> None:
-        *tensors, ctx.source = inputs[:6]
-        ctx.save_for_backward(*tensors)
+        *tensors, ctx.source, bias, scale, shift, _, _, ctx.training, ctx.eps, ctx.activation = inputs
+        _, z, mean, var = output
+        ctx.mark_non_differentiable(z, mean, var)
+        ctx.save_for_backward(z, *tensors, bias, scale, shift, mean, var)
 
-    def gated_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        need = ctx.needs_input_grad[0]
-        grad_x, *others = ops.gated_backward(grad, *ctx.saved_tensors, ctx.source, need)
-        return grad_x if need else None, *others, *[None] * 8
+    def gated_gradient(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
+        z, x, logits, down, up, weight, bias, scale, shift, mean, var = ctx.saved_tensors
+        need, norm = ctx.needs_input_grad[0], (bias, scale, shift)
+        grad_x, *others = ops.gated_norm_act_backward(
+            grad_y, z, x, logits, down, up, weight, ctx.source, *norm, mean, var, ctx.training, ctx.eps, ctx.activation, need
+        )
+        shaped = [None if t is None else g.view_as(t) for t, g in zip(norm, others[4:], strict=True)]
+        return grad_x if need else None, *others[:4], None, *shaped, *[None] * 5
 
-    gradient("recsys_moe::gated_linear", gated_gradient, setup_context=save_gated)
+    gradient("recsys_moe::gated_norm_act", gated_gradient, setup_context=save_gated)
 
     @fake("recsys_moe::dense_forward")
     def _(x, gate, weight, source, bias, scale, shift, mean, var, eps, activation):  # type: ignore[no-untyped-def]

@@ -177,10 +177,10 @@ void add_outer(const T* a, int64_t lda, int64_t m, const float* packed_b, int64_
 }
 
 // The gradients of x (fp32, added to), logits and, part of the rows by part, the weights.
-template <typename X, typename T>
+template <typename X, typename T, typename F>
 struct GatedBackward {
   const GatedExperts<X, T>& e;
-  const T* grad_z;  // [B, G, U]
+  const F& grad_z;  // grad_z(row, g, to): z's own, [U]
   float* grad_x;    // may be null
   float* grad_logits;
   const Tensor down, up, weight;  // packed over their units
@@ -200,7 +200,7 @@ struct GatedBackward {
         const bool add = begin > low;
         float* sum = sums + g * group_size();
         e.make(b, begin, rows, g, true);
-        for (int64_t r = 0; r < rows; ++r) convert(grad_z + ((begin + r) * e.G + g) * U, dz + r * e.ldu, U);
+        for (int64_t r = 0; r < rows; ++r) grad_z(begin + r, g, dz + r * e.ldu);
         zero_tail<T>(dz, e.ldu, rows, U);
         pack_block<T>(b.g, e.ldd, D, rows, packed);
         add_outer<T>(dz, e.ldu, U, packed, D, rows, add, transposed, sum);

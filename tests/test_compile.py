@@ -91,13 +91,14 @@ def test_operators_are_registered_soundly() -> None:
     ids, _ = route_topk(g(6, E), 2)
     order, offsets = sort_by_expert(ids, E)
     ops = torch.ops.recsys_moe
+    moments = (g(E, H, requires_grad=True), g(E, H, requires_grad=True), g(E, H), g(E, H).square())
     gated = (g(5, 1, D), g(5, 2, 2), g(4, 3, D), g(4, D, 3), g(E, H, D))
     for op, inputs in (
         (ops.gate_mix, (g(5, 2, E, requires_grad=True), g(5, E, H, requires_grad=True), None, None)),
         (ops.gate_mix, (g(5, 2, E, requires_grad=True), g(5, E, H, requires_grad=True), None, g(5, 2, E, requires_grad=True))),
         (ops.expert_linear, (g(5, 1, D, requires_grad=True), None, g(E, H, D, requires_grad=True), [0], None, 0)),
         (ops.expert_linear, (g(5, 1, D, requires_grad=True), None, g(E, H, D, requires_grad=True), [0], g(E, H), 5)),
-        (ops.gated_linear, (*(t.requires_grad_() for t in gated), [0, 0], *[None] * 5, 0.0, 0)),
+        (ops.gated_norm_act, (*(t.requires_grad_() for t in gated), [0, 0], None, *moments, True, 1e-5, 2)),
         (ops.gather_rows, (g(6, D, requires_grad=True), order, offsets)),
         (ops.grouped_linear, (g(12, D, requires_grad=True), g(E, H, D, requires_grad=True), offsets)),
         (ops.combine, (g(12, H, requires_grad=True), g(6, 2, requires_grad=True), order, offsets)),
