@@ -129,12 +129,12 @@ def feature_gated_mlp(x: Tensor, layer: Layer, gate: FeatureGate, source: tuple[
     x_bsd = x.unsqueeze(1) if x.dim() == 2 else x
     given = (x_bsd, *gate, layer.weight, source)
     if invariant or not (_in_training((layer,)) or _needs_grad((layer,), x, *gate)):
-        norm = (n.scale, n.shift, n.running_mean, n.running_var, n.eps)
-        return ops.gated_forward(*given, layer.bias, *norm, ACTIVATIONS[layer.activation])
+        norm = (n.scale, n.shift, n.running_mean, n.running_var)
+        return ops.gated_forward(*given, layer.bias, *norm, n.eps, ACTIVATIONS[layer.activation])
     bias = None if layer.bias is None else layer.bias.float()
     training = layer.norm is not None and layer.norm.training
-    norm = (n.scale, n.shift, n.running_mean, n.running_var, training, n.eps)
-    y, _, mean, var = ops.gated_norm_act(*given, bias, *norm, ACTIVATIONS[layer.activation])
+    norm = (n.scale, n.shift, n.running_mean, n.running_var)
+    y, _, mean, var = ops.gated_norm_act(*given, bias, *norm, training, n.eps, ACTIVATIONS[layer.activation])
     if training:
         _move_running(n, mean, var, bias, y.shape[0], None)
     return F.dropout(y, layer.dropout) if layer.dropout else y
