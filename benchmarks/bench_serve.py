@@ -109,11 +109,12 @@ async def stages(url: str, bodies: list[str], overload: bool) -> dict[str, dict[
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
 
-        async def ask(number: int, since: float | None = None) -> tuple[int, float]:
+        async def ask(number: int, since: float | None = None) -> tuple[int, float, float]:
+            """Status, seconds, and for how many more the server wants to be left alone."""
             started = time.perf_counter() if since is None else since
             async with session.post(url, data=bodies[number % len(bodies)], headers=form) as answer:
                 await answer.read()
-                return answer.status, time.perf_counter() - started
+                return answer.status, time.perf_counter() - started, float(answer.headers.get("Retry-After", 0))
 
         async def closed(clients: int, seconds: float) -> dict[str, float]:
             taken: list[float] = []
@@ -121,9 +122,10 @@ async def stages(url: str, bodies: list[str], overload: bool) -> dict[str, dict[
 
             async def one(offset: int) -> None:
                 while time.perf_counter() < end:
-                    status, each = await ask(offset + len(taken))
+                    status, each, pause = await ask(offset + len(taken))
                     if status == 200:
                         taken.append(each)
+                    await asyncio.sleep(pause)
 
             started = time.perf_counter()
             await asyncio.gather(*(one(37 * c) for c in range(clients)))
@@ -138,7 +140,7 @@ async def stages(url: str, bodies: list[str], overload: bool) -> dict[str, dict[
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 tasks.append(asyncio.create_task(ask(number, due)))
             done = await asyncio.gather(*tasks)
-            good, refused = ([each for status, each in done if status == wanted] for wanted in (200, 429))
+            good, refused = ([each for status, each, _ in done if status == wanted] for wanted in (200, 429))
             told = {"rate": rate, "accepted": len(good), "refused": len(refused), "other": len(done) - len(good) - len(refused)}
             return told | _told(good) | {"refused_p99_ms": _told(refused)["p99_ms"]}
 
