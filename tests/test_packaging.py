@@ -46,6 +46,14 @@ def test_transformers_imports_beside_the_checkout() -> None:
     assert done.stdout.strip() == "ok", done.stderr
 
 
+def test_the_module_leaves_the_checkout_out_of_the_path() -> None:
+    # `bench` loads transformers, which would meet the bare name there.
+    see = "import runpy, sys; sys.path.insert(0, {!r}); sys.argv = ['recsys_moe', '--help']\n"
+    see += "try: runpy.run_module('recsys_moe', run_name='__main__')\nexcept SystemExit: import transformers.activations"
+    done = run(sys.executable, "-c", see.format(str(ROOT)), cwd=ROOT, PYTHONSAFEPATH="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_tests_are_flat() -> None:
     # tests/kernels/__init__.py would become a top-level `kernels`.
     assert not [p for p in (ROOT / "tests").rglob("*.py") if p.parent != ROOT / "tests"]
