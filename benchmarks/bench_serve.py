@@ -4,11 +4,12 @@ HoME with 6 tasks, 40 features whose inputs are 512 numbers (a table of a millio
 candidates by id. The predictor in process, from ids to scores, takes turns of ten calls with the peer's network alone
 (experts_peers.py, eager and compiled, fp32 and bf16). The service runs as `recsys-moe serve` does, on one core with all of
 Ray's processes, by direct ingress (one hop); the client on the other: closed loops of 1, 8 and 32, then an open loop of four
-times what was the most. `mlflow models serve` takes its turn on the same core, with the same bundle; it looks nothing up by id:
-its 200 rows bring their features.
+times what was the most. What surrounds the predictor is a request's time at the client less the two steps that the answer says
+the predictor took. `mlflow models serve` takes its turns on the same core: with the same bundle, whose 200 rows bring their
+features since it looks nothing up by id, and with the peer's network in plain modules (modules_by_mlflow.py).
 
-Parts by themselves: FOLDER make, predictor, serve PORT, client URL, mlflow PORT, mlflow-client URL. Seconds of each closed loop
-and of the overload: SECONDS_CLOSED (6), SECONDS_OVERLOAD (60).
+Parts by themselves: FOLDER make, predictor, serve PORT, client URL, mlflow PORT bundle|modules, mlflow-client URL
+bundle|modules. Seconds of each closed loop and of the overload: SECONDS_CLOSED (6), SECONDS_OVERLOAD (60).
 """
 
 import asyncio
@@ -109,28 +110,32 @@ async def stages(url: str, bodies: list[str], overload: bool) -> dict[str, dict[
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
 
-        async def ask(number: int, since: float | None = None) -> tuple[int, float, float]:
-            """Status, seconds, and for how many more the server wants to be left alone."""
+        async def ask(number: int, since: float | None = None) -> tuple[int, float, float, bytes]:
+            """Status, seconds, for how many more the server wants to be left alone, and what it said."""
             started = time.perf_counter() if since is None else since
             async with session.post(url, data=bodies[number % len(bodies)], headers=form) as answer:
-                await answer.read()
-                return answer.status, time.perf_counter() - started, float(answer.headers.get("Retry-After", 0))
+                said = await answer.read()
+                return answer.status, time.perf_counter() - started, float(answer.headers.get("Retry-After", 0)), said
 
         async def closed(clients: int, seconds: float) -> dict[str, float]:
             taken: list[float] = []
+            around: list[float] = []
             end = time.perf_counter() + seconds
 
             async def one(offset: int) -> None:
                 while time.perf_counter() < end:
-                    status, each, pause = await ask(offset + len(taken))
+                    status, each, pause, said = await ask(offset + len(taken))
                     if status == 200:
                         taken.append(each)
+                        if ms := json.loads(said).get("timings_ms"):
+                            around.append(each - (ms["features"] + ms["score"]) / 1000)
                     await asyncio.sleep(pause)
 
             started = time.perf_counter()
             await asyncio.gather(*(one(37 * c) for c in range(clients)))
             rate = len(taken) * CANDIDATES / (time.perf_counter() - started)
-            return {"clients": clients, **_told(taken), "candidates_per_s": round(rate)}
+            told = {"clients": clients, **_told(taken), "candidates_per_s": round(rate)}
+            return told | ({"around_predictor_p50_ms": _told(around)["p50_ms"]} if around else {})
 
         async def opened(rate: float, seconds: float) -> dict[str, float]:
             """`rate` requests a second, whether the answers come or not; times count from when a request was due."""
@@ -140,7 +145,7 @@ async def stages(url: str, bodies: list[str], overload: bool) -> dict[str, dict[
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 tasks.append(asyncio.create_task(ask(number, due)))
             done = await asyncio.gather(*tasks)
-            good, refused = ([each for status, each, _ in done if status == wanted] for wanted in (200, 429))
+            good, refused = ([each for status, each, *_ in done if status == wanted] for wanted in (200, 429))
             told = {"rate": rate, "accepted": len(good), "refused": len(refused), "other": len(done) - len(good) - len(refused)}
             return told | _told(good) | {"refused_p99_ms": _told(refused)["p99_ms"]}
 
@@ -171,10 +176,15 @@ def request(seed: int) -> str:
     return json.dumps({"user": user, "candidates": {"ids": g.integers(0, ITEMS, CANDIDATES).tolist()}})
 
 
-def plain_request(seed: int) -> str:
-    """The rows of a request, whole, as MLflow's scoring server takes them."""
-    table = rows(CANDIDATES, seed)
-    columns = {name: table[name].to_pylist() for name in table.column_names}
+def plain_request(seed: int, kind: str) -> str:
+    """The rows of a request, whole, as MLflow's scoring server takes them: a bundle's, or a network's of plain modules."""
+    if kind == "bundle":
+        table = rows(CANDIDATES, seed)
+        columns = {name: table[name].to_pylist() for name in table.column_names}
+    else:
+        g = np.random.default_rng(seed)
+        columns = {f"id_{i}": g.integers(0, 1000, CANDIDATES).tolist() for i in range(15)}
+        columns |= {f"x_{i}": g.normal(size=CANDIDATES).tolist() for i in range(32)}
     return json.dumps({"dataframe_split": {"columns": list(columns), "data": list(zip(*columns.values(), strict=True))}})
 
 
@@ -223,14 +233,16 @@ def served(folder: Path, port: int) -> None:
     serve_forever(folder / "bf16", config, lambda url: print(url, flush=True))
 
 
-def served_by_mlflow(folder: Path, port: int) -> None:
-    """MLflow's scoring server with the same bundle, in this process's core; does not return."""
+def served_by_mlflow(folder: Path, port: int, kind: str) -> None:
+    """MLflow's scoring server with the same bundle or with plain modules, in this process's core; does not return."""
     import mlflow
 
-    if not (folder / "mlflow").exists():
-        code, bundle = Path(__file__).with_name("served_by_mlflow.py"), {"bundle": str(folder / "bf16")}
-        mlflow.pyfunc.save_model(folder / "mlflow", python_model=str(code), artifacts=bundle, pip_requirements=[])
-    command = ["mlflow", "models", "serve", "--model-uri", str(folder / "mlflow"), "--env-manager", "local"]
+    model = folder / f"mlflow-{kind}"
+    if not model.exists():
+        code = Path(__file__).with_name(f"{kind}_by_mlflow.py")
+        artifacts = {"bundle": str(folder / "bf16")} if kind == "bundle" else {"peers": str(peers())}
+        mlflow.pyfunc.save_model(model, python_model=str(code), artifacts=artifacts, pip_requirements=[])
+    command = ["mlflow", "models", "serve", "--model-uri", str(model), "--env-manager", "local"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # MLflow looks for uvicorn there
     os.execve(sys.executable, [sys.executable, "-m", *command], os.environ | {"PATH": path})
@@ -242,13 +254,14 @@ def main(folder: Path, part: str) -> None:
             make_bundle(folder / precision, precision)
         make_items(folder / "items.arrow")
     elif part == "predictor":
-        print(json.dumps(in_process(folder, Path(os.environ.get("RECSYS_MOE_PEERS", "../shared/bench")), 10)))
+        print(json.dumps(in_process(folder, peers(), 10)))
     elif part == "client":
         print(json.dumps(asyncio.run(stages(sys.argv[3], [request(seed) for seed in range(200)], overload=True))))
     elif part == "mlflow":
-        served_by_mlflow(folder, int(sys.argv[3]))
+        served_by_mlflow(folder, int(sys.argv[3]), sys.argv[4])
     elif part == "mlflow-client":
-        print(json.dumps(asyncio.run(stages(sys.argv[3], [plain_request(seed) for seed in range(20)], overload=False))))
+        bodies = [plain_request(seed, sys.argv[4]) for seed in range(20)]
+        print(json.dumps(asyncio.run(stages(sys.argv[3], bodies, overload=False))))
     elif part == "serve":
         served(folder, int(sys.argv[3]))
     else:
@@ -282,9 +295,14 @@ def run_all(folder: Path) -> None:
         before = replica_mb()
         print("served:", told(1, "client", f"{url}/v1/rank"))
         print(f"replica's resident memory, MB: {before} before, {replica_mb()} after")
-    with server("mlflow", "18701"):
-        wait_for("http://127.0.0.1:18701/ping")
-        print("mlflow models serve:", told(1, "mlflow-client", "http://127.0.0.1:18701/invocations"))
+    for kind in ("bundle", "modules"):
+        with server("mlflow", "18701", kind):
+            wait_for("http://127.0.0.1:18701/ping")
+            print(f"mlflow models serve, {kind}:", told(1, "mlflow-client", "http://127.0.0.1:18701/invocations", kind))
+
+
+def peers() -> Path:
+    return Path(os.environ.get("RECSYS_MOE_PEERS", "../shared/bench"))
 
 
 def wait_for(url: str) -> None:
