@@ -476,10 +476,12 @@ def paged_attention(
 
 
 def fused_layers(device: torch.device) -> Any:
-    """The backend that takes half a decoder's layer in one call (`grouped_attention`, `latent_attention`, `routed_experts`:
-    recsys_moe.llm.layers says what they compute), or None: `auto` chose one that does not."""
+    """An empty chain of halves of a decoder's layers (recsys_moe.llm.layers says what they compute) that run in one call.
+
+    None where the backend that `auto` chooses has none.
+    """
     run = implementation("auto", device)
-    return run if hasattr(run, "grouped_attention") else None
+    return run.FusedLayers() if hasattr(run, "FusedLayers") else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend = "auto") -> Tensor:

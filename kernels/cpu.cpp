@@ -1372,15 +1372,6 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("sort_by_expert(Tensor ids, int experts) -> (Tensor, Tensor)");
   m.def("paged_attention(Tensor q, Tensor kv, Tensor turn, bool interleaved, Tensor(a!) cache, Tensor starts, Tensor lengths, "
         "Tensor blocks, int kv_heads, int value_at, int value_dim, float scale, int window) -> Tensor");
-  m.def("grouped_attention(Tensor x, Tensor norm, float eps, Tensor qkv, Tensor? qkv_bias, Tensor? q_norm, Tensor? k_norm, "
-        "float qk_eps, float? clip, Tensor out, Tensor? out_bias, int heads, int kv_heads, float scale, int window, Tensor turn, "
-        "bool interleaved, Tensor(a!) cache, Tensor starts, Tensor lengths, Tensor blocks) -> Tensor");
-  m.def("latent_attention(Tensor x, Tensor norm, float eps, Tensor down, Tensor? q_norm, Tensor? q_up, Tensor latent_norm, "
-        "float latent_eps, Tensor w_uk, Tensor w_uv, Tensor out, float scale, Tensor turn, bool interleaved, Tensor(a!) cache, "
-        "Tensor starts, Tensor lengths, Tensor blocks) -> Tensor");
-  m.def("routed_experts(Tensor x, Tensor norm, float eps, Tensor router, Tensor? bias, int k, int scoring, bool renormalize, "
-        "Tensor? correction, float scale, Tensor[] weights, Tensor?[] weight_scales, int shared) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("route(Tensor x, Tensor weight, Tensor? bias, int experts, int k, int scoring, bool renormalize, Tensor? correction, "
         "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
@@ -1388,6 +1379,13 @@ TORCH_LIBRARY(recsys_moe, m) {
   m.def("embedding_bags(Tensor weights, Tensor starts, Tensor ids, Tensor offsets, int width, bool mean) -> Tensor");
   m.def("embedding_adagrad(Tensor(a!) weights, Tensor(b!) squares, Tensor starts, Tensor ids, Tensor offsets, Tensor grad, "
         "int width, bool mean, float rate, float eps) -> ()");
+  m.class_<FusedLayers>("FusedLayers")
+      .def(torch::init<>())
+      .def("run", &FusedLayers::run)
+      .def("grouped_attention", &FusedLayers::grouped_attention)
+      .def("latent_attention", &FusedLayers::latent_attention)
+      .def("dense_expert", &FusedLayers::dense_expert)
+      .def("routed_experts", &FusedLayers::routed_experts);
 }
 
 TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
@@ -1412,10 +1410,7 @@ TORCH_LIBRARY_IMPL(recsys_moe, CPU, m) {
   m.impl("route_topk", route_topk);
   m.impl("sort_by_expert", sort_by_expert);
   m.impl("paged_attention", paged_attention);
-  m.impl("grouped_attention", grouped_attention);
-  m.impl("latent_attention", latent_attention);
   m.impl("route", route);
-  m.impl("routed_experts", routed_experts);
   m.impl("rms_norm", rms_norm);
   m.impl("rotary", rotary);
   m.impl("embedding_bags", embedding_bags);

@@ -233,32 +233,20 @@ def paged_attention(
 # Half a decoder's layer in one call each, which this backend alone has; the modules of recsys_moe.llm are their reference.
 
 
-def grouped_attention(*given: Any) -> Tensor:
-    return torch.ops.recsys_moe.grouped_attention(*given)
+class FusedLayers:
+    """Halves of a decoder's layers, bound to their weights and caches: those that were added run in turn, in one call."""
 
+    def __init__(self) -> None:
+        self._halves = torch.classes.recsys_moe.FusedLayers()
+        self.grouped_attention = self._halves.grouped_attention
+        self.latent_attention = self._halves.latent_attention
+        self.dense_expert = self._halves.dense_expert
+        self.run = self._halves.run
 
-def latent_attention(*given: Any) -> Tensor:
-    return torch.ops.recsys_moe.latent_attention(*given)
-
-
-def routed_experts(
-    x_nd: Tensor,
-    norm_d: Tensor,
-    eps: float,
-    weight_ed: Tensor,
-    bias_e: Tensor | None,
-    k: int,
-    scoring: Scoring,
-    renormalize: bool,
-    correction_e: Tensor | None,
-    scale: float,
-    layers: tuple[Layer, ...],
-    shared: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.recsys_moe.routed_experts(
-        *(x_nd, norm_d, eps, weight_ed, bias_e, k, SCORINGS[scoring], renormalize, correction_e, scale),
-        *([layer.weight for layer in layers], [layer.weight_scale for layer in layers], shared),
-    )
+    def routed_experts(self, norm: Tensor, eps: float, gate: tuple[Any, ...], layers: tuple[Layer, ...], shared: int) -> None:
+        weight, bias, k, scoring, *rest = gate
+        weights, scales = [layer.weight for layer in layers], [layer.weight_scale for layer in layers]
+        self._halves.routed_experts(norm, eps, weight, bias, k, SCORINGS[scoring], *rest, weights, scales, shared)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -521,19 +509,6 @@ def _register() -> None:
     @fake("recsys_moe::paged_attention")
     def _(q, kv, turn, interleaved, cache, starts, lengths, blocks, kv_heads, value_at, value_dim, scale, window):  # type: ignore[no-untyped-def]
         return q.new_empty(*q.shape[:2], value_dim)
-
-    @fake("recsys_moe::grouped_attention")
-    def _(x, *given):  # type: ignore[no-untyped-def]
-        return torch.empty_like(x)
-
-    @fake("recsys_moe::latent_attention")
-    def _(x, *given):  # type: ignore[no-untyped-def]
-        return torch.empty_like(x)
-
-    @fake("recsys_moe::routed_experts")
-    def _(x, norm, eps, router, bias, k, scoring, renormalize, correction, scale, weights, weight_scales, shared):  # type: ignore[no-untyped-def]
-        experts = router.shape[0]
-        return torch.empty_like(x), *ops.route(x, router, bias, experts, k, scoring, renormalize, correction, scale)
 
     @fake("recsys_moe::route")
     def _(x, weight, bias, experts, k, scoring, renormalize, correction, scale):  # type: ignore[no-untyped-def]

@@ -74,9 +74,11 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
     assert line, process.stderr.read()
     told = json.loads(line)
     assert told["url"].startswith("http://127.0.0.1:")
-    yield told["url"]
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    try:
+        yield told["url"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in err) == (0, False), err
     deadline = time.monotonic() + 60
     while processes_of(MARKER) and time.monotonic() < deadline:

@@ -169,7 +169,7 @@ def greedy(model: Decoder, prompt: Tensor, steps: int) -> tuple[list[int], Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_half_a_layer_in_one_call_gives_the_bits_of_its_operations(
+def test_layers_in_one_call_give_the_bits_of_its_operations(
     dtype: torch.dtype, peer: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, prompt = load(peer[1], dtype), torch.arange(PROMPT) % SMALL["vocab_size"]

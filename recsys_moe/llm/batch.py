@@ -3,8 +3,8 @@
 Shapes: N new tokens of R sequences, one sequence after the other; K of them need logits; M blocks at most a sequence.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,9 +60,13 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
-    """For each layer a tensor `[num_blocks, BLOCK, width]`: what the layer keeps of a token, `width` values."""
+    """For each layer a tensor `[num_blocks, BLOCK, width]`: what the layer keeps of a token, `width` values.
+
+    `bound` is the model's own: what it has bound to these tensors.
+    """
 
     layers: list[Tensor]
+    bound: list[Any] = field(default_factory=list)
 
     @staticmethod
     def allocate(model: LanguageModel, num_blocks: int) -> "KVCache":

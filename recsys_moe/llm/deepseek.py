@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from recsys_moe.kernels import Layer, expert_mlp
 from recsys_moe.llm.layers import (
-    CachedStep,
     Decoder,
     DecoderConfig,
     GroupedAttention,
@@ -145,16 +144,13 @@ class LatentAttention(nn.Module):
         out: Tensor = self.out(expert_mlp(y, Layer(self.w_uv.to(x_nd.dtype)), invariant=inference(self)).flatten(1))
         return out
 
-    def fused(self, x_nd: Tensor, norm: RMSNorm, step: CachedStep, layer: int) -> Tensor:
-        """x + attention(norm(x)) in one call: the same operations, the same bits."""
+    def bind(self, fused: Any, norm: RMSNorm, cache: Tensor) -> None:
+        """Add x + attention(norm(x)) to the layers that run in one call: the same operations, the same bits."""
         own = (None, None) if self.q_norm is None or self.q_up is None else (self.q_norm.weight, self.q_up.weight)
-        latent_norm = self.latent_norm
-        y: Tensor = step.fused.latent_attention(
-            *(x_nd, norm.weight, norm.eps, self.down.weight, *own, latent_norm.weight, latent_norm.eps),
+        fused.latent_attention(
+            *(cache, norm.weight, norm.eps, self.down.weight, *own, self.latent_norm.weight, self.latent_norm.eps),
             *(self.w_uk, self.w_uv, self.out.weight, self.cached.scale),
-            *step.where(layer),
         )
-        return y
 
     def tensors(self) -> Tensors:
         shape = (self.heads * (self.nope + self.value), self.latent)

@@ -9,6 +9,7 @@ holds that tensor. Reading a checkpoint fills the views, writing one saves them.
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -218,18 +219,11 @@ class Turn(NamedTuple):
 
 
 class CachedStep(NamedTuple):
-    """What the layers share in one step of inference: the batch, its rotation, the cache, and the backend if it has operators
-    that take half a layer in one call."""
+    """What the layers share in one step of inference: the batch, its rotation, the cache."""
 
     batch: TokenBatch
     turn: Turn
     layers: list[Tensor]
-    fused: Any
-
-    def where(self, layer: int) -> tuple[Any, ...]:
-        """How such an operator is told of this step."""
-        b = self.batch
-        return *self.turn, self.layers[layer], b.starts, b.lengths, b.blocks
 
     @property
     def tokens(self) -> Tensor:
@@ -261,7 +255,6 @@ class WholeStep(NamedTuple):
     sequences: int
     tokens: Tensor
     turn: Turn
-    fused: None = None
 
     def attend(self, layer: int, q_nhd: Tensor, kv_nw: Tensor, heads: "Heads") -> Tensor:
         """Rotation, and causal attention within each sequence: `[N, H, value_dim]`."""
@@ -348,17 +341,14 @@ class GroupedAttention(nn.Module):
         out: Tensor = self.out(y.flatten(1))
         return out
 
-    def fused(self, x_nd: Tensor, norm: RMSNorm, step: CachedStep, layer: int) -> Tensor:
-        """x + attention(norm(x)) in one call: the same operations, the same bits."""
-        q_norm, k_norm, qkv, out = self.q_norm, self.k_norm, self.qkv, self.out
+    def bind(self, fused: Any, norm: RMSNorm, cache: Tensor) -> None:
+        """Add x + attention(norm(x)) to the layers that run in one call: the same operations, the same bits."""
+        q_norm, k_norm, qkv, out, h = self.q_norm, self.k_norm, self.qkv, self.out, self.cached
         normed = (None, None, 0.0) if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight, q_norm.eps)
-        h = self.cached
-        y: Tensor = step.fused.grouped_attention(
-            *(x_nd, norm.weight, norm.eps, qkv.weight, qkv.bias, *normed, self.clip, out.weight, out.bias),
+        fused.grouped_attention(
+            *(cache, norm.weight, norm.eps, qkv.weight, qkv.bias, *normed, self.clip, out.weight, out.bias),
             *(self.heads, h.kv_heads, h.scale, h.window or 0),
-            *step.where(layer),
         )
-        return y
 
     def tensors(self) -> Tensors:
         q, k, v = self.sizes
@@ -423,33 +413,47 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention: Any = attention
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.ffn = ffn
+        self.ffn: Any = ffn
         self.by_token = getattr(ffn, "by_token", False)
-        router = getattr(ffn, "router", None)
-        self.routed = hasattr(ffn, "num_shared") and isinstance(router, TopKRouter) and router.num_groups == 1
 
     def forward(self, x_nd: Tensor, step: Step, layer: int) -> Tensor:
-        if step.fused is not None:
-            x_nd = self.attention.fused(x_nd, self.attention_norm, step, layer)
-        else:
-            x_nd = x_nd + self.attention(self.attention_norm(x_nd), step, layer)
-        if step.fused is not None and self.routed:
-            return self._fused_ffn(x_nd, step.fused)
+        return self.feed(x_nd + self.attention(self.attention_norm(x_nd), step, layer), step)
+
+    def feed(self, x_nd: Tensor, step: Step) -> Tensor:
+        """The second half."""
         normed_nd = self.ffn_norm(x_nd)
         out: Tensor = x_nd + (self.ffn(normed_nd, step.tokens) if self.by_token else self.ffn(normed_nd))
         return out
 
-    def _fused_ffn(self, x_nd: Tensor, fused: Any) -> Tensor:
-        """x + ffn(norm(x)) in one call: the same operations, the same bits. The router's watchers are told as by its call."""
-        ffn: Any = self.ffn
-        router, norm = ffn.router, self.ffn_norm
-        y, ids, weights, order, offsets, logits = fused.routed_experts(
-            *(x_nd, norm.weight, norm.eps, router.linear.weight, router.linear.bias, router.k, router.scoring),
-            *(router.renormalize, router.correction_bias, router.scale, ffn.experts.layers(), ffn.num_shared),
-        )
-        for hook in router._forward_hooks.values():
-            hook(router, (x_nd,), SparsePlan(ids, ids, weights, order, offsets, logits, router.plan_scoring))
-        out: Tensor = y
+    def bind(self, chain: "Chain", cache: Tensor) -> bool:
+        """Add this layer to those that run in one call: the same operations, the same bits. False: without its second half."""
+        self.attention.bind(chain.fused, self.attention_norm, cache)
+        norm, ffn = self.ffn_norm, self.ffn
+        if isinstance(ffn, Mlp):
+            up, down = ffn.expert.layers()
+            chain.fused.dense_expert(norm.weight, norm.eps, up.weight, up.bias, down.weight, down.bias)
+            return True
+        if not (hasattr(ffn, "num_shared") and isinstance(r := ffn.router, TopKRouter) and r.num_groups == 1):
+            return False
+        gate = (r.linear.weight, r.linear.bias, r.k, r.scoring, r.renormalize, r.correction_bias, r.scale)
+        chain.fused.routed_experts(norm.weight, norm.eps, gate, ffn.experts.layers(), ffn.num_shared)
+        chain.routers.append(r)
+        return True
+
+
+class Chain:
+    """Layers, or halves of them, that the backend runs in one call; and the routers among them, whose watchers are told."""
+
+    def __init__(self, fused: Any) -> None:
+        self.fused, self.routers = fused, list[TopKRouter]()
+
+    def __call__(self, x_nd: Tensor, step: CachedStep) -> Tensor:
+        b = step.batch
+        out: Tensor
+        out, plans = self.fused.run(x_nd, *step.turn, b.starts, b.lengths, b.blocks)
+        for router, at in zip(self.routers, range(0, len(plans), 5), strict=True):
+            ids, weights, order, offsets, logits = plans[at : at + 5]
+            router(x_nd, SparsePlan(ids, ids, weights, order, offsets, logits, router.plan_scoring))
         return out
 
 
@@ -493,23 +497,38 @@ class Decoder(nn.Module):
     @torch.inference_mode()  # not no_grad alone: an operator's gradient then costs nothing either
     def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
         """Logits of `batch.outputs`, fp32 `[K, vocabulary]`; the new tokens' keys and values go into the cache."""
-        as_stored = self.embedding.dtype == self.config.dtype  # what is trained keeps fp32 weights beside bf16 products
-        step = CachedStep(
-            batch, self.rotary(batch.positions), cache.layers, fused_layers(self.embedding.device) if as_stored else None
-        )
-        return self._logits(self._run(step)[batch.outputs])
+        if not cache.bound:
+            cache.bound.extend(self._bind(cache))
+        step = CachedStep(batch, self.rotary(batch.positions), cache.layers)
+        x_nd = self._embed(batch.tokens)
+        for run in cache.bound:
+            x_nd = run(x_nd, step)
+        return self._logits(x_nd[batch.outputs])
+
+    def _bind(self, cache: KVCache) -> list[Callable[[Tensor, CachedStep], Tensor]]:
+        """The layers as they run in turn: in one call as many as the backend can."""
+        # What is trained keeps fp32 weights beside bf16 products.
+        fused = fused_layers(self.embedding.device) if self.embedding.dtype == self.config.dtype else None
+        if fused is None:
+            return [partial(block, layer=number) for number, block in enumerate(self.blocks)]
+        runs: list[Any] = [Chain(fused)]
+        block: Any
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            if not block.bind(runs[-1], layer):
+                runs += [block.feed, Chain(fused_layers(self.embedding.device))]
+        return runs
 
     def score(self, tokens_bt: Tensor) -> Tensor:
         """Logits of whole sequences of one length, fp32 `[B, T, vocabulary]`, with gradients and without a cache: training."""
         rows, length = tokens_bt.shape
         step = WholeStep(rows, tokens_bt.flatten(), self.rotary(torch.arange(length).repeat(rows)))
-        return self._logits(self._run(step)).view(rows, length, -1)
-
-    def _run(self, step: Step) -> Tensor:
-        x_nd = F.embedding(step.tokens, self.embedding).to(self.config.dtype)
+        x_nd = self._embed(step.tokens)
         for number, block in enumerate(self.blocks):
             x_nd = block(x_nd, step, number)
-        return x_nd
+        return self._logits(x_nd).view(rows, length, -1)
+
+    def _embed(self, tokens_n: Tensor) -> Tensor:
+        return F.embedding(tokens_n, self.embedding).to(self.config.dtype)
 
     def _logits(self, x_nd: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(x_nd))

@@ -36,6 +36,9 @@ class ExpertLoad:
 
     def _counter(self, name: str) -> Any:
         def count(router: nn.Module, inputs: tuple[Any, ...], plan: SparsePlan) -> None:
-            self._recent[name] = self._recent[name] + plan.offsets if name in self._recent else plan.offsets
+            if name in self._recent:
+                self._recent[name] += plan.offsets
+            else:
+                self._recent[name] = plan.offsets.clone()
 
         return count
