@@ -337,39 +337,34 @@ struct Piece { int64_t expert; const T* A; int64_t rows, stride; Y* y; int64_t l
 // a panel empty. AMX tiles have an order of their own.
 constexpr int64_t kDenseLanes = 1024, kSparseLanes = 512, kFewUnits = 16;
 
-// A layer's outputs dealt to the threads in equal shares of multiply-adds, cut at multiples of `step`: run(piece, begin, end).
-template <typename T, typename Y, typename F>
-void deal_outputs(const std::vector<Piece<T, Y>>& pieces, int64_t outputs, int64_t each, int64_t step, F&& run_piece) {
+// A layer's outputs dealt to the threads in equal shares of cost(piece), cut at multiples of `step`: run(piece, begin, end, after) where
+// the thread goes on to piece `after` (−1: to none).
+template <typename T, typename Y, typename C, typename F>
+void deal_outputs(const std::vector<Piece<T, Y>>& pieces, int64_t outputs, int64_t each, int64_t step, C&& cost, F&& run_piece) {
   const int64_t total = outputs * static_cast<int64_t>(pieces.size());
   int64_t work = 0;
-  for (const auto& p : pieces) work += (p.rows + 3) * each;
+  double all = 0;
+  for (const auto& p : pieces) work += (p.rows + 3) * each, all += cost(p);
   auto run = [&](int64_t from, int64_t to) {
     while (from < to) {
-      const int64_t begin = from % outputs, end = std::min(outputs, begin + to - from);
-      run_piece(from / outputs, begin, end);
+      const int64_t i = from / outputs, begin = from % outputs, end = std::min(outputs, begin + to - from);
       from += end - begin;
+      run_piece(i, begin, end, from < to ? i + 1 : -1);
     }
   };
   const int64_t threads = work < 200000 ? 1 : at::get_num_threads();
-  if (threads == 1) return run(0, total);
-  // Cut points where the weighted work is even; 4 cuts a thread even out what the count of rows hides.
   std::vector<int64_t> cuts{0};
-  const int64_t shares = threads * 4;
   double done = 0;
-  int64_t share = 1;
   for (size_t i = 0; i < pieces.size(); ++i) {
-    const double cost = (pieces[i].rows + 3.0) * each;
-    while (share < shares && done + cost >= double(work) * share / shares) {
-      const double within = (double(work) * share / shares - done) / cost;
+    const double here = cost(pieces[i]);
+    while (static_cast<int64_t>(cuts.size()) < threads && done + here >= all * cuts.size() / threads) {
+      const double within = (all * cuts.size() / threads - done) / here;
       cuts.push_back(i * outputs + std::min<int64_t>(outputs, static_cast<int64_t>(within * outputs) / step * step));
-      ++share;
     }
-    done += cost;
+    done += here;
   }
   cuts.push_back(total);
-  at::parallel_for(0, cuts.size() - 1, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) run(cuts[i], cuts[i + 1]);
-  });
+  at::parallel_for(0, cuts.size() - 1, 1, [&](int64_t from, int64_t to) { run(cuts[from], cuts[to]); });
 }
 
 // A layer lane by lane. `scale`: of int8 weights.
@@ -378,7 +373,8 @@ void lanes_layer_all(const std::vector<Piece<T, Y>>& pieces, const Tensor& weigh
                      const float* scale) {
   const int64_t units = weight.size(1), depth = weight.size(2);
   const bool pairs = activation == kSwiglu;
-  deal_outputs(pieces, pairs ? units / 2 : units, units * depth, kLaneUnits, [&](int64_t i, int64_t begin, int64_t end) {
+  auto cost = [](const auto& p) { return p.rows + 3; };
+  deal_outputs(pieces, pairs ? units / 2 : units, units * depth, kLaneUnits, cost, [&](int64_t i, int64_t begin, int64_t end, int64_t) {
     const auto& p = pieces[i];
     for_weights<T>(weight, scale, f, pairs, p.expert, begin, end, [&](const Weights<T>& w) {
       lanes_layer(p.A, p.stride, p.rows, w.rows, w.units, depth, w.begin, w.end, w.a, w.c, activation, p.y + w.at, p.ldy);
@@ -406,11 +402,15 @@ void tiles_layer_all(const std::vector<Piece<bf16, Y>>& pieces, const Tensor& we
   at::parallel_for(0, batch.size(), grain(size), [&](int64_t from, int64_t end) {
     for (int64_t i = from; i < end; ++i) pack_batch(batch[i].A, batch[i].stride, batch[i].rows, depth, to + i * size);
   });
-  deal_outputs(pieces, activation == kSwiglu ? units / 2 : units, units * depth, kSums, [&](int64_t i, int64_t begin, int64_t end) {
+  const bool pairs = activation == kSwiglu;
+  // To read the weights takes as long as 6 panels take to pass.
+  auto cost = [](const auto& p) { return panels(p.rows) + 6; };
+  deal_outputs(pieces, pairs ? units / 2 : units, units * depth, kSums, cost, [&](int64_t i, int64_t begin, int64_t end, int64_t next) {
     const auto& p = pieces[i];
-    for_weights<bf16>(weight, scale, f, activation == kSwiglu, p.expert, begin, end, [&](const Weights<bf16>& w) {
+    const bf16* after = next < 0 || scale ? nullptr : data<bf16>(weight) + pieces[next].expert * units * depth;
+    for_weights<bf16>(weight, scale, f, pairs, p.expert, begin, end, [&](const Weights<bf16>& w) {
       tiles_layer(to + first_panel[i] * size, p.rows, w.rows, w.units, depth, w.begin, w.end, w.a, w.c, activation, p.y + w.at, p.ldy,
-                  w.gate_next, w.up_next);
+                  after, w.gate_next, w.up_next);
     });
   });
 }

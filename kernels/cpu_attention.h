@@ -145,15 +145,15 @@ struct PlainChunk {
 // The same by AMX tiles: 16 keys are rows of A, as they lie in the cache; the queries are columns of B. Then the weights are rows of A
 // and the values, two places to a word, columns of B.
 struct TiledChunk {
-  std::vector<bf16> keys, weights;
-  std::vector<float> values, scores;
+  bf16 *keys, *weights;
+  float *values, *scores;
   std::vector<bf16> nothing;
   struct Keys { const char* rows; int64_t stride; } group[kPlaces / kTile];
   const AttentionShape& shape;
   Tiles tiles;
   explicit TiledChunk(const AttentionShape& s)
-      : keys(kPlaces * query_words(s.dim) * 2), weights(kPanel * kPlaces), values(kPlaces / 2 * s.values()), scores(kPlaces * kPanel),
-        nothing(std::max(s.width, s.values())), shape(s) {
+      : keys(kept<struct Keys, bf16>(kPlaces * query_words(s.dim) * 2)), weights(kept<struct Weights, bf16>(kPanel * kPlaces)),
+        values(kept<struct Values, float>(kPlaces / 2 * s.values())), scores(kept<struct Scores, float>(kPlaces * kPanel)), nothing(std::max(s.width, s.values())), shape(s) {
     tiles.shape(kSums);
   }
 
@@ -170,7 +170,7 @@ struct TiledChunk {
         group[k / kTile] = {reinterpret_cast<const char*>(row + head * shape.dim), shape.width * 2};
         continue;
       }
-      bf16* to = keys.data() + k * depth;
+      bf16* to = keys + k * depth;
       std::fill(to, to + kTile * depth, bf16(0.0f));
       for (int64_t i = 0; i < kTile; ++i)
         if (const bf16* key = in.row(first + k + i)) std::copy(key + head * shape.dim, key + (head + 1) * shape.dim, to + i * depth);
@@ -182,7 +182,7 @@ struct TiledChunk {
         return row ? row + shape.value_at + head * shape.value_dim : nothing.data();
       };
       const bf16 *even = value(first + k), *odd = value(first + k + 1);
-      float* to = values.data() + k / 2 * shape.values();
+      float* to = values + k / 2 * shape.values();
       by_vecs(shape.value_dim, [&](int64_t v, int64_t count) { store(words_of(even + v, odd + v, count), to + v); });
     }
   }
@@ -209,7 +209,7 @@ struct TiledChunk {
           tile_multiply<3, 5, 7>();
         }
       }
-      float* to = scores.data() + k * kPanel;
+      float* to = scores + k * kPanel;
       tile_store<0>(to, kRow);
       tile_store<2>(to + kTile * kPanel, kRow);
       if constexpr (!Narrow) {
@@ -217,8 +217,8 @@ struct TiledChunk {
         tile_store<3>(to + kTile * kPanel + kTile, kRow);
       }
     }
-    soften(c, scores.data(), first, places, shape);
-    turn_weights(scores.data(), places, Narrow ? kLanes : kPanel, weights.data());
+    soften(c, scores, first, places, shape);
+    turn_weights(scores, places, Narrow ? kLanes : kPanel, weights);
     const int64_t values_row = shape.values() * sizeof(float), ld = shape.values();
     constexpr int64_t kWeights = kPlaces * sizeof(bf16);
     for (int64_t v = 0; v < shape.values(); v += kPanel) {
@@ -230,14 +230,14 @@ struct TiledChunk {
         tile_load<3>(to + kTile * ld + kTile, values_row);
       }
       for (int64_t k = 0; k < places; k += kSums) {
-        const float* b = values.data() + k / 2 * ld + v;
+        const float* b = values + k / 2 * ld + v;
         tile_load<6>(b, values_row);
         tile_load<7>(b + kTile, values_row);
-        tile_load<4>(weights.data() + k, kWeights);
+        tile_load<4>(weights + k, kWeights);
         tile_multiply<0, 4, 6>();
         tile_multiply<1, 4, 7>();
         if constexpr (!Narrow) {
-          tile_load<5>(weights.data() + kTile * kPlaces + k, kWeights);
+          tile_load<5>(weights + kTile * kPlaces + k, kWeights);
           tile_multiply<2, 5, 6>();
           tile_multiply<3, 5, 7>();
         }
@@ -270,7 +270,8 @@ void attend_columns(Chunk& chunk, const Places<T>& in, const AttentionShape& sha
                     int64_t end, const T* q, T* y) {
   const int64_t group = shape.group(), across = panels(end - begin), size = Chunk::query_words(shape.dim) * kPanel, ld = shape.values();
   std::vector<Columns> columns(across);
-  std::vector<float> queries(across * size), sums(across * kPanel * ld);
+  float *queries = kept<struct Queries, float>(across * size), *sums = kept<struct Sums, float>(across * kPanel * ld);
+  std::fill(sums, sums + across * kPanel * ld, 0.0f);
   auto place_of = [&](int64_t column) { return in.length - tokens + column / group; };
   auto first_of = [&](int64_t place) { return shape.window ? std::max<int64_t>(0, place + 1 - shape.window) : 0; };
   auto query_of = [&](int64_t column) { return (column / group) * shape.heads + head * group + column % group; };
@@ -278,8 +279,8 @@ void attend_columns(Chunk& chunk, const Places<T>& in, const AttentionShape& sha
     Columns& c = columns[t];
     const int64_t at = begin + t * kPanel;
     c.count = std::min(kPanel, end - at);
-    c.queries = queries.data() + t * size;
-    c.sums = sums.data() + t * kPanel * ld;
+    c.queries = queries + t * size;
+    c.sums = sums + t * kPanel * ld;
     c.first_place = place_of(at), c.last_place = place_of(at + c.count - 1), c.first_seen = first_of(c.first_place);
     const T* rows[kPanel] = {};
     for (int64_t i = 0; i < kPanel; ++i) {

@@ -160,13 +160,13 @@ inline Vec load_words(const T* p, int64_t count) {
 }
 
 // A panel from rows of B that lie along k (weights as a layer keeps them): unit[n] is row n, null for none. What lies `ahead`
-// elements further, the next panel's, is fetched meanwhile.
+// elements further, the next panel's, is fetched meanwhile. Of its vectors, `vecs` are made.
 template <typename T>
-void pack_rows(const T* const* unit, int64_t depth, int64_t ahead, float* panel) {
+void pack_rows(const T* const* unit, int64_t depth, int64_t ahead, float* panel, int vecs = kPanelVecs) {
   const int64_t all = words<T>(depth);
   for (int64_t w = 0; w < all; w += kLanes) {
     const int64_t from = w * kPerWord<T>, here = std::min<int64_t>(kLanes, all - w);
-    for (int v = 0; v < kPanelVecs; ++v) {
+    for (int v = 0; v < vecs; ++v) {
       Vec rows[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const T* row = unit[v * kLanes + i];

@@ -145,31 +145,32 @@ inline int64_t batch_panel_words(int64_t depth) { return whole_vecs(words<bf16>(
 inline void pack_batch(const bf16* A, int64_t stride, int64_t rows, int64_t depth, float* panel) {
   const bf16* row[kPanel] = {};
   for (int64_t i = 0; i < std::min(kPanel, rows); ++i) row[i] = A + i * stride;
-  pack_rows(row, depth, 0, panel);
+  pack_rows(row, depth, 0, panel, rows > kLanes ? kPanelVecs : 1);  // of a narrow block, no more is read
   std::fill(panel + panel_words<bf16>(depth), panel + batch_panel_words(depth), 0.0f);
 }
 
 // lanes_layer for a packed batch. Panel after panel passes a block of 32 units; where there are several, a part of the units' rows at
 // a time that fits the first-level cache (an fp32 sum that waits in memory keeps its bits). What follows the sums is done to a unit's
-// at once, in the lanes that the rows have; then 16 × 16 of them change places. Where the weights were widened from int8, `gate_ahead`
-// and `up_ahead` are what will be widened next, to be fetched instead: as many values of a byte.
+// at once, in the lanes that the rows have; then 16 × 16 of them change places. Meanwhile the next units' weights are fetched, in the end
+// those at `after` (null: none). Where the weights were widened from int8, `gate_ahead` and `up_ahead` are what will be widened next, to be
+// fetched instead: as many values of a byte.
 template <typename Y>
 void tiles_layer(const float* batch, int64_t rows, const bf16* weight, int64_t units, int64_t depth, int64_t begin, int64_t end,
-                 const float* a, const float* c, int64_t activation, Y* y, int64_t ldy, const int8_t* gate_ahead = nullptr,
-                 const int8_t* up_ahead = nullptr) {
+                 const float* a, const float* c, int64_t activation, Y* y, int64_t ldy, const bf16* after,
+                 const int8_t* gate_ahead = nullptr, const int8_t* up_ahead = nullptr) {
   const bool pairs = activation == kSwiglu;
   const int64_t half = units / 2, bytes = depth * sizeof(bf16), across = panels(rows), ldt = across * kPanel;
   const int64_t part = across > 1 ? 2048 : bytes, size = batch_panel_words(depth);
   std::vector<float> gate_sums(kSums * ldt), up_sums(pairs ? kSums * ldt : 0);
   Tiles tiles;
   // Sums of the units from `first` on. While a part passes, each panel fetches its share of the next: the part behind or, from the last
-  // on, the units from `after` on.
-  auto sum = [&](int64_t first, int64_t after, int64_t count, float* sums, const int8_t* int8_ahead) {
-    const char *w = reinterpret_cast<const char*>(weight + first * depth), *next = reinterpret_cast<const char*>(weight + after * depth);
+  // on, `next_units`.
+  auto sum = [&](int64_t first, const bf16* next_units, int64_t count, float* sums, const int8_t* int8_ahead) {
+    const char *w = reinterpret_cast<const char*>(weight + first * depth), *next = reinterpret_cast<const char*>(next_units);
     for (int64_t k = 0; k < bytes; k += part) {
       const int64_t here = std::min(part, bytes - k);
       const char* ahead = int8_ahead ? reinterpret_cast<const char*>(int8_ahead) + k : k + part < bytes ? w + k + part : next;
-      const int64_t fetched = int8_ahead ? count / 2 : count;  // two rows of bytes are as long as one of bf16
+      const int64_t fetched = !ahead ? 0 : int8_ahead ? count / 2 : count;  // two rows of bytes are as long as one of bf16
       for (int64_t q = 0; q < across; ++q) {
         const float* panel = batch + q * size + k / 4 * kPanel;
         const TileProduct p{w + k, bytes, here, panel, panel + here / 64 * kTile * kPanel,
@@ -179,9 +180,10 @@ void tiles_layer(const float* batch, int64_t rows, const bf16* weight, int64_t u
     }
   };
   for (int64_t n = begin; n < end; n += kSums) {
-    const int64_t count = std::min<int64_t>(kSums, end - n), behind = n + kSums < end ? n + kSums : n;
+    const int64_t count = std::min<int64_t>(kSums, end - n);
+    const bf16* behind = n + kSums < end ? weight + (n + kSums) * depth : after;
     tiles.shape(count);
-    sum(n, pairs ? n + half : behind, count, gate_sums.data(), gate_ahead);
+    sum(n, pairs ? weight + (n + half) * depth : behind, count, gate_sums.data(), gate_ahead);
     if (pairs) sum(n + half, behind, count, up_sums.data(), up_ahead);
     auto affine = [&](const float* sums, int64_t unit) {
       Vec v = load(sums);

@@ -41,6 +41,32 @@ struct CachedStep {
   }
 };
 
+// y + x, into y.
+Tensor add_to(const Tensor& y, const Tensor& x_) {
+  const Tensor x = x_.contiguous();
+  with_type(y, [&](auto t) {
+    auto *to = data<decltype(t)>(y), *from = data<decltype(t)>(x);
+    at::parallel_for(0, y.numel(), 65536, [&](int64_t begin, int64_t end) {
+      by_vecs(end - begin, [&](int64_t i, int64_t n) {
+        store_first(load_first(to + begin + i, n) + load_first(from + begin + i, n), to + begin + i, n);
+      });
+    });
+  });
+  return y;
+}
+
+// Rows `[R, K]`, behind each the values from `first` on, `step` apart, `count` of them.
+template <typename T>
+Tensor append(const Tensor& rows, int64_t count, T first, T step) {
+  const int64_t k = rows.size(1);
+  Tensor y = at::empty({rows.size(0), k + count}, rows.options());
+  for (int64_t r = 0; r < rows.size(0); ++r) {
+    T* to = std::copy(data<T>(rows) + r * k, data<T>(rows) + (r + 1) * k, data<T>(y) + r * (k + count));
+    for (int64_t i = 0; i < count; ++i) to[i] = first + i * step;
+  }
+  return y;
+}
+
 // Halves of layers in turn, each bound to its weights, and to its cache where it is an attention.
 struct FusedLayers : torch::CustomClassHolder {
   using Plans = std::vector<Tensor>;  // of each router: ids, weights, order, offsets, logits
@@ -66,7 +92,7 @@ struct FusedLayers : torch::CustomClassHolder {
                      z.narrow(1, queries + keys, keys)}, 1);
       if (clip.has_value()) z.clamp_(-*clip, *clip);
       const Tensor q = z.narrow(1, 0, queries).view({x.size(0), heads, dim}), kv = z.narrow(1, queries, 2 * keys);
-      return project(step.attend(q, kv, cache, kv_heads, keys, dim, scale, window).flatten(1), out, out_bias).add_(x);
+      return add_to(project(step.attend(q, kv, cache, kv_heads, keys, dim, scale, window).flatten(1), out, out_bias), x);
     });
   }
 
@@ -83,7 +109,7 @@ struct FusedLayers : torch::CustomClassHolder {
       q = q.view({x.size(0), heads, nope + rope});
       q = at::cat({project_heads(q.narrow(2, 0, nope), w_uk), q.narrow(2, nope, rope)}, 2);
       const Tensor kv = at::cat({rms_norm(z.narrow(1, first, latent), latent_norm, latent_eps), z.narrow(1, first + latent, rope)}, 1);
-      return project(project_heads(step.attend(q, kv, cache, 1, 0, latent, scale, 0), w_uv).flatten(1), out, {}).add_(x);
+      return add_to(project(project_heads(step.attend(q, kv, cache, 1, 0, latent, scale, 0), w_uv).flatten(1), out, {}), x);
     });
   }
 
@@ -91,7 +117,7 @@ struct FusedLayers : torch::CustomClassHolder {
   void dense_expert(Tensor norm, double eps, Tensor gate_up, OptionalTensor gate_up_bias, Tensor down, OptionalTensor down_bias) {
     halves.push_back([=](const Tensor& x, const CachedStep&, Plans&) {
       const Tensor h = dense_forward(rms_norm(x, norm, eps), {}, gate_up, {0}, gate_up_bias, {}, {}, {}, {}, 0, kSwiglu);
-      return dense_forward(h, {}, down, {0}, down_bias, {}, {}, {}, {}, 0, kNone).squeeze(1).add_(x);
+      return add_to(dense_forward(h, {}, down, {0}, down_bias, {}, {}, {}, {}, 0, kNone).squeeze(1), x);
     });
   }
 
@@ -107,12 +133,11 @@ struct FusedLayers : torch::CustomClassHolder {
       auto [ids, gates, order, offsets, logits] = route(h, router, bias, routed, k, scoring, renormalize, correction, scale);
       plans.insert(plans.end(), {ids, gates, order, offsets, logits});
       if (shared) {
-        const Tensor behind = at::arange(routed, routed + shared, ids.options()).expand({x.size(0), shared});
-        gates = at::cat({gates, at::ones({x.size(0), shared}, gates.options())}, 1);
-        std::tie(order, offsets) = sort_by_expert(at::cat({ids, behind}, 1), routed + shared);
+        gates = append<float>(gates, shared, 1, 0);
+        std::tie(order, offsets) = sort_by_expert(append<int32_t>(ids, shared, routed, 1), routed + shared);
       }
-      return sparse_forward(h, weights, weight_scales, none, none, none, none, none, {0.0, 0.0}, {kSwiglu, kNone}, gates, order, offsets,
-                            false).add_(x);
+      return add_to(sparse_forward(h, weights, weight_scales, none, none, none, none, none, {0.0, 0.0}, {kSwiglu, kNone}, gates, order,
+                                   offsets, false), x);
     });
   }
 };

@@ -237,6 +237,14 @@ void activate_row(const Z* z, Y* y, int64_t columns, int64_t blocks, const float
   });
 }
 
+// Memory that a thread keeps for the next call: fresh pages cost more than what is done in them. `Use` tells its users apart.
+template <typename Use, typename T>
+T* kept(size_t count) {
+  thread_local std::vector<T> memory;
+  if (memory.size() < count) memory.resize(count);
+  return memory.data();
+}
+
 template <typename F>
 void with_type(const Tensor& t, F&& run) {
   if (t.scalar_type() == at::kBFloat16) return run(bf16{});
