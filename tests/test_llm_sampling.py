@@ -74,9 +74,10 @@ def test_ties_go_to_the_lowest_id() -> None:
     assert distribution(level, Sampling(top_p=0.3))[0].tolist() == [0, 1, 2]
 
 
-def test_a_row_that_is_not_finite_is_nobody_elses_trouble() -> None:
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_is_nobody_elses_trouble(strange: float) -> None:
     logits = torch.stack([row(9), row(9, 1), row(9, 2)])
-    logits[1, 4] = torch.nan
+    logits[1, 4] = strange
     found = sample(logits, [Sampling(temperature=0.0)] * 3, [0] * 3)
     assert found == [int(logits[0].argmax()), None, int(logits[2].argmax())]
 
