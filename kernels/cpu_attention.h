@@ -153,7 +153,8 @@ struct TiledChunk {
   Tiles tiles;
   explicit TiledChunk(const AttentionShape& s)
       : keys(kept<struct Keys, bf16>(kPlaces * query_words(s.dim) * 2)), weights(kept<struct Weights, bf16>(kPanel * kPlaces)),
-        values(kept<struct Values, float>(kPlaces / 2 * s.values())), scores(kept<struct Scores, float>(kPlaces * kPanel)), nothing(std::max(s.width, s.values())), shape(s) {
+        values(kept<struct Values, float>(kPlaces / 2 * s.values())), scores(kept<struct Scores, float>(kPlaces * kPanel)),
+        nothing(std::max(s.width, s.values())), shape(s) {
     tiles.shape(kSums);
   }
 
