@@ -14,6 +14,7 @@
 #include "cpu_decoder.h"
 #include "cpu_embeddings.h"
 #include "cpu_gated.h"
+#include "cpu_gated_tiles.h"
 #include "cpu_gemm.h"
 #include "cpu_int8.h"
 #include "cpu_lanes.h"
@@ -866,10 +867,10 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_,
 
 // ---- experts behind their feature gates: cpu_gated.h -----------------------------------------------------------------------
 
-// At inference: y `[B, E, H]` = act(norm(W·g)).
-Tensor gated_forward(const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_, const Tensor& weight_,
-                     at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
-                     const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation) {
+// y `[B, E, H]` = act(norm(W·g)).
+Tensor gated_layer(const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_, const Tensor& weight_,
+                   at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+                   const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation, bool inference) {
   const Tensor x = x_.contiguous(), logits = logits_.to(at::kFloat).contiguous();
   const Tensor down = down_.contiguous(), up = up_.contiguous(), weight = weight_.contiguous();
   const int64_t experts = weight.size(0), units = weight.size(1), n = experts / static_cast<int64_t>(source.size());
@@ -878,12 +879,25 @@ Tensor gated_forward(const Tensor& x_, const Tensor& logits_, const Tensor& down
   Tensor y = at::empty({x.size(0), experts, out}, weight.options());
   with_types(x, weight, [&](auto from, auto to) {
     using T = decltype(to);
+#if RECSYS_MOE_AMX
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (inference && amx()) {
+        return gated_tiles<decltype(from)>(x, logits, down, up, weight, source, f.scale_of(0), f.shift_of(0), activation, data<T>(y));
+      }
+    }
+#endif
     gated_forward_rows<decltype(from), T>(x, logits, down, up, weight, source, [&](const float* z, int64_t row, int64_t g) {
       const int64_t first = g * n * units;
       activate_row(z, data<T>(y) + (row * experts + g * n) * out, n * units, n, f.scale_of(first), f.shift_of(first), activation);
     });
   });
   return y;
+}
+
+Tensor gated_forward(const Tensor& x, const Tensor& logits, const Tensor& down, const Tensor& up, const Tensor& weight,
+                     at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+                     const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation) {
+  return gated_layer(x, logits, down, up, weight, source, bias, scale, shift, mean, var, eps, activation, true);
 }
 
 // In training: y, z = W·g, and the moments that were used.
@@ -893,7 +907,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_act(const Tensor& x, const
                                                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                                           bool training, double eps, int64_t activation) {
   const OptionalTensor none;
-  const Tensor z = gated_forward(x, logits, down, up, weight, source, none, none, none, none, none, 0.0, kNone);
+  const Tensor z = gated_layer(x, logits, down, up, weight, source, none, none, none, none, none, 0.0, kNone, false);
   const auto [y, mean, var] =
       norm_act(z, weight.size(0), none, bias, scale, shift, running_mean, running_var, training, eps, activation);
   return {y, z, mean, var};

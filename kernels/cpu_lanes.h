@@ -194,12 +194,12 @@ void tiles_layer(const float* batch, int64_t rows, const bf16* weight, int64_t u
     auto finish = [&](auto&& value) {
       alignas(64) Y together[kLanes][kSums];
       for (int64_t r = 0; r < rows; r += kLanes) {
-        for (int64_t u = 0; u < count; u += kLanes) {
+        by_vecs(count, [&](int64_t u, auto here) {
           Vec block[kLanes] = {};
-          for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - u); ++i) block[i] = value((u + i) * ldt + r, n + u + i);
+          for (int64_t i = 0; i < here; ++i) block[i] = value((u + i) * ldt + r, n + u + i);
           transpose(block);
           for (int64_t i = 0; i < kLanes; ++i) store(block[i], together[i] + u);
-        }
+        });
         for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows - r); ++i) {
           Y* to = y + (r + i) * ldy + n;
           if (count == kSums) std::memcpy(to, together[i], sizeof together[i]);

@@ -123,9 +123,11 @@ inline void convert(const From* from, To* to, int64_t n) {
 
 // ---- activations: value and slope, of a pre-activation ------------------------------------------------------------------
 //
-// Lane by lane and without a library, so that a value's bits do not depend on where in a vector it lies.
+// Lane by lane and without a library, so that a value's bits do not depend on where in a vector it lies. Inlined always: a call would
+// spill the caller's vectors and load a dozen constants.
+#define RECSYS_MOE_INLINE inline __attribute__((always_inline))
 
-inline Vec exp(Vec x) {  // Cephes' polynomial; within 2 ulp, 0 below −87.3
+RECSYS_MOE_INLINE Vec exp(Vec x) {  // Cephes' polynomial; within 2 ulp, 0 below −87.3
   const Vec shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5·2²³ rounds to an integer, in the low bits
   const Vec n = shifted - 12582912.0f;
   const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -141,7 +143,7 @@ inline Vec exp(Vec x) {  // Cephes' polynomial; within 2 ulp, 0 below −87.3
 }
 
 // 1/x within an ulp, for normal x up to 2¹²⁶: a division of 16 lanes takes as long as the whole of exp().
-inline Vec reciprocal(Vec x) {
+RECSYS_MOE_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
   const Vec y = std::bit_cast<Vec>(_mm512_rcp14_ps(std::bit_cast<__m512>(x)));
   return y + y * (1.0f - x * y);  // one step of Newton's
@@ -150,7 +152,7 @@ inline Vec reciprocal(Vec x) {
 #endif
 }
 
-inline Vec sigmoid(Vec v) { return reciprocal(1.0f + exp(v < -87.0f ? 87.0f - Vec{} : -v)); }
+RECSYS_MOE_INLINE Vec sigmoid(Vec v) { return reciprocal(1.0f + exp(v < -87.0f ? 87.0f - Vec{} : -v)); }
 
 inline Vec erf(Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = erff(v[i]);
@@ -158,7 +160,7 @@ inline Vec erf(Vec v) {
 }
 
 template <int64_t A>
-inline Vec activate(Vec v) {
+RECSYS_MOE_INLINE Vec activate(Vec v) {
   if constexpr (A == kRelu) return v < 0 ? Vec{} : v;  // NaN stays
   if constexpr (A == kSilu) return v * sigmoid(v);
   if constexpr (A == kGelu) return 0.5f * v * (1.0f + erf(v * 0.70710678f));
@@ -167,7 +169,7 @@ inline Vec activate(Vec v) {
 }
 
 template <int64_t A>
-inline Vec slope(Vec v) {
+RECSYS_MOE_INLINE Vec slope(Vec v) {
   const Vec one = 1.0f - Vec{};
   if constexpr (A == kRelu) return v > 0 ? one : Vec{};
   if constexpr (A == kSilu) {
