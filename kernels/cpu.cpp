@@ -334,9 +334,9 @@ struct Piece { int64_t expert; const T* A; int64_t rows, stride; Y* y; int64_t l
 
 // How a layer's sums are taken depends on the layer alone, never on the batch: long ones lane by lane (weights are read once
 // and as they lie), short ones, where adding up the lanes would cost too much, in order of k (weights are packed on the way).
-// Dense experts meet hundreds of rows, which packing suits; a sparse expert often meets few. Few units (a gate's) would leave most of
-// a panel empty. AMX tiles have an order of their own.
-constexpr int64_t kDenseLanes = 1024, kSparseLanes = 512, kFewUnits = 16;
+// Dense experts meet hundreds of rows, which packing suits; a sparse expert often meets few. Few units (gates') would leave most of a
+// panel empty, and a thread without one. AMX tiles have an order of their own.
+constexpr int64_t kDenseLanes = 1024, kSparseLanes = 512, kFewUnits = 48;
 
 // A layer's outputs dealt to the threads in equal shares of cost(piece), cut at multiples of `step`: run(piece, begin, end, after) where
 // the thread goes on to piece `after` (−1: to none).
@@ -619,6 +619,40 @@ struct Inputs {
   }
 };
 
+// Gates: groups of few units, of which several read one input. Side by side for each input, [inputs, width, D] with zeros where one has
+// fewer, they are one product. `place` says where a unit of the layer lies.
+struct ByInput {
+  std::vector<int64_t> inputs;
+  int64_t width = 0;
+  Tensor place;
+
+  ByInput(const Inputs& in, const Tensor& weight) {
+    const int64_t columns = weight.size(0) * weight.size(1), each = columns / in.groups;
+    std::map<int64_t, int64_t> units;  // of an input
+    std::vector<int64_t> before;
+    for (int64_t g = 0; g < in.groups; ++g) before.push_back(std::exchange(units[in.source[g]], units[in.source[g]] + each));
+    for (const auto& [input, count] : units) inputs.push_back(input), width = std::max(width, count);
+    if (in.gate.defined() || each > kFewUnits || units.size() == before.size()) return;
+    place = at::empty({columns}, at::kLong);
+    for (int64_t i = 0; i < columns; ++i) {
+      const int64_t g = i / each, input = std::distance(units.begin(), units.find(in.source[g]));
+      place.data_ptr<int64_t>()[i] = input * width + before[g] + i % each;
+    }
+  }
+  bool pays() const { return place.defined(); }
+  // What a layer has for each unit, along `dim`, in the places of the units, and back.
+  Tensor put(const Tensor& units, int64_t dim) const {
+    auto shape = units.sizes().vec();
+    shape[dim] = static_cast<int64_t>(inputs.size()) * width;
+    return at::zeros(shape, units.options()).index_copy_(dim, place, units).unflatten(dim, {static_cast<int64_t>(inputs.size()), width});
+  }
+  Tensor put_weight(const Tensor& weight) const { return put(weight.flatten(0, 1), 0); }
+  OptionalTensor put_bias(const OptionalTensor& bias) const { return bias.has_value() ? OptionalTensor(put(bias->flatten(), 0)) : bias; }
+  Tensor take(const Tensor& units, int64_t dim, at::IntArrayRef sizes) const {
+    return units.flatten(dim, dim + 1).index_select(dim, place).view(sizes);
+  }
+};
+
 // Runs f with the types of x and of the products.
 template <typename F>
 void with_types(const Tensor& x, const Tensor& w, F&& f) {
@@ -633,6 +667,10 @@ Tensor dense_forward(const Tensor& x, const OptionalTensor& gate, const Tensor& 
   const Tensor w = weight.contiguous();
   const int64_t b = x.size(0), d = in.depth, experts = w.size(0), units = w.size(1);
   const int64_t out = activation == kSwiglu ? units / 2 : units, group = experts / in.groups;
+  if (const ByInput by(in, w); by.pays() && !scale.has_value() && activation != kSwiglu) {
+    const Tensor y = dense_forward(x, gate, by.put_weight(w), by.inputs, by.put_bias(bias), scale, shift, mean, var, eps, activation);
+    return by.take(y, 1, {b, experts, units});
+  }
   const Folded f = fold_layer(experts * units, bias, scale, shift, mean, var, eps);
   Tensor y = at::empty({b, experts, out}, w.options());
   if (!b) return y;
@@ -680,6 +718,9 @@ Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& 
   const Tensor w = weight.contiguous();
   Inputs in(x, gate, source);
   if (in.one()) in.groups = 1;
+  if (const ByInput by(in, w); by.pays()) {
+    return by.take(expert_linear(x, gate, by.put_weight(w), by.inputs, by.put_bias(bias), activation), 1, {x.size(0), w.size(0), w.size(1)});
+  }
   const int64_t b = x.size(0), d = in.depth, columns = w.size(0) * w.size(1), width = columns / in.groups;
   Tensor z = at::empty({b, w.size(0), w.size(1)}, w.options());
   const int64_t each = panels(width);
@@ -815,6 +856,11 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_,
   Inputs in(x, gate, source);
   const bool gated = in.gate.defined();
   if (in.one()) in.groups = 1;
+  if (const ByInput by(in, w); by.pays()) {
+    const Tensor grad = by.put(grad_z.flatten(1), 1);
+    const auto [grad_x, grad_gate, grad_w] = expert_linear_backward(grad, x, gate, by.put_weight(w), by.inputs, need_x);
+    return {grad_x, grad_gate, by.take(grad_w, 0, w.sizes())};
+  }
   const int64_t b = x.size(0), d = in.depth, columns = w.size(0) * w.size(1), width = columns / in.groups;
   Tensor grad_x = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
   Tensor grad_gate = at::empty(gated ? in.gate.sizes() : at::IntArrayRef{0}, x.options().dtype(at::kFloat));

@@ -313,8 +313,7 @@ def _bench_dense(peer: ModuleType, name: str, theirs: nn.Module, ours: Callable[
             for parameter in [getattr(module, name) for name in getattr(module, "in_precision", ())]:
                 parameter.data = parameter.data.to(dtype)
             if isinstance(module, MLPExperts):
-                for parameter in module.weights:
-                    parameter.data = parameter.data.to(module.dtype)
+                module.freeze()
         for what, make, repeats in (("forward + backward", train, 9), ("forward of 200 rows", serve, 25)):
             theirs.train(make is train)
             calls = {

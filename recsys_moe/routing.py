@@ -7,10 +7,12 @@ A router with `batch_invariant` gives a row, at inference (evaluation mode, no g
 with it; serving takes no other (`require_invariant`).
 """
 
-import itertools
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -219,6 +221,36 @@ def _check_k(k: int, num_experts: int) -> None:
         raise ValueError(f"k is {k}, but there are {num_experts} experts: choose 1 ≤ k ≤ {num_experts}")
 
 
+class Units(NamedTuple):
+    """Linear units of which unit n reads input `source[n]`: weight `[N, D]`, bias `[N]` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    source: tuple[int, ...]
+
+
+def unit_products(x: Tensor, units: Sequence[Units], invariant: bool) -> list[Tensor]:
+    """w_n·x_source[n] + b_n, fp32 `[B, N]`, for each of several stacks of units: one product for each input of `[B, S, D]`, or
+    the one `[B, D]`.
+
+    >>> stacks = [Units(torch.ones(2, 3), None, (1, 0)), Units(torch.ones(1, 3), torch.ones(1), (1,))]
+    >>> first, second = unit_products(torch.tensor([[[1.0, 2, 3], [4, 5, 6]]]), stacks, invariant=True)
+    >>> first.tolist(), second.tolist()
+    ([[15.0, 6.0]], [[16.0]])
+    """
+    weight = torch.cat([stack.weight for stack in units]).float()
+    biases = [stack.weight.new_zeros(len(stack.weight)) if stack.bias is None else stack.bias for stack in units]
+    layer = Layer(weight.unsqueeze(1), torch.cat(biases).float().unsqueeze(1))
+    source = tuple(chain.from_iterable(stack.source for stack in units))
+    outputs = expert_mlp(x.float(), layer, source=source, invariant=invariant).squeeze(2)
+    return list(outputs.split([len(stack.weight) for stack in units], 1))
+
+
+def joined(products: list[Tensor]) -> Tensor:
+    """Their sum, from the first on."""
+    return functools.reduce(torch.add, products)
+
+
 # -- soft
 
 
@@ -254,41 +286,31 @@ class SoftRouter(nn.Module):
                 raise ValueError(f"mask_te leaves task {int(without[0])} no expert: allow each task at least one")
             if bool(mask_te.all()):
                 mask_te = None
-        counts = [num_experts] * num_tasks if mask_te is None else mask_te.sum(1).tolist()
-        self.linear = Gate(in_dim, sum(counts), bias=True)
-        # Neighbours that see equally many experts are one product.
-        self._runs = [(len(list(run)), count) for count, run in itertools.groupby(counts)]
+        self._counts = [num_experts] * num_tasks if mask_te is None else mask_te.sum(1).tolist()
+        self.linear = Gate(in_dim, sum(self._counts), bias=True)
         self.mask_te: Tensor | None
         self.register_buffer("mask_te", mask_te, persistent=False)
         self.place: Tensor | None
         self.register_buffer("place", None if mask_te is None else mask_te.flatten().nonzero().flatten(), persistent=False)
 
-    def forward(self, x: Tensor, *sources: tuple[int, ...], residual_bte: Tensor | None = None) -> SoftPlan:
-        return SoftPlan(self.spread(self.pair_logits(x, *sources)), self.mask_te, residual_bte)
+    def forward(
+        self, x: Tensor, *sources: tuple[int, ...], logits_bn: Tensor | None = None, residual_bte: Tensor | None = None
+    ) -> SoftPlan:
+        """`logits_bn`: `pair_logits`, where they are there already."""
+        logits_bn = self.pair_logits(x, *sources) if logits_bn is None else logits_bn
+        return SoftPlan(self.spread(logits_bn), self.mask_te, residual_bte)
 
     def pair_logits(self, x: Tensor, *sources: tuple[int, ...]) -> Tensor:
         """The logits of what the mask allows, gate by gate: fp32 `[B, n]`."""
         if x.dim() == 2:
             return self.linear(x).flatten(1)
-        x_bsd, inference = x.float(), not (self.training or torch.is_grad_enabled())
-        # W·(a ⊕ b) = W_a·a + W_b·b: nothing is joined.
-        parts = self.linear.weight.chunk(len(sources), 1)
-        biases = [self.linear.bias, *[None] * (len(sources) - 1)]
-        logits, gate, pair = [], 0, 0
-        for gates, count in self._runs:
-            pairs = slice(pair, pair + gates * count)
-            products = [
-                expert_mlp(
-                    x_bsd,
-                    Layer(weight[pairs].view(gates, count, -1), None if bias is None else bias[pairs].view(gates, count)),
-                    source=source[gate : gate + gates],
-                    invariant=inference,
-                )
-                for weight, bias, source in zip(parts, biases, sources, strict=True)
-            ]
-            logits.append(sum(products[1:], products[0]).flatten(1))
-            gate, pair = gate + gates, pairs.stop
-        return logits[0] if len(logits) == 1 else torch.cat(logits, 1)
+        return joined(unit_products(x, self.products(*sources), not (self.training or torch.is_grad_enabled())))
+
+    def products(self, *sources: tuple[int, ...]) -> list[Units]:
+        """The logits as products of one input each, to be added up: W·(a ⊕ b) = W_a·a + W_b·b, and nothing is joined."""
+        weights, biases = self.linear.weight.chunk(len(sources), 1), [self.linear.bias, *[None] * (len(sources) - 1)]
+        reads = [tuple(s for s, count in zip(source, self._counts, strict=True) for _ in range(count)) for source in sources]
+        return [Units(*units) for units in zip(weights, biases, reads, strict=True)]
 
     def spread(self, values_bn: Tensor) -> Tensor:
         """What each allowed pair has, `[B, n]`, where it lies in `[B, T, E]`; 0 elsewhere."""

@@ -171,6 +171,7 @@ DENSE = [
     Dense("a gated input for each expert", gate=True, source=(0, 0, 0, 0), activation="silu"),
     Dense("groups that share and swap inputs, gated", inputs=3, source=(2, 0, 2), experts=6, gate=True),
     Dense("groups that share inputs, not gated; one input is not read", inputs=3, source=(2, 0, 2, 0), experts=4),
+    Dense("many gates of few inputs", inputs=3, source=(2, 0, 2, 2, 0, 2) * 3, experts=36, units=1, activation="none"),
     Dense("no bias", bias=False, activation="silu"),
     Dense("gelu", activation="gelu"),
     Dense("swiglu", activation="swiglu"),

@@ -33,7 +33,7 @@ from recsys_moe.experts import MLPExperts, Norm, Towers
 from recsys_moe.front import FrontConfig
 from recsys_moe.kernels import Activation, FeatureGate
 from recsys_moe.models.family import Family
-from recsys_moe.routing import PlanNames, RoutingPlan, SoftRouter, sigmoid
+from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter, Units, joined, sigmoid, unit_products
 from recsys_moe.typed import typed
 
 Width = Annotated[int, Field(ge=1)]
@@ -118,18 +118,39 @@ class HoME(Family):
         self.plan_names = {"meta": PlanNames(tuple(meta), names(meta)), "task": PlanNames(tuple(tasks), names(task))}
 
     def forward(self, v_bd: Tensor) -> tuple[Tensor, dict[str, RoutingPlan]]:
-        residual = None if self.meta_self is None else self.meta_self(v_bd)
-        meta = self.meta_gates(v_bd, residual_bte=residual)
-        z_bgh = meta.mix(self.meta_experts(v_bd, self.meta_source))  # z_shared, z_C1, z_C2, …
+        layer = (self.meta_gates, self.meta_self, self.meta_experts)
+        meta, z_bgh = self._layer(v_bd, *layer, self.meta_source, self.meta_source)  # z_shared, z_C1, z_C2, …
+        layer = (self.task_gates, self.task_self, self.task_experts)
         shared = (0,) * len(self.of_task)
-        residual = None if self.task_self is None else self.task_self(z_bgh, self.of_task)
-        task = self.task_gates(z_bgh, self.of_task, shared, residual_bte=residual)  # on z_C ⊕ z_shared
-        z_bth = task.mix(self.task_experts(z_bgh, self.task_source))
+        task, z_bth = self._layer(z_bgh, *layer, self.task_source, self.of_task, shared)  # gates on z_C ⊕ z_shared
         return self.towers(z_bth), {"meta": meta, "task": task}
+
+    def _layer(
+        self,
+        x: Tensor,
+        gates: SoftRouter,
+        self_gates: "SelfGates | None",
+        experts: "ExpertGroups",
+        source: tuple[int, ...],
+        *sources: tuple[int, ...],
+    ) -> tuple[SoftPlan, Tensor]:
+        """A layer's plan and z. All that is linear in its gates is one product for each input: groups read `source`, the gates
+        `sources`, one after the other, and the self gates the first of these."""
+        stacks = gates.products(*sources)
+        if self_gates is not None:
+            stacks += self_gates.router.products(sources[0])
+        if experts.feature_gate is not None:
+            stacks.append(experts.feature_gate.units(source))
+        logits = unit_products(x, stacks, not (self.training or torch.is_grad_enabled()))
+        rest = iter(logits[len(sources) :])
+        residual = None if self_gates is None else self_gates(next(rest))
+        plan = gates(x, logits_bn=joined(logits[: len(sources)]), residual_bte=residual)
+        gate = None if experts.feature_gate is None else experts.feature_gate(next(rest))
+        return plan, plan.mix(experts.experts(x, source, gate))
 
 
 class ExpertGroups(nn.Module):
-    """G groups of n experts: x `[B, D]` or `[B, S, D]`, of which group g reads input `source[g]` → `[B, G·n, H]`."""
+    """G groups of n experts, and their feature gates."""
 
     def __init__(self, config: HoMEConfig, groups: int, in_dim: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -139,20 +160,17 @@ class ExpertGroups(nn.Module):
         activation: Activation = "silu" if config.expert_norm else "relu"
         self.experts = MLPExperts(experts, in_dim, config.expert_dims, norm, config.dropout, activation=activation, dtype=dtype)
 
-    def forward(self, x: Tensor, source: tuple[int, ...]) -> Tensor:
-        gate = None if self.feature_gate is None else self.feature_gate(x, source)
-        outputs: Tensor = self.experts(x, source, gate)
-        return outputs
-
 
 class FeatureGates(nn.Module):
-    """Fea_Gate of G groups: x `[B, D]` or `[B, S, D]`, of which group g reads input `source[g]` → the gates' parts.
+    """Fea_Gate of G groups: the logits of their softmax, fp32 `[B, G·L]` → the gates' parts. `units` makes the logits: group g
+    reads input `source[g]`.
 
     The L heads of a group have rank ⌊D/L⌋, at least 1 (B: D → D/L, A: D/L → D). A starts at zero and the gate therefore at 1.
 
     >>> from recsys_moe.kernels import feature_gate_values
     >>> x, source = torch.randn(5, 6), (0, 0, 0)
-    >>> gate = FeatureGates(3, 6, heads=2, dtype=torch.float32)(x, source)
+    >>> gates = FeatureGates(3, 6, heads=2, dtype=torch.float32)
+    >>> gate = gates(*unit_products(x, [gates.units(source)], invariant=False))
     >>> feature_gate_values(x, gate, source).allclose(torch.ones(5, 3, 6))
     True
     """
@@ -165,16 +183,23 @@ class FeatureGates(nn.Module):
         nn.init.zeros_(self.up.weights[0])
         self.weigh = MLPExperts(groups, in_dim, (), linear_out=heads)
 
-    def forward(self, x: Tensor, source: tuple[int, ...]) -> FeatureGate:
+    def units(self, source: tuple[int, ...]) -> Units:
+        (weigh,) = self.weigh.layers()
+        assert weigh.bias is not None
+        heads = weigh.weight.shape[1]
+        return Units(weigh.weight.flatten(0, 1), weigh.bias.flatten(), tuple(s for s in source for _ in range(heads)))
+
+    def forward(self, logits_bn: Tensor) -> FeatureGate:
         (down,), (up,) = self.down.layers(), self.up.layers()
-        return FeatureGate(self.weigh(x, source), down.weight, up.weight)
+        return FeatureGate(logits_bn.unflatten(1, (self.weigh.weights[0].shape[0], -1)), down.weight, up.weight)
 
 
 class SelfGates(nn.Module):
-    """Self of T gates over the experts of their own (`own_te`, as many for each): weights, fp32 `[B, T, E]`, 0 for the others.
+    """Self of T gates over the experts of their own (`own_te`, as many for each): the router's logits `[B, n]` → weights, fp32
+    `[B, T, E]`, 0 for the others.
 
     >>> gates = SelfGates(4, torch.tensor([[True, False], [False, True]]))
-    >>> gates(torch.zeros(1, 2, 4), (0, 1)).shape
+    >>> gates(gates.router.pair_logits(torch.zeros(1, 2, 4), (0, 1))).shape
     torch.Size([1, 2, 2])
     """
 
@@ -182,8 +207,8 @@ class SelfGates(nn.Module):
         super().__init__()
         self.router = SoftRouter(in_dim, own_te.shape[0], own_te.shape[1], own_te)
 
-    def forward(self, x: Tensor, *source: tuple[int, ...]) -> Tensor:
-        logits_btn = self.router.pair_logits(x, *source).unflatten(1, (self.router.num_tasks, -1))
+    def forward(self, logits_bn: Tensor) -> Tensor:
+        logits_btn = logits_bn.unflatten(1, (self.router.num_tasks, -1))
         weights_btn = sigmoid(logits_btn) if logits_btn.shape[2] == 1 else logits_btn.softmax(2)
         return self.router.spread(weights_btn.flatten(1))
 
