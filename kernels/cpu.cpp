@@ -913,10 +913,11 @@ std::tuple<Tensor, Tensor, Tensor> expert_linear_backward(const Tensor& grad_z_,
 
 // ---- experts behind their feature gates: cpu_gated.h -----------------------------------------------------------------------
 
-// y `[B, E, H]` = act(norm(W·g)).
+// y `[B, E, H]` = act(norm(W·g)); h and s are filled where they are kept.
 Tensor gated_layer(const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_, const Tensor& weight_,
                    at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
-                   const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation, bool inference) {
+                   const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation, const Tensor& h,
+                   const Tensor& s) {
   const Tensor x = x_.contiguous(), logits = logits_.to(at::kFloat).contiguous();
   const Tensor down = down_.contiguous(), up = up_.contiguous(), weight = weight_.contiguous();
   const int64_t experts = weight.size(0), units = weight.size(1), n = experts / static_cast<int64_t>(source.size());
@@ -927,12 +928,12 @@ Tensor gated_layer(const Tensor& x_, const Tensor& logits_, const Tensor& down_,
     using T = decltype(to);
 #if RECSYS_MOE_AMX
     if constexpr (std::is_same_v<T, bf16>) {
-      if (inference && amx()) {
+      if (!h.defined() && amx()) {
         return gated_tiles<decltype(from)>(x, logits, down, up, weight, source, f.scale_of(0), f.shift_of(0), activation, data<T>(y));
       }
     }
 #endif
-    gated_forward_rows<decltype(from), T>(x, logits, down, up, weight, source, [&](const float* z, int64_t row, int64_t g) {
+    gated_forward_rows<decltype(from), T>(x, logits, down, up, weight, source, h, s, [&](const float* z, int64_t row, int64_t g) {
       const int64_t first = g * n * units;
       activate_row(z, data<T>(y) + (row * experts + g * n) * out, n * units, n, f.scale_of(first), f.shift_of(first), activation);
     });
@@ -940,28 +941,30 @@ Tensor gated_layer(const Tensor& x_, const Tensor& logits_, const Tensor& down_,
   return y;
 }
 
+// At inference.
 Tensor gated_forward(const Tensor& x, const Tensor& logits, const Tensor& down, const Tensor& up, const Tensor& weight,
                      at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
                      const OptionalTensor& mean, const OptionalTensor& var, double eps, int64_t activation) {
-  return gated_layer(x, logits, down, up, weight, source, bias, scale, shift, mean, var, eps, activation, true);
+  return gated_layer(x, logits, down, up, weight, source, bias, scale, shift, mean, var, eps, activation, Tensor(), Tensor());
 }
 
-// In training: y, z = W·g, and the moments that were used.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_act(const Tensor& x, const Tensor& logits, const Tensor& down, const Tensor& up,
-                                                          const Tensor& weight, at::IntArrayRef source, const OptionalTensor& bias,
-                                                          const OptionalTensor& scale, const OptionalTensor& shift,
-                                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                                          bool training, double eps, int64_t activation) {
+// In training: y, and for the backward z = W·g, the moments that were used, h and s.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_norm_act(
+    const Tensor& x, const Tensor& logits, const Tensor& down, const Tensor& up, const Tensor& weight, at::IntArrayRef source,
+    const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, double eps, int64_t activation) {
   const OptionalTensor none;
-  const Tensor z = gated_layer(x, logits, down, up, weight, source, none, none, none, none, none, 0.0, kNone, false);
+  const int64_t b = x.size(0), groups = logits.size(1), heads = logits.size(2), rank = down.size(1);
+  const Tensor h = at::empty({groups, b, heads * rank + rank % (4 / down.element_size())}, down.options()), s = at::empty({groups, b, heads, x.size(2)}, up.options());
+  const Tensor z = gated_layer(x, logits, down, up, weight, source, none, none, none, none, none, 0.0, kNone, h, s);
   const auto [y, mean, var] =
       norm_act(z, weight.size(0), none, bias, scale, shift, running_mean, running_var, training, eps, activation);
-  return {y, z, mean, var};
+  return {y, z, mean, var, h, s};
 }
 
 // Gradients of x, logits, down, up, weight, bias, scale and shift. That of z is made where a block of rows needs it.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_norm_act_backward(
-    const Tensor& grad_y_, const Tensor& z, const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_,
+    const Tensor& grad_y_, const Tensor& z, const Tensor& h, const Tensor& s, const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_,
     const Tensor& weight_, at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
     const Tensor& mean, const Tensor& var, bool training, double eps, int64_t activation, bool need_x) {
   const Tensor x = x_.contiguous(), logits = logits_.to(at::kFloat).contiguous();
@@ -978,7 +981,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   with_types(x, weight, [&](auto from, auto to) {
     using X = decltype(from);
     using T = decltype(to);
-    const GatedExperts<X, T> e(x, logits, down, up, weight, source, true);
+    const GatedExperts<X, T> e(x, logits, down, up, weight, source, false, h, s);
     const T *zp = data<T>(z), *gp = data<T>(grad_y);
     auto grad_z = [&](int64_t row, int64_t g, T* to) {
       const int64_t at = g * e.U, of_y = at * out_columns / columns;
@@ -990,7 +993,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
                });
     };
     const GatedBackward<X, T, decltype(grad_z)> backward{e, grad_z, need_x ? grad_x.data_ptr<float>() : nullptr,
-                                                         grad_logits.data_ptr<float>(), pack_over_units<T>(down, e.G * e.L),
+                                                         grad_logits.data_ptr<float>(), pack_over_units<T>(down, e.G),
                                                          pack_over_units<T>(up, e.G * e.L), pack_over_units<T>(weight, e.G)};
     const int64_t parts = std::clamp<int64_t>(e.B / kGatedRows<T>, 1, at::get_num_threads());
     const std::vector<int64_t> size{parts, e.G * backward.group_size()};
@@ -1002,16 +1005,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
     for (int64_t g = 0; g < e.G; ++g) {
       int64_t at = g * backward.group_size();
       of_weight.push_back(at);
-      at += outer_size(e.U, e.D);
-      for (int64_t l = 0; l < e.L; ++l) {
-        of_up.push_back(at);
-        of_down.push_back(at + outer_size(e.D, e.R));
-        at += outer_size(e.D, e.R) + outer_size(e.R, e.D);
-      }
+      of_down.push_back(at += outer_size(e.U, e.D));
+      at += outer_size(e.L * e.R, e.D);
+      for (int64_t l = 0; l < e.L; ++l) of_up.push_back(at + l * outer_size(e.D, e.R));
     }
     gather_outer(sums, of_weight, e.U, e.D, data<T>(grad_weight));
     gather_outer(sums, of_up, e.D, e.R, data<T>(grad_up));
-    gather_outer(sums, of_down, e.R, e.D, data<T>(grad_down));
+    gather_outer(sums, of_down, e.L * e.R, e.D, data<T>(grad_down));
   });
   return {grad_x.to(x.scalar_type()), grad_logits, grad_down, grad_up, grad_weight, grad_bias, grad_scale, grad_shift};
 }
@@ -1411,8 +1411,8 @@ TORCH_LIBRARY(recsys_moe, m) {
         "Tensor? scale, Tensor? shift, Tensor? mean, Tensor? var, float eps, int activation) -> Tensor");
   m.def("gated_norm_act(Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, int[] source, Tensor? bias, "
         "Tensor? scale, Tensor? shift, Tensor? running_mean, Tensor? running_var, bool training, float eps, int activation) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("gated_norm_act_backward(Tensor grad_y, Tensor z, Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gated_norm_act_backward(Tensor grad_y, Tensor z, Tensor h, Tensor s, Tensor x_bsd, Tensor logits_bgl, Tensor down, Tensor up, Tensor weight, "
         "int[] source, Tensor? bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor var, bool training, float eps, "
         "int activation, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("sparse_forward(Tensor x, Tensor[] weights, Tensor?[] weight_scales, Tensor?[] biases, Tensor?[] scales, "

@@ -134,7 +134,7 @@ def feature_gated_mlp(x: Tensor, layer: Layer, gate: FeatureGate, source: tuple[
     bias = None if layer.bias is None else layer.bias.float()
     training = layer.norm is not None and layer.norm.training
     norm = (n.scale, n.shift, n.running_mean, n.running_var)
-    y, _, mean, var = ops.gated_norm_act(*given, bias, *norm, training, n.eps, ACTIVATIONS[layer.activation])
+    y, _, mean, var, _, _ = ops.gated_norm_act(*given, bias, *norm, training, n.eps, ACTIVATIONS[layer.activation])
     if training:
         _move_running(n, mean, var, bias, y.shape[0], None)
     return F.dropout(y, layer.dropout) if layer.dropout else y
@@ -419,10 +419,13 @@ def _register() -> None:
         width = weight.shape[1] // 2 if activation == ACTIVATIONS["swiglu"] else weight.shape[1]
         y, z = (weight.new_empty(x.shape[0], weight.shape[0], size) for size in (width, weight.shape[1]))
         moment = weight.new_empty(0 if scale is None else scale.numel(), dtype=torch.float32)
-        return y, z, moment, torch.empty_like(moment)
+        (b, _, width), (_, groups, heads) = x.shape, logits.shape
+        rank = down.shape[1]
+        h, s = weight.new_empty(groups, b, heads * rank + rank % (4 // down.itemsize)), weight.new_empty(groups, b, heads, width)
+        return y, z, moment, torch.empty_like(moment), h, s
 
     @fake("recsys_moe::gated_norm_act_backward")
-    def _(grad_y, z, x, logits, down, up, weight, source, bias, scale, shift, mean, var, training, eps, activation, need_x):  # type: ignore[no-untyped-def]
+    def _(grad_y, z, h, s, x, logits, down, up, weight, source, bias, scale, shift, mean, var, training, eps, kind, need_x):  # type: ignore[no-untyped-def]
         grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
         sizes = [0 if t is None else t.numel() for t in (bias, scale, scale)]
         small = (z.new_empty(n, dtype=torch.float32) for n in sizes)
@@ -430,15 +433,16 @@ def _register() -> None:
 
     def save_gated(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.source, bias, scale, shift, _, _, ctx.training, ctx.eps, ctx.activation = inputs
-        _, z, mean, var = output
-        ctx.mark_non_differentiable(z, mean, var)
-        ctx.save_for_backward(z, *tensors, bias, scale, shift, mean, var)
+        _, z, mean, var, h, s = output
+        ctx.mark_non_differentiable(z, mean, var, h, s)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, h, s, *tensors, bias, scale, shift, mean, var)
 
     def gated_gradient(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
-        z, x, logits, down, up, weight, bias, scale, shift, mean, var = ctx.saved_tensors
+        *tensors, bias, scale, shift, mean, var = ctx.saved_tensors
         need, norm = ctx.needs_input_grad[0], (bias, scale, shift)
         grad_x, *others = ops.gated_norm_act_backward(
-            grad_y, z, x, logits, down, up, weight, ctx.source, *norm, mean, var, ctx.training, ctx.eps, ctx.activation, need
+            grad_y, *tensors, ctx.source, *norm, mean, var, ctx.training, ctx.eps, ctx.activation, need
         )
         shaped = [None if t is None else g.view_as(t) for t, g in zip(norm, others[4:], strict=True)]
         return grad_x if need else None, *others[:4], None, *shaped, *[None] * 5

@@ -1,5 +1,5 @@
 // HoME's experts behind their feature gates. Of a block of rows, all that lies between x and the experts' products stays in a core's
-// cache; the backward computes it again. For a group that reads x, with L heads of rank R and U units of its experts together:
+// cache; h and s are kept for the backward, which computes the rest again. For a group that reads x, with L heads of rank R and U units of its experts together:
 //
 //   h_l = down_l·x,  s_l = 2σ(up_l·h_l),  w = softmax(logits),  g = x ⊙ Σ_l w_l·s_l,  z = W·g
 //
@@ -57,69 +57,75 @@ void in_blocks(int64_t low, int64_t high, F&& run) {
 template <typename X, typename T>
 class GatedExperts {
  public:
-  // `packed`: the panels of all weights, for all threads; else a thread packs each when it comes to it.
+  // `packed`: the panels of all weights, for all threads; else a thread packs each when it comes to it. `h` [G][B][L·R], whole words at each
+  // row's end, and `s` [G][B][L][D] are kept for the backward; undefined at inference.
   GatedExperts(const Tensor& x, const Tensor& logits, const Tensor& down, const Tensor& up, const Tensor& weight,
-               at::IntArrayRef source, bool packed)
+               at::IntArrayRef source, bool packed, const Tensor& h, const Tensor& s)
       : B(x.size(0)), S(x.size(1)), D(x.size(2)), G(logits.size(1)), L(logits.size(2)), R(down.size(1)),
-        U(weight.size(0) / G * weight.size(1)), x_(x), logits_(logits), source_(source), down_(down, G * L, packed), up_(up, G * L, packed),
-        weight_(weight, G, packed) {}
+        U(weight.size(0) / G * weight.size(1)), x_(x), logits_(logits), h_(h), s_(s), source_(source), down_(down, G, packed),
+        up_(up, G * L, packed), weight_(weight, G, packed) {}
   const int64_t B, S, D, G, L, R, U;
-  // From row to row of x, and of what a block has for each: D and U of them in fp32, D, R and U in the products' precision.
-  const int64_t ldx = S * D, ldf = row_stride<float>(panels(D) * kPanel), ldz = row_stride<float>(panels(U) * kPanel);
-  const int64_t ldd = row_stride<T>(D), ldr = row_stride<T>(R), ldu = row_stride<T>(U);
+  // From row to row of x and h, and of what a block has for each: D and U of them in fp32, D, L·R and U in the products' precision.
+  const int64_t ldx = S * D, ldh = L * R + R % kPerWord<T>;
+  const int64_t ldf = row_stride<float>(panels(D) * kPanel), ldz = row_stride<float>(panels(U) * kPanel);
+  const int64_t ldd = row_stride<T>(D), ldr = row_stride<T>(L * R), ldu = row_stride<T>(U);
   int64_t offset(int64_t row, int64_t g) const { return row * ldx + source_[g] * D; }
   const X* x(int64_t row, int64_t g) const { return data<X>(x_) + offset(row, g); }
+  T* h(int64_t row, int64_t g) const { return data<T>(h_) + (g * B + row) * ldh; }
+  T* s(int64_t row, int64_t g) const { return data<T>(s_) + (g * B + row) * L * D; }
 
   struct Block {
     const int64_t most;  // rows
-    const Room<T> x, h, s, g;  // [row][D], [l][row][R], [l][row][D] where kept, [row][D]
+    const Room<T> x, h, g;  // [row][D], [row][L·R] where it is not kept, [row][D]
     const Room<float> w, u, gate, panel;  // u, gate: [row][D]
-    Block(const GatedExperts& e, int64_t most, bool keep)
-        : most(most), x(most * e.ldd), h(e.L * most * e.ldr), s(keep ? e.L * most * e.ldd : 0), g(most * e.ldd),
-          w(most * whole_vecs(e.L)), u(most * e.ldf), gate(most * e.ldf), panel(std::max(e.down_.size(), std::max(e.up_.size(), e.weight_.size()))) {}
+    Block(const GatedExperts& e, int64_t most)
+        : most(most), x(most * e.ldd), h(e.h_.defined() ? 0 : most * e.ldh), g(most * e.ldd), w(most * whole_vecs(e.L)), u(most * e.ldf),
+          gate(most * e.ldf), panel(std::max(e.down_.size(), std::max(e.up_.size(), e.weight_.size()))) {}
   };
 
-  // h, w, g and, where it is kept, s of some rows of group g.
-  void make(const Block& b, int64_t begin, int64_t rows, int64_t g, bool keep) const {
-    const X* from = x(begin, g);
-    const int64_t ldw = whole_vecs(L);
-    for (int64_t r = 0; r < rows; ++r) {
-      convert(from + r * ldx, b.x + r * ldd, D);
-      softmax_row(logits_.const_data_ptr<float>() + ((begin + r) * G + g) * L, b.w + r * ldw, L);
+  // w, h, s and g of some rows of group g.
+  void make(const Block& b, int64_t begin, int64_t rows, int64_t g) const {
+    read(b, begin, rows, g);
+    T* to_h = h_.defined() ? h(begin, g) : b.h;
+    for (int64_t n = 0; n < L * R; n += kPanel) {
+      multiply<T>(b.x, ldd, rows, down_.at(g, n, b.panel), words<T>(D),
+                  [&](int64_t m, const float* sums) { store_panel(sums, to_h + m * ldh + n, std::min(kPanel, L * R - n)); });
     }
-    zero_tail<T>(b.x, ldd, rows, D);
-    for (int64_t l = 0; l < L; ++l) {
-      T* h = b.h + l * b.most * ldr;
-      for (int64_t n = 0; n < R; n += kPanel) {
-        multiply<T>(b.x, ldd, rows, down_.at(g * L + l, n, b.panel), words<T>(D),
-                    [&](int64_t m, const float* sums) { store_panel(sums, h + m * ldr + n, std::min(kPanel, R - n)); });
-      }
-      zero_tail(h, ldr, rows, R);
-    }
+    for (int64_t r = 0; r < rows && ldh > L * R; ++r) to_h[r * ldh + L * R] = T(0);
     for (int64_t l = 0; l < L; ++l) {
       for (int64_t n = 0; n < D; n += kPanel) {
-        multiply<T>(b.h + l * b.most * ldr, ldr, rows, up_.at(g * L + l, n, b.panel), words<T>(R),
+        multiply<T>(to_h + l * R, ldh, rows, up_.at(g * L + l, n, b.panel), words<T>(R),
                     [to = b.u + n, ld = ldf](int64_t m, const float* sums) { copy_panel(sums, to + m * ld); });
       }
       for (int64_t r = 0; r < rows; ++r) {
-        const float w = b.w[r * ldw + l];
+        const float w = b.w[r * whole_vecs(L) + l];
         const float* u = b.u + r * ldf;
         float* gate = b.gate + r * ldf;
-        T* s = keep ? b.s + (l * b.most + r) * ldd : nullptr;
+        T* to = s_.defined() ? s(begin + r, g) + l * D : nullptr;
         by_vecs(D, [&](int64_t i, auto count) {
           const Vec value = activate<kDoubleSigmoid>(load_first(u + i, count));
-          if (s) store_first(value, s + i, count);
+          if (to) store_first(value, to + i, count);
           store_first(l ? load_first(gate + i, count) + w * value : w * value, gate + i, count);
         });
       }
     }
+    apply(b, begin, rows, g);
+  }
+
+  // w, the gate and g from what was kept.
+  void make_again(const Block& b, int64_t begin, int64_t rows, int64_t g) const {
+    read(b, begin, rows, g);
     for (int64_t r = 0; r < rows; ++r) {
-      const float* gate = b.gate + r * ldf;
-      const X* x = from + r * ldx;
-      T* to = b.g + r * ldd;
-      by_vecs(D, [&](int64_t i, auto count) { store_first(load_first(x + i, count) * load_first(gate + i, count), to + i, count); });
+      const float* w = b.w + r * whole_vecs(L);
+      const T* from = s(begin + r, g);
+      float* gate = b.gate + r * ldf;
+      by_vecs(D, [&](int64_t i, auto count) {
+        Vec sum = w[0] * load_first(from + i, count);
+        for (int64_t l = 1; l < L; ++l) sum += w[l] * load_first(from + l * D + i, count);
+        store_first(sum, gate + i, count);
+      });
     }
-    zero_tail<T>(b.g, ldd, rows, D);
+    apply(b, begin, rows, g);
   }
 
   // z of the rows that were made: [row][U].
@@ -131,7 +137,23 @@ class GatedExperts {
   }
 
  private:
-  const Tensor x_, logits_;
+  void read(const Block& b, int64_t begin, int64_t rows, int64_t g) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      convert(x(begin + r, g), b.x + r * ldd, D);
+      softmax_row(logits_.const_data_ptr<float>() + ((begin + r) * G + g) * L, b.w + r * whole_vecs(L), L);
+    }
+    zero_tail<T>(b.x, ldd, rows, D);
+  }
+  void apply(const Block& b, int64_t begin, int64_t rows, int64_t g) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* gate = b.gate + r * ldf;
+      const X* from = x(begin + r, g);
+      T* to = b.g + r * ldd;
+      by_vecs(D, [&](int64_t i, auto count) { store_first(load_first(from + i, count) * load_first(gate + i, count), to + i, count); });
+    }
+    zero_tail<T>(b.g, ldd, rows, D);
+  }
+  const Tensor x_, logits_, h_, s_;
   const at::IntArrayRef source_;
   const Panels<T> down_, up_, weight_;
 };
@@ -139,18 +161,18 @@ class GatedExperts {
 // y of every row: what follows the product is done to a row at a time, finish(z, row, group).
 template <typename X, typename T, typename F>
 void gated_forward_rows(const Tensor& x, const Tensor& logits, const Tensor& down, const Tensor& up, const Tensor& weight,
-                        at::IntArrayRef source, F&& finish) {
+                        at::IntArrayRef source, const Tensor& h, const Tensor& s, F&& finish) {
   const int64_t rows = x.size(0), threads = at::get_num_threads();
-  const GatedExperts<X, T> e(x, logits, down, up, weight, source, rows > threads * kGatedRows<T>);
+  const GatedExperts<X, T> e(x, logits, down, up, weight, source, rows > threads * kGatedRows<T>, h, s);
   at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
     const int64_t step = kRowStep<T>, steps = (rows + step - 1) / step;
     const int64_t low = steps * from / threads * step, high = std::min(rows, steps * to / threads * step);
     if (low >= high) return;
-    const typename GatedExperts<X, T>::Block b(e, std::min(high - low, kGatedRows<T>), false);
+    const typename GatedExperts<X, T>::Block b(e, std::min(high - low, kGatedRows<T>));
     const Room<float> z(b.most * e.ldz);
     in_blocks<T>(low, high, [&](int64_t begin, int64_t end) {
       for (int64_t g = 0; g < e.G; ++g) {
-        e.make(b, begin, end - begin, g, false);
+        e.make(b, begin, end - begin, g);
         e.experts(b, end - begin, g, z);
         for (int64_t r = begin; r < end; ++r) finish(z + (r - begin) * e.ldz, r, g);
       }
@@ -183,15 +205,15 @@ struct GatedBackward {
   const F& grad_z;  // grad_z(row, g, to): z's own, [U]
   float* grad_x;    // may be null
   float* grad_logits;
-  const Tensor down, up, weight;  // packed over their units
+  const Tensor down, up, weight;  // packed over their units, a group's heads of `down` as one
 
-  int64_t group_size() const { return outer_size(e.U, e.D) + e.L * (outer_size(e.D, e.R) + outer_size(e.R, e.D)); }
+  int64_t group_size() const { return outer_size(e.U, e.D) + outer_size(e.L * e.R, e.D) + e.L * outer_size(e.D, e.R); }
 
-  // Rows low … high; sums [G][group_size()]: of a group W's, then for each head up's and down's.
+  // Rows low … high; sums [G][group_size()]: of a group W's, down's, then for each head up's.
   void run(int64_t low, int64_t high, float* sums) const {
     const int64_t D = e.D, R = e.R, U = e.U, L = e.L, most = std::min(high - low, kGatedRows<T>), ldw = whole_vecs(L);
-    const int64_t across = std::max(D, std::max(R, U)), deep = whole_vecs(words<T>(most));
-    const typename GatedExperts<X, T>::Block b(e, most, true);
+    const int64_t across = std::max(D, std::max(L * R, U)), deep = whole_vecs(words<T>(most));
+    const typename GatedExperts<X, T>::Block b(e, most);
     const Room<T> dz(most * e.ldu), du(L * most * e.ldd), dh(most * e.ldr);
     const Room<float> transposed(whole_vecs(across) * deep), packed(panels(across) * kPanel * deep);
     for (int64_t g = 0; g < e.G; ++g) {
@@ -199,7 +221,7 @@ struct GatedBackward {
         const int64_t rows = end - begin;
         const bool add = begin > low;
         float* sum = sums + g * group_size();
-        e.make(b, begin, rows, g, true);
+        e.make_again(b, begin, rows, g);
         for (int64_t r = 0; r < rows; ++r) grad_z(begin + r, g, dz + r * e.ldu);
         zero_tail<T>(dz, e.ldu, rows, U);
         pack_block<T>(b.g, e.ldd, D, rows, packed);
@@ -216,7 +238,7 @@ struct GatedBackward {
           const float *of_g = b.u + r * e.ldf, *w = b.w + r * ldw;
           float *of_logits = grad_logits + ((begin + r) * e.G + g) * L, mean = 0;
           for (int64_t l = 0; l < L; ++l) {
-            const T* s = b.s + (l * most + r) * e.ldd;
+            const T* s = e.s(begin + r, g) + l * D;
             T* of_u = du + (l * most + r) * e.ldd;
             Vec dot = {};
             by_vecs(D, [&](int64_t i, auto count) {
@@ -233,27 +255,27 @@ struct GatedBackward {
           by_vecs(D, [&](int64_t i, auto count) { store_first(load_first(dx + i, count) * load_first(of_g + i, count), dx + i, count); });
         }
 
-        for (int64_t l = 0; l < L; ++l) {
+        float* of_up = sum + outer_size(L * R, D);
+        for (int64_t l = 0; l < L; ++l, of_up += outer_size(D, R)) {
           T* of_u = du + l * most * e.ldd;
           zero_tail(of_u, e.ldd, rows, D);
-          pack_block<T>(b.h + l * most * e.ldr, e.ldr, R, rows, packed);
-          add_outer<T>(of_u, e.ldd, D, packed, R, rows, add, transposed, sum);
-          sum += outer_size(D, R);
+          pack_block<T>(e.h(begin, g) + l * R, e.ldh, R, rows, packed);
+          add_outer<T>(of_u, e.ldd, D, packed, R, rows, add, transposed, of_up);
           for (int64_t n = 0; n < R; n += kPanel) {
-            multiply<T>(of_u, e.ldd, rows, panel_of(up, g * L + l, n, R, D), words<T>(D),
-                        [&](int64_t m, const float* grad) { store_panel(grad, dh + m * e.ldr + n, std::min(kPanel, R - n)); });
-          }
-          zero_tail<T>(dh, e.ldr, rows, R);
-          pack_block<T>(b.x, e.ldd, D, rows, packed);
-          add_outer<T>(dh, e.ldr, R, packed, D, rows, add, transposed, sum);
-          sum += outer_size(R, D);
-          if (!grad_x) continue;
-          for (int64_t n = 0; n < D; n += kPanel) {
-            multiply<T>(dh, e.ldr, rows, panel_of(down, g * L + l, n, D, R), words<T>(R),
-                        [to = b.gate + n, ld = e.ldf](int64_t m, const float* sums) { add_panel(sums, to + m * ld); });
+            multiply<T>(of_u, e.ldd, rows, panel_of(up, g * L + l, n, R, D), words<T>(D), [&](int64_t m, const float* grad) {
+              store_panel(grad, dh + m * e.ldr + l * R + n, std::min(kPanel, R - n));
+            });
           }
         }
-        for (int64_t r = 0; r < rows && grad_x; ++r) {
+        zero_tail<T>(dh, e.ldr, rows, L * R);
+        pack_block<T>(b.x, e.ldd, D, rows, packed);
+        add_outer<T>(dh, e.ldr, L * R, packed, D, rows, add, transposed, sum);
+        if (!grad_x) return;
+        for (int64_t n = 0; n < D; n += kPanel) {
+          multiply<T>(dh, e.ldr, rows, panel_of(down, g, n, D, L * R), words<T>(L * R),
+                      [to = b.gate + n, ld = e.ldf](int64_t m, const float* sums) { add_panel(sums, to + m * ld); });
+        }
+        for (int64_t r = 0; r < rows; ++r) {
           const float* from = b.gate + r * e.ldf;
           float* to = grad_x + e.offset(begin + r, g);
           by_vecs(D, [&](int64_t i, auto count) { store_first(load_first(to + i, count) + load_first(from + i, count), to + i, count); });
