@@ -110,6 +110,19 @@ inline void over_panel(int64_t columns, F&& over) {
   for (int64_t i = 0; i < kPanel; i += kLanes) over(i, std::integral_constant<int64_t, kLanes>{});
 }
 
+// Where multiply_into() puts its sums. Those to add to are fetched while a tile's are taken.
+struct ToSums {
+  float* sums;
+  bool add;
+  void prefetch(int64_t m) const {
+    for (int64_t i = 0; i < kPanel && add; i += kLanes) __builtin_prefetch(sums + m * kPanel + i, 1);
+  }
+  void operator()(int64_t m, const float* sum) const {
+    float* to = sums + m * kPanel;
+    for (int64_t i = 0; i < kPanel; i += kLanes) store(add ? load(to + i) + load(sum + i) : load(sum + i), to + i);
+  }
+};
+
 // multiply() whose sums [row][kPanel] are stored, or added to what is there.
 template <typename T>
 void multiply_into(const T* a, int64_t stride, int64_t rows, const float* panel, int64_t depth, float* sums, bool add) {
@@ -121,10 +134,7 @@ void multiply_into(const T* a, int64_t stride, int64_t rows, const float* panel,
     }
   }
 #endif
-  multiply(a, stride, rows, panel, depth, [&](int64_t m, const float* sum) {
-    float* to = sums + m * kPanel;
-    for (int64_t i = 0; i < kPanel; i += kLanes) store(add ? load(to + i) + load(sum + i) : load(sum + i), to + i);
-  });
+  multiply(a, stride, rows, panel, depth, ToSums{sums, add});
 }
 
 // ---- packing ---------------------------------------------------------------------------------------------------------------
