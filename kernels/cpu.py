@@ -421,7 +421,8 @@ def _register() -> None:
         moment = weight.new_empty(0 if scale is None else scale.numel(), dtype=torch.float32)
         (b, _, width), (_, groups, heads) = x.shape, logits.shape
         rank = down.shape[1]
-        h, s = weight.new_empty(groups, b, heads * rank + rank % (4 // down.itemsize)), weight.new_empty(groups, b, heads, width)
+        h = weight.new_empty(groups, b, heads * rank + rank % (4 // down.itemsize))
+        s = weight.new_empty(groups, b, heads, width)
         return y, z, moment, torch.empty_like(moment), h, s
 
     @fake("recsys_moe::gated_norm_act_backward")

@@ -89,9 +89,11 @@ void gated_tiles(const Tensor& x, const Tensor& logits, const Tensor& down, cons
           });
         }
       }
-      for (int64_t e = group * (experts / G); e < (group + 1) * (experts / G); ++e)
-        tiles_layer(g, count, data<bf16>(weight) + e * units * D, units, D, 0, out, a ? a + e * units : nullptr,
-                    c ? c + e * units : nullptr, activation, y + (begin * experts + e) * out, experts * out);
+      for (int64_t e = group * (experts / G), last = e + experts / G - 1; e <= last; ++e) {
+        const bf16* own = data<bf16>(weight) + e * units * D;
+        tiles_layer(g, count, own, units, D, 0, out, a ? a + e * units : nullptr, c ? c + e * units : nullptr, activation,
+                    y + (begin * experts + e) * out, experts * out, e < last ? own + units * D : nullptr);
+      }
     }
   });
 }

@@ -236,7 +236,7 @@ def test_32_clients_for_ten_minutes(folder: Path) -> None:
             await asyncio.gather(watch(end), *(visit(client, end, number) for number in range(32)))
 
     # A cache that is too small for those that run, and a queue too short for those that come.
-    limits = ("--max-running", "12", "--max-waiting", "16", "--step-tokens", "96", "--kv-cache-mb", "0.5")
+    limits = ("--max-running", "12", "--max-waiting", "16", "--step-tokens", "96", "--kv-cache-mb", "0.2")
     with serving(folder, *limits) as url:
         asyncio.run(soak(url))
         last = idle(url)
