@@ -69,7 +69,7 @@ def build() -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    log.warning("building the CPU kernels, once (about 30 seconds)")
+    log.warning("building the CPU kernels, once (about a minute)")
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / "cpu.so"
         # OpenMP without its library: PyTorch has one in the process, and two would fight for the cores.
