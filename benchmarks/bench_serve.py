@@ -295,10 +295,10 @@ def run_all(folder: Path) -> None:
         before = replica_mb()
         print("served:", told(1, "client", f"{url}/v1/rank"))
         print(f"replica's resident memory, MB: {before} before, {replica_mb()} after")
-    for kind in ("bundle", "modules"):
-        with server("mlflow", "18701", kind):
-            wait_for("http://127.0.0.1:18701/ping")
-            print(f"mlflow models serve, {kind}:", told(1, "mlflow-client", "http://127.0.0.1:18701/invocations", kind))
+    for kind, port in (("bundle", "18701"), ("modules", "18702")):  # the first may hold its port a little longer
+        with server("mlflow", port, kind):
+            wait_for(f"http://127.0.0.1:{port}/ping")
+            print(f"mlflow models serve, {kind}:", told(1, "mlflow-client", f"http://127.0.0.1:{port}/invocations", kind))
 
 
 def peers() -> Path:
