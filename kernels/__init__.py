@@ -209,13 +209,22 @@ def route_topk(
     """
     if logits_be.dim() != 2 or not logits_be.is_floating_point():
         raise ValueError(f"logits_be is {logits_be.dtype} {list(logits_be.shape)}, not floating-point [B, E]")
-    experts = logits_be.shape[1]
-    if not 1 <= k <= experts:
-        raise ValueError(f"k is {k}, but there are {experts} experts: choose 1 ≤ k ≤ {experts}")
+    _check_choice(k, logits_be.shape[1], bias_e)
+    if allowed_be is not None and (allowed_be.dtype != torch.bool or allowed_be.shape != logits_be.shape):
+        raise ValueError(
+            f"allowed_be is {allowed_be.dtype} {list(allowed_be.shape)}, not bool [B, E] = {list(logits_be.shape)}"
+        )
     out: tuple[Tensor, Tensor] = implementation(backend, logits_be.device).route_topk(
         logits_be, k, scoring, renormalize, bias_e, allowed_be
     )
     return out
+
+
+def _check_choice(k: int, experts: int, bias_e: Tensor | None) -> None:
+    if not 1 <= k <= experts:
+        raise ValueError(f"k is {k}, but there are {experts} experts: choose 1 ≤ k ≤ {experts}")
+    if bias_e is not None and bias_e.shape != (experts,):
+        raise ValueError(f"bias_e is {list(bias_e.shape)}, not [E] = [{experts}]")
 
 
 def route(
@@ -250,6 +259,7 @@ def route(
     """
     if x_bd.dim() != 2 or x_bd.shape[1] != weight_gd.shape[1] or not x_bd.is_floating_point():
         raise ValueError(f"x_bd is {x_bd.dtype} {list(x_bd.shape)}, not floating-point [B, D] with D = {weight_gd.shape[1]}")
+    _check_choice(k, num_experts, bias_e)
     run = implementation(backend, x_bd.device)
     if hasattr(run, "route"):
         fused: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run.route(

@@ -230,7 +230,7 @@ def paged_attention(
     )
 
 
-# Half a decoder's layer in one call each, which this backend alone has; the modules of recsys_moe.llm are their reference.
+# A decoder's layers in one call, which this backend alone has; the modules of recsys_moe.llm are their reference.
 
 
 class FusedLayers:

@@ -56,8 +56,9 @@ def check(
     on: str = "cpu",
     vanishing: tuple[str, ...] = (),
     kinked: bool = False,
+    inference: bool = True,
 ) -> None:
-    """Output and the gradient of every input, of a kernel and of the naive loops in float64.
+    """Output, in training and at `inference`, and the gradient of every input, of a kernel and of the naive loops in float64.
 
     A gradient that is 0 in exact arithmetic (`vanishing`) is measured against the weight's. `kinked`: a pre-activation that
     was rounded may lie on the other side of ReLU's kink, and the gradients differ by whole rows of weights.
@@ -66,6 +67,9 @@ def check(
     exact = {name: value.double().requires_grad_() for name, value in inputs.items()}
     got, want = kernel(leaves), naive(exact)
     assert relative(got.detach(), want.detach()) < limit, "output"
+    if inference:
+        with torch.no_grad():
+            assert relative(kernel(leaves), want.detach()) < limit, "output at inference"
 
     limit = 0.1 if kinked else limit
     # A fixed mixture of the outputs, so that no gradient cancels; rounded as the output is.
@@ -295,7 +299,7 @@ def test_expert_mlp(backend: Backend, case: Dense, dtype: torch.dtype) -> None:
 
     batch_moments = case.norm == "training" and case.rows > 1
     vanishing = ("bias",) if batch_moments and case.bias else ()
-    check(kernel, naive, inputs, LIMIT[dtype], on, vanishing, kinked(backend, case, dtype))
+    check(kernel, naive, inputs, LIMIT[dtype], on, vanishing, kinked(backend, case, dtype), case.norm != "training")
     for name, value in moved.items():
         assert relative(value, exact[name]) < LIMIT[dtype], name
 
@@ -616,7 +620,7 @@ def test_sparse_expert_mlp(backend: Backend, case: Sparse, dtype: torch.dtype) -
         assert not kernel({name: value.to(on) for name, value in inputs.items()}).any()
         return
     vanishing = ("bias",) if case.norm == "training" and case.bias else ()
-    check(kernel, naive, inputs, LIMIT[dtype], on, vanishing, kinked(backend, case, dtype))
+    check(kernel, naive, inputs, LIMIT[dtype], on, vanishing, kinked(backend, case, dtype), case.norm != "training")
     for name, value in moved.items():
         assert relative(value, exact[name]) < LIMIT[dtype], name
 
@@ -845,6 +849,22 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
     ("NaN logits", lambda: kernels.route_topk(torch.tensor([[0.0, 1.0], [0.0, math.nan]]), 1), "row 1 are not finite"),
     ("infinite logits", lambda: kernels.route_topk(torch.tensor([[0.0, math.inf]]), 1), "row 0 are not finite"),
     ("integer logits", lambda: kernels.route_topk(torch.ones(1, 3, dtype=torch.int64), 1), r"torch.int64 \[1, 3\]"),
+    (
+        "bias of another length",
+        lambda: kernels.route_topk(torch.ones(1, 3), 2, bias_e=torch.ones(1)),
+        r"bias_e is \[1\], not \[E\] = \[3\]",
+    ),
+    (
+        "a router's bias too long",
+        lambda: kernels.route(ONES, torch.ones(3, 4), None, 3, 1, bias_e=torch.ones(4)),
+        r"\[4\], not \[E\]",
+    ),
+    ("k > E of a router", lambda: kernels.route(ONES, torch.ones(3, 4), None, 3, 4), "k is 4, but there are 3 experts"),
+    (
+        "allowed for one row only",
+        lambda: kernels.route_topk(torch.ones(2, 3), 2, allowed_be=torch.ones(1, 3) > 0),
+        r"allowed_be is torch.bool \[1, 3\], not bool \[B, E\] = \[2, 3\]",
+    ),
     ("weight of another width", lambda: kernels.expert_mlp(torch.ones(2, 5), layer()), r"\[2, 3, 4\].* D = 5"),
     ("weight in fp16", lambda: kernels.expert_mlp(ONES, Layer(torch.ones(2, 3, 4).half())), "torch.float16; .*bfloat16"),
     ("bias of another size", lambda: kernels.expert_mlp(ONES, layer(bias=torch.ones(2, 2))), r"\[2, 2\].*\[2, 3\]"),
