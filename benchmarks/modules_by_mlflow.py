@@ -12,7 +12,7 @@ import torch
 
 from recsys_moe.bench import load_peer
 
-IDS, FRACTIONS, DIM, ROWS = 15, 32, 32, 1000
+IDS, DIM, ROWS = 15, 32, 1000
 
 
 class Modules(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
