@@ -13,12 +13,13 @@ if __name__ == "kernels":
     raise ImportError("this folder is recsys_moe.kernels: import it under that name")
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from recsys_moe.kernels.backends import Backend, implementation
+from recsys_moe.kernels.reference import check_finite
 from recsys_moe.kernels.types import Activation, BatchNorm, FeatureGate, Layer, Scoring
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "FeatureGate",
     "Layer",
     "Scoring",
+    "check_choice",
+    "check_finite",
     "embedding_bags",
     "expert_mlp",
     "feature_gate_values",
@@ -75,14 +78,16 @@ def expert_mlp(
     >>> y.shape, y[0, 0, 0].item()
     (torch.Size([2, 4, 5]), 3.0)
     """
+    if x.dim() not in (2, 3) or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}, not floating-point [B, D] or [B, S, D]")
     inputs = 1 if x.dim() == 2 else x.shape[1]
     if source is None:
         gates = gate_bgd if feature_gate is None else feature_gate.logits
         groups = inputs if gates is None else gates.shape[1]
         source = (0,) * groups if inputs == 1 else tuple(range(inputs))
-    experts, _, width = layer.weight.shape
     _check_layers((layer,), x.shape[-1], invariant)
-    if experts % len(source) or max(source) >= inputs or min(source) < 0:
+    experts, _, width = layer.weight.shape
+    if not source or experts % len(source) or max(source) >= inputs or min(source) < 0:
         raise ValueError(
             f"source {source} does not fit {inputs} inputs and {experts} experts: name an input 0 … {inputs - 1} for each "
             f"group, in a number of groups that divides {experts}"
@@ -201,7 +206,7 @@ def route_topk(
         expert ids int32 `[B, k]`, by falling score, and weights fp32 `[B, k]`.
 
     Raises:
-        ValueError: k > E; logits that are not finite (it says which row).
+        ValueError: k > E; an unknown scoring; logits that are not finite, or fewer than k allowed experts (it says which row).
 
     >>> ids, weights = route_topk(torch.tensor([[0.0, 2.0, 2.0]]), 2, renormalize=True, backend="reference")
     >>> ids.tolist(), weights.tolist()
@@ -209,7 +214,7 @@ def route_topk(
     """
     if logits_be.dim() != 2 or not logits_be.is_floating_point():
         raise ValueError(f"logits_be is {logits_be.dtype} {list(logits_be.shape)}, not floating-point [B, E]")
-    _check_choice(k, logits_be.shape[1], bias_e)
+    check_choice(k, logits_be.shape[1], bias_e, scoring)
     if allowed_be is not None and (allowed_be.dtype != torch.bool or allowed_be.shape != logits_be.shape):
         raise ValueError(
             f"allowed_be is {allowed_be.dtype} {list(allowed_be.shape)}, not bool [B, E] = {list(logits_be.shape)}"
@@ -220,9 +225,17 @@ def route_topk(
     return out
 
 
-def _check_choice(k: int, experts: int, bias_e: Tensor | None) -> None:
+def check_choice(k: int, experts: int, bias_e: Tensor | None = None, scoring: str = "softmax") -> None:
+    """Raises ValueError for a choice of `k` among `experts` that can't be made.
+
+    >>> check_choice(3, 2)
+    Traceback (most recent call last):
+    ValueError: k is 3, but there are 2 experts: choose 1 ≤ k ≤ 2
+    """
     if not 1 <= k <= experts:
         raise ValueError(f"k is {k}, but there are {experts} experts: choose 1 ≤ k ≤ {experts}")
+    if scoring not in get_args(Scoring):
+        raise ValueError(f"scoring is {scoring!r}; valid: {', '.join(get_args(Scoring))}")
     if bias_e is not None and bias_e.shape != (experts,):
         raise ValueError(f"bias_e is {list(bias_e.shape)}, not [E] = [{experts}]")
 
@@ -259,7 +272,7 @@ def route(
     """
     if x_bd.dim() != 2 or x_bd.shape[1] != weight_gd.shape[1] or not x_bd.is_floating_point():
         raise ValueError(f"x_bd is {x_bd.dtype} {list(x_bd.shape)}, not floating-point [B, D] with D = {weight_gd.shape[1]}")
-    _check_choice(k, num_experts, bias_e)
+    check_choice(k, num_experts, bias_e, scoring)
     run = implementation(backend, x_bd.device)
     if hasattr(run, "route"):
         fused: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run.route(
@@ -563,16 +576,22 @@ def _check_feature_gate(gate: FeatureGate, rows: int, groups: int, weight: Tenso
 
 def _check_layers(layers: tuple[Layer, ...], width: int, invariant: bool, sparse: bool = False) -> None:
     """Shapes and dtypes that fit each other, from an input of `width` on; nothing of training in the invariant mode."""
-    experts = layers[0].weight.shape[0]
     for number, layer in enumerate(layers):
+        if layer.weight.dim() != 3:
+            raise ValueError(f"the weight of layer {number} is {list(layer.weight.shape)}, not [E, H, D]")
+        experts = layers[0].weight.shape[0]
         if invariant and (layer.dropout or (layer.norm is not None and layer.norm.training)):
             raise ValueError(
                 f"layer {number} is in training (norm by the batch's moments, or dropout) under invariant=True: its result "
                 "would depend on the whole batch; use eval()"
             )
-        if layer.weight.dim() != 3 or layer.weight.shape[0] != experts or layer.weight.shape[2] != width:
+        if layer.weight.shape[0] != experts or layer.weight.shape[2] != width:
             raise ValueError(
                 f"the weight of layer {number} is {list(layer.weight.shape)}, not [E, H, D] with E = {experts} and D = {width}"
+            )
+        if layer.activation not in get_args(Activation):
+            raise ValueError(
+                f"the activation of layer {number} is {layer.activation!r}; valid: {', '.join(get_args(Activation))}"
             )
         units = layer.weight.shape[1]
         if layer.weight_scale is not None:

@@ -628,11 +628,12 @@ struct ByInput {
 
   ByInput(const Inputs& in, const Tensor& weight) {
     const int64_t columns = weight.size(0) * weight.size(1), each = columns / in.groups;
+    if (in.gate.defined() || each > kFewUnits) return;
     std::map<int64_t, int64_t> units;  // of an input
     std::vector<int64_t> before;
     for (int64_t g = 0; g < in.groups; ++g) before.push_back(std::exchange(units[in.source[g]], units[in.source[g]] + each));
     for (const auto& [input, count] : units) inputs.push_back(input), width = std::max(width, count);
-    if (in.gate.defined() || each > kFewUnits || units.size() == before.size()) return;
+    if (units.size() == before.size()) return;
     place = at::empty({columns}, at::kLong);
     for (int64_t i = 0; i < columns; ++i) {
       const int64_t g = i / each, input = std::distance(units.begin(), units.find(in.source[g]));
@@ -668,7 +669,8 @@ Tensor dense_forward(const Tensor& x, const OptionalTensor& gate, const Tensor& 
   const int64_t b = x.size(0), d = in.depth, experts = w.size(0), units = w.size(1);
   const int64_t out = activation == kSwiglu ? units / 2 : units, group = experts / in.groups;
   if (const ByInput by(in, w); by.pays() && !scale.has_value() && activation != kSwiglu) {
-    const Tensor y = dense_forward(x, gate, by.put_weight(w), by.inputs, by.put_bias(bias), scale, shift, mean, var, eps, activation);
+    const OptionalTensor none;
+    const Tensor y = dense_forward(x, none, by.put_weight(w), by.inputs, by.put_bias(bias), none, none, none, none, 0.0, activation);
     return by.take(y, 1, {b, experts, units});
   }
   const Folded f = fold_layer(experts * units, bias, scale, shift, mean, var, eps);
@@ -719,7 +721,8 @@ Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& 
   Inputs in(x, gate, source);
   if (in.one()) in.groups = 1;
   if (const ByInput by(in, w); by.pays()) {
-    return by.take(expert_linear(x, gate, by.put_weight(w), by.inputs, by.put_bias(bias), activation), 1, {x.size(0), w.size(0), w.size(1)});
+    const Tensor z = expert_linear(x, OptionalTensor(), by.put_weight(w), by.inputs, by.put_bias(bias), activation);
+    return by.take(z, 1, {x.size(0), w.size(0), w.size(1)});
   }
   const int64_t b = x.size(0), d = in.depth, columns = w.size(0) * w.size(1), width = columns / in.groups;
   Tensor z = at::empty({b, w.size(0), w.size(1)}, w.options());
@@ -955,7 +958,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_norm_act(
     const OptionalTensor& running_var, bool training, double eps, int64_t activation) {
   const OptionalTensor none;
   const int64_t b = x.size(0), groups = logits.size(1), heads = logits.size(2), rank = down.size(1);
-  const Tensor h = at::empty({groups, b, heads * rank + rank % (4 / down.element_size())}, down.options()), s = at::empty({groups, b, heads, x.size(2)}, up.options());
+  const Tensor h = at::empty({groups, b, kept_width(heads, rank, down.element_size())}, down.options());
+  const Tensor s = at::empty({groups, b, heads, x.size(2)}, up.options());
   const Tensor z = gated_layer(x, logits, down, up, weight, source, none, none, none, none, none, 0.0, kNone, h, s);
   const auto [y, mean, var] =
       norm_act(z, weight.size(0), none, bias, scale, shift, running_mean, running_var, training, eps, activation);
@@ -964,8 +968,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_norm_act(
 
 // Gradients of x, logits, down, up, weight, bias, scale and shift. That of z is made where a block of rows needs it.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_norm_act_backward(
-    const Tensor& grad_y_, const Tensor& z, const Tensor& h, const Tensor& s, const Tensor& x_, const Tensor& logits_, const Tensor& down_, const Tensor& up_,
-    const Tensor& weight_, at::IntArrayRef source, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+    const Tensor& grad_y_, const Tensor& z, const Tensor& h, const Tensor& s, const Tensor& x_, const Tensor& logits_,
+    const Tensor& down_, const Tensor& up_, const Tensor& weight_, at::IntArrayRef source, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& shift,
     const Tensor& mean, const Tensor& var, bool training, double eps, int64_t activation, bool need_x) {
   const Tensor x = x_.contiguous(), logits = logits_.to(at::kFloat).contiguous();
   const Tensor down = down_.contiguous(), up = up_.contiguous(), weight = weight_.contiguous();
@@ -1331,6 +1336,8 @@ std::tuple<Tensor, Tensor, Tensor> route_topk(const Tensor& logits_, int64_t k, 
       const float* l = lp + row * e;
       TORCH_CHECK_VALUE(std::all_of(l, l + e, [](float x) { return std::isfinite(x); }), "the router's logits of row ", row,
                         " are not finite (", at::ArrayRef<float>(l, std::min<int64_t>(e, 8)), " …); look at its input");
+      const int64_t open = ap ? std::count(ap + row * e, ap + (row + 1) * e, true) : e;
+      TORCH_CHECK_VALUE(open >= k, "k is ", k, ", but allowed_be allows row ", row, " ", open, " experts: allow each row at least k");
       float *s = sp + row * e, *w = wp + row * k;
       if (scoring == kSoftmax) {
         softmax_row(l, soft.data(), e);

@@ -1,5 +1,6 @@
-// HoME's experts behind their feature gates. Of a block of rows, all that lies between x and the experts' products stays in a core's
-// cache; h and s are kept for the backward, which computes the rest again. For a group that reads x, with L heads of rank R and U units of its experts together:
+// HoME's experts behind their feature gates. Of a block of rows, all that lies between x and the experts' products stays in a
+// core's cache; h and s are kept for the backward, which computes the rest again. For a group that reads x, with L heads of rank R
+// and U units of its experts together:
 //
 //   h_l = down_l·x,  s_l = 2σ(up_l·h_l),  w = softmax(logits),  g = x ⊙ Σ_l w_l·s_l,  z = W·g
 //
@@ -54,11 +55,14 @@ void in_blocks(int64_t low, int64_t high, F&& run) {
   for (int64_t begin = low; begin < high; begin += block) run(begin, std::min(high, begin + block));
 }
 
+// Of a kept h, from row to row, its values being of `size` bytes: an odd rank's last head ends with a whole word.
+inline int64_t kept_width(int64_t heads, int64_t rank, int64_t size) { return heads * rank + rank % (4 / size); }
+
 template <typename X, typename T>
 class GatedExperts {
  public:
-  // `packed`: the panels of all weights, for all threads; else a thread packs each when it comes to it. `h` [G][B][L·R], whole words at each
-  // row's end, and `s` [G][B][L][D] are kept for the backward; undefined at inference.
+  // `packed`: the panels of all weights, for all threads; else a thread packs each when it comes to it. `h` [G][B][L·R], whole words
+  // at each row's end, and `s` [G][B][L][D] are kept for the backward; undefined at inference.
   GatedExperts(const Tensor& x, const Tensor& logits, const Tensor& down, const Tensor& up, const Tensor& weight,
                at::IntArrayRef source, bool packed, const Tensor& h, const Tensor& s)
       : B(x.size(0)), S(x.size(1)), D(x.size(2)), G(logits.size(1)), L(logits.size(2)), R(down.size(1)),
@@ -66,7 +70,7 @@ class GatedExperts {
         up_(up, G * L, packed), weight_(weight, G, packed) {}
   const int64_t B, S, D, G, L, R, U;
   // From row to row of x and h, and of what a block has for each: D and U of them in fp32, D, L·R and U in the products' precision.
-  const int64_t ldx = S * D, ldh = L * R + R % kPerWord<T>;
+  const int64_t ldx = S * D, ldh = kept_width(L, R, sizeof(T));
   const int64_t ldf = row_stride<float>(panels(D) * kPanel), ldz = row_stride<float>(panels(U) * kPanel);
   const int64_t ldd = row_stride<T>(D), ldr = row_stride<T>(L * R), ldu = row_stride<T>(U);
   int64_t offset(int64_t row, int64_t g) const { return row * ldx + source_[g] * D; }

@@ -38,7 +38,8 @@ void gated_tiles(const Tensor& x, const Tensor& logits, const Tensor& down, cons
     const int64_t first = G * each * from / threads, last = G * each * to / threads, most = std::min(each, kPassing);
     const Room<bf16> rows(kPanel * D);
     const Room<float> g(most * size_x), h(L * most * size_h), w(L * most * kPanel);
-    // Zeros behind the last unit and the last row: what lies there is multiplied too, and denormal numbers are slow.
+    // Zeros behind the last unit and the last row, as pack_batch leaves them in g: what lies there is multiplied too, and denormal
+    // numbers are slow.
     std::fill<float*>(h, h + L * most * size_h, 0.0f);
     std::fill<float*>(w, w + L * most * kPanel, 0.0f);
     std::vector<float> soft(whole_vecs(L));
@@ -54,13 +55,14 @@ void gated_tiles(const Tensor& x, const Tensor& logits, const Tensor& down, cons
         if (r % kPanel == kPanel - 1 || r == count - 1) pack_batch(rows, D, r % kPanel + 1, D, g + r / kPanel * size_x);
       }
       Tiles tiles;
-      // Sums [unit][kPanel] of `units` rows of a weight times panel q; a share of the rows behind them is fetched meanwhile.
-      auto product = [&](const bf16* weight, int64_t units, int64_t depth, const float* panel, int64_t q) {
+      // Sums [row][kPanel] of `here` rows of a weight times panel q; a share of as many rows behind them is fetched meanwhile. What lies
+      // behind a weight's last row is another tensor: fetching it is of no use, and does no harm.
+      auto product = [&](const bf16* own, int64_t here, int64_t depth, const float* panel, int64_t q) {
         const int64_t bytes = depth * sizeof(bf16);
-        const char* p = reinterpret_cast<const char*>(weight);
-        tiles.shape(units);
-        tiles_block({p, bytes, bytes, panel, panel + bytes / 64 * kTile * kPanel, p + units * bytes, units * q / across,
-                     units * (q + 1) / across}, units, std::min(kPanel, count - q * kPanel), sums, kPanel, false);
+        const char* p = reinterpret_cast<const char*>(own);
+        tiles.shape(here);
+        tiles_block({p, bytes, bytes, panel, panel + bytes / 64 * kTile * kPanel, p + here * bytes, here * q / across,
+                     here * (q + 1) / across}, here, std::min(kPanel, count - q * kPanel), sums, kPanel, false);
       };
       for (int64_t l = 0; l < L; ++l) {
         for (int64_t n = 0; n < R; n += kSums) {
@@ -82,9 +84,9 @@ void gated_tiles(const Tensor& x, const Tensor& logits, const Tensor& down, cons
               store(l ? load(gate + i) + value : value, gate + i);
             }
           }
-          float* x = g + q * size_x + n / 2 * kPanel;
-          as_pairs(here, x, [&](int64_t i, int64_t word, auto half) {
-            const Vec pair = load(x + word);
+          float* pairs = g + q * size_x + n / 2 * kPanel;
+          as_pairs(here, pairs, [&](int64_t i, int64_t word, auto half) {
+            const Vec pair = load(pairs + word);
             return load(gate + i) * (half ? high_half(pair) : low_half(pair));
           });
         }

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import knobs
 
 from recsys_moe.kernels import triton_ops
-from recsys_moe.kernels.reference import check_finite
+from recsys_moe.kernels.reference import check_allowed, check_finite
 from recsys_moe.kernels.types import BatchNorm, Layer, Scoring
 
 _INTERPRETED = knobs.runtime.interpret  # as the kernels were made
@@ -43,6 +43,7 @@ def route_topk(
     logits_be: Tensor, k: int, scoring: Scoring, renormalize: bool, bias_e: Tensor | None, allowed_be: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     check_finite(logits_be)
+    check_allowed(allowed_be, k)
     bias = None if bias_e is None else bias_e.detach().float()
     allowed = None if allowed_be is None else allowed_be.to(torch.uint8)
     return triton_ops.route_topk(logits_be.float(), k, scoring, renormalize, bias, allowed)

@@ -57,6 +57,7 @@ def route_topk(
     logits_be: Tensor, k: int, scoring: Scoring, renormalize: bool, bias_e: Tensor | None, allowed_be: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     check_finite(logits_be)
+    check_allowed(allowed_be, k)
     logits_be = _wide(logits_be)
     scores = logits_be
     if scoring == "softmax":
@@ -91,6 +92,16 @@ def check_finite(logits_be: Tensor) -> None:
         raise ValueError(
             f"the router's logits of row {row} are not finite ({logits_be[row].tolist()[:8]} …); look at its input"
         )
+
+
+def check_allowed(allowed_be: Tensor | None, k: int) -> None:
+    """Raises ValueError for a row that may choose fewer than k experts; nothing is looked at while a graph is compiled."""
+    if allowed_be is None or torch.compiler.is_compiling():
+        return
+    allowed_b = allowed_be.sum(1)
+    if (few := allowed_b < k).any():
+        row = int(few.nonzero()[0])
+        raise ValueError(f"k is {k}, but allowed_be allows row {row} {int(allowed_b[row])} experts: allow each row at least k")
 
 
 def sort_by_expert(expert_ids_rk: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

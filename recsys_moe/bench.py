@@ -4,6 +4,7 @@
     loop      8 dense experts under 4 gates beside modules in a Python list, eager and compiled
     home      HoME beside the same equations module by module, eager and compiled
     scaling   cost against tokens and experts (no peer), and the overhead of a small call
+    price     of the invariant mode: the same call with and without it
 
 The peers are scripts outside the project; RECSYS_MOE_PEERS names their folder. Every case checks first that both compute
 the same numbers. Ceilings (reading memory, matrix products) are measured in the same run.
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +34,7 @@ from recsys_moe.kernels import Layer, expert_mlp, gate_mix, route_topk, sort_by_
 from recsys_moe.models.home import HoME, HoMEConfig
 from recsys_moe.process import keep_freed_memory
 
-CASES = ("layer", "loop", "home", "scaling")
+CASES = ("layer", "loop", "home", "scaling", "price")
 Call = Callable[[], Any]
 
 
@@ -60,13 +62,14 @@ def bench(cases: tuple[str, ...], peers: Path | None = None) -> Iterator[Row]:
         if case not in CASES:
             raise UserError(f"case {case!r} is unknown; valid: {', '.join(CASES)}")
     folder = peers or Path(os.environ.get("RECSYS_MOE_PEERS", "../shared/bench"))
-    if set(cases) - {"scaling"} and not (folder / "hf_moe_layer.py").exists():
+    without_peers: dict[str, Callable[[], Iterator[Row]]] = {"scaling": bench_scaling, "price": bench_price}
+    if set(cases) - set(without_peers) and not (folder / "hf_moe_layer.py").exists():
         raise UserError(f"{str(folder)!r} holds no peers' scripts (hf_moe_layer.py …); set RECSYS_MOE_PEERS to their folder")
     torch.manual_seed(0)
     keep_freed_memory()  # as training and serving do; the peers run in this process and gain as well
-    measures = {"layer": bench_layer, "loop": bench_loop, "home": bench_home, "scaling": lambda folder: bench_scaling()}
+    with_peers = {"layer": bench_layer, "loop": bench_loop, "home": bench_home}
     for case in cases:
-        yield from measures[case](folder)
+        yield from without_peers[case]() if case in without_peers else with_peers[case](folder)
 
 
 def load_peer(folder: Path, name: str) -> ModuleType:
@@ -346,9 +349,33 @@ def bench_scaling(width: int = 256, hidden: int = 128) -> Iterator[Row]:
 
 def _sparse_ms(layers: tuple[Layer, ...], x: Tensor, repeats: int) -> float:
     experts = layers[0].weight.shape[0]
-    ids, weights = route_topk(torch.randn(len(x), experts), 2, renormalize=True)
-    plan = (ids, weights, *sort_by_expert(ids, experts))
+    plan = _top2(len(x), experts)
     return alternate({"cpu": lambda: sparse_expert_mlp(x, layers, *plan)}, repeats)["cpu"]
+
+
+def _top2(rows: int, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ids, weights = route_topk(torch.randn(rows, experts), 2, renormalize=True)
+    return ids, weights, *sort_by_expert(ids, experts)
+
+
+@torch.no_grad()
+def bench_price(experts: int = 16, width: int = 512, hidden: int = 256) -> Iterator[Row]:
+    """One dense layer of all experts, and a top-2 SwiGLU layer: `ratio` below 1 is what the invariant mode costs."""
+    for dtype in (torch.float32, torch.bfloat16):
+        w1 = torch.randn(experts, 2 * hidden, width, dtype=dtype) / 16
+        w2 = torch.randn(experts, width, hidden, dtype=dtype) / 16
+        for rows in (1, 16, 200, 512):
+            x = torch.randn(rows, width, dtype=dtype)
+            plan = _top2(rows, experts)
+            layers = (Layer(w1, activation="swiglu"), Layer(w2))
+            for name, run in {
+                "dense": partial(expert_mlp, x, Layer(w1, activation="silu")),
+                "sparse": partial(sparse_expert_mlp, x, layers, *plan),
+            }.items():
+                calls: dict[str, Call] = {mode: partial(run, invariant=mode == "invariant") for mode in ("invariant", "free")}
+                ms = alternate(calls, max(9, 4000 // rows), warmup=3)
+                case = f"price of invariance, {name} {str(dtype)[6:]} {rows} rows"
+                yield Row(case, "cpu", ms["invariant"], "invariant=False", ms["free"], ms["free"] / ms["invariant"])
 
 
 def plot_scaling(rows: list[Row], path: Path) -> None:

@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recsys_moe.kernels import Layer, Scoring, expert_mlp, gate_mix, route, route_topk, sort_by_expert
+from recsys_moe.kernels import (
+    Layer,
+    Scoring,
+    check_choice,
+    check_finite,
+    expert_mlp,
+    gate_mix,
+    route,
+    route_topk,
+    sort_by_expert,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +196,10 @@ class Gate(nn.Linear):
     """
 
     def __init__(self, in_dim: int, num_experts: int, num_tasks: int = 1, bias: bool = False) -> None:
+        if min(in_dim, num_experts, num_tasks) < 1:
+            raise ValueError(
+                f"a router of {in_dim} inputs, {num_experts} experts and {num_tasks} tasks: each must be at least 1"
+            )
         super().__init__(in_dim, num_tasks * num_experts, bias=bias)
         self.num_experts = num_experts
 
@@ -216,11 +230,6 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logsumexp(F.pad(x.unsqueeze(-1), (0, 1)), dim=-1)
 
 
-def _check_k(k: int, num_experts: int) -> None:
-    if not 1 <= k <= num_experts:
-        raise ValueError(f"k is {k}, but there are {num_experts} experts: choose 1 ≤ k ≤ {num_experts}")
-
-
 class Units(NamedTuple):
     """Linear units of which unit n reads input `source[n]`: weight `[N, D]`, bias `[N]` or None."""
 
@@ -238,12 +247,13 @@ def unit_products(x: Tensor, units: Sequence[Units], invariant: bool) -> list[Te
     >>> first.tolist(), second.tolist()
     ([[15.0, 6.0]], [[16.0]])
     """
-    weight = torch.cat([stack.weight for stack in units]).float()
-    biases = [stack.weight.new_zeros(len(stack.weight)) if stack.bias is None else stack.bias for stack in units]
-    layer = Layer(weight.unsqueeze(1), torch.cat(biases).float().unsqueeze(1))
-    source = tuple(chain.from_iterable(stack.source for stack in units))
-    outputs = expert_mlp(x.float(), layer, source=source, invariant=invariant).squeeze(2)
-    return list(outputs.split([len(stack.weight) for stack in units], 1))
+    with torch.autocast(x.device.type, enabled=False):
+        weight = torch.cat([stack.weight for stack in units]).float()
+        biases = [stack.weight.new_zeros(len(stack.weight)) if stack.bias is None else stack.bias for stack in units]
+        layer = Layer(weight.unsqueeze(1), torch.cat(biases).float().unsqueeze(1))
+        source = tuple(chain.from_iterable(stack.source for stack in units))
+        outputs = expert_mlp(x.float(), layer, source=source, invariant=invariant).squeeze(2)
+        return list(outputs.split([len(stack.weight) for stack in units], 1))
 
 
 def joined(products: list[Tensor]) -> Tensor:
@@ -265,6 +275,10 @@ class SoftRouter(nn.Module):
 
     Args:
         mask_te: bool `[T, E]`; each task needs at least one expert.
+
+    Raises:
+        ValueError: a mask of another shape, or one that leaves a task no expert; in forward, an input of another shape or
+            dtype, sources that do not fit it, logits that are not finite.
 
     >>> mask = torch.tensor([[True, True, False], [False, True, True]])
     >>> plan = SoftRouter(in_dim=4, num_tasks=2, num_experts=3, mask_te=mask)(torch.zeros(5, 4))
@@ -298,12 +312,19 @@ class SoftRouter(nn.Module):
     ) -> SoftPlan:
         """`logits_bn`: `pair_logits`, where they are there already."""
         logits_bn = self.pair_logits(x, *sources) if logits_bn is None else logits_bn
+        check_finite(logits_bn)
         return SoftPlan(self.spread(logits_bn), self.mask_te, residual_bte)
 
     def pair_logits(self, x: Tensor, *sources: tuple[int, ...]) -> Tensor:
         """The logits of what the mask allows, gate by gate: fp32 `[B, n]`."""
-        if x.dim() == 2:
+        if x.dim() == 2 and not sources:
             return self.linear(x).flatten(1)
+        gates, width = [len(source) for source in sources], x.shape[-1] * len(sources)
+        if x.dim() != 3 or not x.is_floating_point() or width != self.linear.in_features or {*gates} != {self.num_tasks}:
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)} with sources of {gates} gates: it must be floating-point [B, D], or [B, S, ·] "
+                f"with sources of {self.num_tasks} gates, {self.linear.in_features} wide together"
+            )
         return joined(unit_products(x, self.products(*sources), not (self.training or torch.is_grad_enabled())))
 
     def products(self, *sources: tuple[int, ...]) -> list[Units]:
@@ -340,7 +361,8 @@ class TopKRouter(nn.Module):
     With `num_tasks` = T there are T gates a row, for MMoE with sparse gates, and one bias for all of them.
 
     Raises:
-        ValueError: k > E; groups that don't divide E or can't hold k experts; in forward, logits that are not finite.
+        ValueError: k > E; an unknown scoring or group score; groups that don't divide E or can't hold k experts; in forward,
+            logits that are not finite.
 
     >>> router = TopKRouter(3, num_experts=3, k=2, renormalize=True)
     >>> _ = nn.init.eye_(router.linear.weight)
@@ -368,7 +390,9 @@ class TopKRouter(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_k(k, num_experts)
+        check_choice(k, num_experts, scoring=scoring)
+        if group_score not in ("max", "top2_sum"):
+            raise ValueError(f"group_score is {group_score!r}; valid: 'max', 'top2_sum'")
         self.k, self.scoring, self.renormalize, self.scale = k, scoring, renormalize, scale
         self.num_groups, self.topk_groups, self.group_score = num_groups, topk_groups, group_score
         self._check_groups(num_experts)
@@ -377,7 +401,8 @@ class TopKRouter(nn.Module):
         self.register_buffer("correction_bias", torch.zeros(num_experts) if correction_bias else None)
 
     def forward(self, x_bd: Tensor, made: SparsePlan | None = None) -> SparsePlan:
-        if made is not None:  # by an operator that routes on its way: whoever watches this router sees it
+        """`made`: the plan, where an operator routed on its way; whoever watches this router sees it pass."""
+        if made is not None:
             return made
         if self.num_groups == 1 and not (self.training or torch.is_grad_enabled()):
             gate = self.linear
@@ -484,7 +509,7 @@ class NoisyTopKRouter(nn.Module):
 
     def __init__(self, in_dim: int, num_experts: int, k: int, num_tasks: int = 1) -> None:
         super().__init__()
-        _check_k(k, num_experts)
+        check_choice(k, num_experts)
         self.k = k
         self.linear = Gate(in_dim, num_experts, num_tasks)
         self.noise = Gate(in_dim, num_experts, num_tasks)
@@ -535,7 +560,7 @@ class GShardRouter(nn.Module):
 
     def __init__(self, in_dim: int, num_experts: int, *, second: Literal["sample", "drop"], num_tasks: int = 1) -> None:
         super().__init__()
-        _check_k(2, num_experts)
+        check_choice(2, num_experts)
         if second not in ("sample", "drop"):
             raise ValueError(f"second is {second!r}; valid: 'sample', 'drop'")
         self.second = second
@@ -650,7 +675,7 @@ class NormRouter(nn.Module):
 
     def __init__(self, in_dim: int, num_experts: int, k: int, num_tasks: int = 1) -> None:
         super().__init__()
-        _check_k(k, num_experts)
+        check_choice(k, num_experts)
         self.k = k
         self.linear = Gate(in_dim, num_experts, num_tasks)
 
@@ -692,8 +717,7 @@ class ExpertChoiceRouter(nn.Module):
 
     def forward(self, x_bd: Tensor) -> SparsePlan:
         logits_re = self.linear(x_bd)
-        if not torch.compiler.is_compiling() and not (finite := torch.isfinite(logits_re).all(1)).all():
-            raise ValueError(f"the router's logits of row {int((~finite).nonzero()[0])} are not finite; look at its input")
+        check_finite(logits_re)
         rows, experts = logits_re.shape
         scores_re = torch.softmax(logits_re, dim=-1)
         capacity = min(rows, math.ceil(rows * self.capacity_factor / experts))
@@ -713,7 +737,7 @@ class HashRouter(nn.Module):
     E: the same expert on every machine and in every version.
 
     Raises:
-        ValueError: ids that are not whole numbers.
+        ValueError: no expert; in forward, ids that are not whole numbers.
 
     >>> HashRouter(num_experts=8)(torch.tensor([0, 1, 2, 3, 1])).expert_ids.flatten().tolist()
     [7, 0, 7, 6, 0]
@@ -723,6 +747,7 @@ class HashRouter(nn.Module):
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
+        check_choice(1, num_experts)
         self.num_experts = num_experts
 
     def forward(self, ids_r: Tensor) -> SparsePlan:
@@ -752,7 +777,7 @@ class RandomRouter(nn.Module):
 
     def __init__(self, num_experts: int, k: int) -> None:
         super().__init__()
-        _check_k(k, num_experts)
+        check_choice(k, num_experts)
         self.num_experts, self.k = num_experts, k
 
     def forward(self, x_bd: Tensor) -> SparsePlan:
@@ -779,7 +804,7 @@ class TaskRouter(nn.Module):
 
     def __init__(self, num_tasks: int, num_experts: int, k: int) -> None:
         super().__init__()
-        _check_k(k, num_experts)
+        check_choice(k, num_experts)
         self.k = k
         self.logits = nn.Embedding(num_tasks, num_experts)
 

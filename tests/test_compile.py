@@ -106,4 +106,8 @@ def test_operators_are_registered_soundly() -> None:
         torch.library.opcheck(op, inputs)
     # Its dynamic check adds up all outputs, and the ids are whole numbers.
     static = ("test_schema", "test_autograd_registration", "test_faketensor")
+    half = [t.detach().bfloat16().requires_grad_() for t in gated]  # of rank 3: an odd one's h is wider
+    torch.library.opcheck(
+        ops.gated_norm_act, (half[0], gated[1], *half[2:], [0, 0], None, *moments, True, 1e-5, 2), test_utils=static
+    )
     torch.library.opcheck(ops.route_topk, (g(6, E, requires_grad=True), 2, 0, True, None, None), test_utils=static)

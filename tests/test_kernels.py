@@ -210,6 +210,17 @@ DENSE = [
         experts=2,
         activation="silu",  # a gated input is rounded, and has no exact side of ReLU's kink
     ),
+    Dense(
+        "feature gates of an odd rank over more rows than pass at once",
+        rows=301,
+        inputs=3,
+        source=(2, 0, 2),
+        experts=6,
+        norm="inference",
+        activation="silu",
+        heads=2,
+        rank=5,
+    ),
     Dense("a feature gate of rank 1", rows=9, source=(0, 0), rank=1, heads=2, activation="swiglu", strided=True),
     Dense("feature gates without rows", rows=0, source=(0, 0), heads=2, activation="gelu"),
 ]
@@ -865,6 +876,31 @@ BAD: list[tuple[str, Callable[[], Any], str]] = [
         lambda: kernels.route_topk(torch.ones(2, 3), 2, allowed_be=torch.ones(1, 3) > 0),
         r"allowed_be is torch.bool \[1, 3\], not bool \[B, E\] = \[2, 3\]",
     ),
+    (
+        "too few allowed",
+        lambda: kernels.route_topk(torch.ones(2, 3), 2, allowed_be=torch.tensor([[True] * 3, [False, True, False]])),
+        "k is 2, but allowed_be allows row 1 1 experts",
+    ),
+    (
+        "an unknown scoring",
+        lambda: kernels.route_topk(torch.ones(1, 3), 1, scoring="tanh"),  # type: ignore[arg-type]
+        "scoring is 'tanh'; valid: softmax, sigmoid",
+    ),
+    (
+        "a router's unknown scoring",
+        lambda: kernels.route(ONES, torch.ones(3, 4), None, 3, 1, scoring="tanh"),  # type: ignore[arg-type]
+        "'tanh'; valid: softmax",
+    ),
+    ("an unknown activation", lambda: kernels.expert_mlp(ONES, layer(activation="tanh")), "'tanh'; valid: none, relu, silu"),
+    (
+        "no axes",
+        lambda: kernels.expert_mlp(torch.tensor(1.0), layer()),
+        r"x is torch.float32 \[\], not floating-point \[B, D\]",
+    ),
+    ("an axis too many", lambda: kernels.expert_mlp(torch.ones(2, 1, 1, 4), layer()), r"\[2, 1, 1, 4\], not floating"),
+    ("whole numbers", lambda: kernels.expert_mlp(ONES.int(), layer()), "torch.int32"),
+    ("a weight without experts", lambda: kernels.expert_mlp(ONES, Layer(torch.ones(3, 4))), r"\[3, 4\], not \[E, H, D\]"),
+    ("no source", lambda: kernels.expert_mlp(ONES, layer(), source=()), r"source \(\) does not fit"),
     ("weight of another width", lambda: kernels.expert_mlp(torch.ones(2, 5), layer()), r"\[2, 3, 4\].* D = 5"),
     ("weight in fp16", lambda: kernels.expert_mlp(ONES, Layer(torch.ones(2, 3, 4).half())), "torch.float16; .*bfloat16"),
     ("bias of another size", lambda: kernels.expert_mlp(ONES, layer(bias=torch.ones(2, 2))), r"\[2, 2\].*\[2, 3\]"),

@@ -792,6 +792,10 @@ def test_exports_with_any_number_of_rows(name: str) -> None:
         (lambda: TopKRouter(4, 6, 1, num_groups=3, topk_groups=4), r"topk_groups is 4, not 1 … 3"),
         (lambda: TopKRouter(4, 6, 3, num_groups=3, topk_groups=1), r"k is 3, but 1 groups of 2 experts hold 2"),
         (lambda: TopKRouter(4, 3, 1, num_groups=3, group_score="top2_sum"), r"top2_sum.*groups have 1"),
+        (lambda: TopKRouter(4, 6, 1, group_score="mean"), r"group_score is 'mean'; valid: 'max', 'top2_sum'"),  # type: ignore[arg-type]
+        (lambda: TopKRouter(4, 6, 1, scoring="tanh"), r"scoring is 'tanh'; valid: softmax"),  # type: ignore[arg-type]
+        (lambda: HashRouter(0), r"there are 0 experts"),
+        (lambda: SwitchRouter(4, 0), r"4 inputs, 0 experts and 1 tasks: each must be at least 1"),
         (lambda: SwitchRouter(4, 3, jitter=1.0), r"jitter is 1\.0, not in \[0, 1\)"),
         (lambda: TopPRouter(4, 3, 0.0), r"p is 0\.0, not in \(0, 1\]"),
         (lambda: TopPRouter(4, 3, 1.5), r"p is 1\.5"),
@@ -808,7 +812,7 @@ def test_a_router_that_cannot_be_is_refused(build: Callable[[], nn.Module], told
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in {"soft", "masked soft", "hash", "random", "task"}])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in {"hash", "random", "task"}])
 def test_logits_that_are_not_finite_are_refused_and_the_row_is_named(name: str, value: float) -> None:
     x = torch.randn(5, D)
     x[3, 2] = value
@@ -821,6 +825,29 @@ def test_logits_that_are_not_finite_are_refused_and_the_row_is_named(name: str, 
 def test_an_input_of_the_wrong_shape_or_dtype_is_refused(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"not floating-point \[B, D\] with D = 4"):
         Gate(4, 3)(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "sources"),
+    [
+        (torch.zeros(2, 3, 2), ()),
+        (torch.zeros(2, 3, 2), ((0, 1),)),  # 2 wide, not 4
+        (torch.zeros(2, 3, 2), ((0, 1, 2), (0, 1, 2))),  # three gates of two
+        (torch.zeros(2, 3, 2, dtype=torch.int64), ((0, 1), (2, 2))),
+        (torch.zeros(2, 4), ((0, 0),)),
+    ],
+)
+def test_an_input_that_does_not_fit_its_sources_is_refused(x: Tensor, sources: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"with sources of .* gates: it must be .* sources of 2 gates, 4 wide together"):
+        SoftRouter(4, 2, 3)(x, *sources)
+
+
+def test_inputs_of_several_sources_are_fp32_under_autocast() -> None:
+    router, x, sources = SoftRouter(4, 2, 3), torch.randn(8, 3, 2).bfloat16(), ((0, 1), (2, 2))
+    expected = router(x.float(), *sources).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        got = router(x, *sources).logits
+    assert torch.equal(got, expected)
 
 
 def test_ids_that_are_none_are_refused() -> None:

@@ -268,11 +268,22 @@ def test_a_loss_that_is_not_finite_stops_with_advice(prepared_clicks: PreparedDa
 
 def test_weights_that_the_last_step_has_spoilt_are_measured_by_nobody(prepared_clicks: PreparedData) -> None:
     # The loss of that step was still finite: it was taken before.
-    trainer = Trainer(prepared_clicks, MMOE, TrainConfig(epochs=1))
+    trainer = Trainer(prepared_clicks, BOTTOM, TrainConfig(epochs=1))
     for parameter in trainer.dense:
         parameter.data.fill_(math.nan)
     with pytest.raises(UserError, match=r"outputs on the validation part are not finite; lower train\.lr"):
         evaluate(trainer.model, prepared_clicks, "validation")
+
+
+def test_a_router_without_finite_logits_stops_with_advice(prepared_clicks: PreparedData) -> None:
+    trainer = Trainer(prepared_clicks, MMOE, TrainConfig(epochs=1))
+    for parameter in trainer.dense:
+        parameter.data.fill_(math.nan)
+    told = r"the router's logits of row 0 are not finite .*, or lower train\.lr or train\.embedding_lr"
+    with pytest.raises(UserError, match="on the validation part, " + told):
+        evaluate(trainer.model, prepared_clicks, "validation")
+    with pytest.raises(UserError, match="at step 0, " + told):
+        trainer.fit()
 
 
 def test_a_validation_part_of_one_class(tmp_path: Any, write_prepared: Any, clicks: Any, clicks_schema: Any) -> None:

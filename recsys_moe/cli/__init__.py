@@ -85,7 +85,7 @@ def sync(
 
 @bench_app.command("kernels", epilog="Example: `recsys-moe bench kernels layer loop --json`")
 def bench_kernels(
-    cases: Annotated[list[str] | None, typer.Argument(help="layer, loop, home, scaling; all if none is named.")] = None,
+    cases: Annotated[list[str] | None, typer.Argument(help="layer, loop, home, scaling, price; all if none is named.")] = None,
     peers: Annotated[Path | None, typer.Option(help="The folder of the peers' scripts [default: $RECSYS_MOE_PEERS].")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw cost against tokens and experts into this PNG.")] = None,
     json: Json = False,
