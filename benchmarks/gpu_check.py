@@ -245,7 +245,7 @@ def loss(device: str) -> float | None:
     """The mean of the tasks' log losses on the test part after one epoch; None, and why, if it could not be had."""
     command = [sys.executable, "-m", "recsys_moe", "train", "data=census_full", f"data.source={DATA}", "model=mmoe"]
     command += ["train.seed=0", "train.epochs=1", f"train.device={device}", "--json"]
-    # On the GPU, `auto` picks the triton backend; it says so in the log.
+    # On a GPU `auto` is the triton backend or an error: there is nothing that it falls back to.
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(f"{' '.join(command[1:])} failed:\n{done.stderr[-2000:]}", file=sys.stderr)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from recsys_moe.balance import apply_capacity, expert_load
-from recsys_moe.kernels import Layer, sparse_expert_mlp
+from recsys_moe.kernels import Backend, Layer, sparse_expert_mlp
 from recsys_moe.routing import (
     ExpertChoiceRouter,
     Gate,
@@ -600,13 +600,14 @@ def test_whole_logits_tie_often_and_the_lowest_index_wins(logits: list[list[int]
     assert plan.expert_ids.tolist() == [best([float(v) for v in row], k) for row in logits]
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["top-k", "softmax after", "sigmoid", "gshard sample", "task", "random", "hash"])
-def test_combining_what_identity_experts_return_gives_the_input_back(name: str) -> None:
+def test_combining_what_identity_experts_return_gives_the_input_back(name: str, backend: Backend) -> None:
     # Weights that sum to 1: dispatch and combine must be each other's inverse.
     plan = routers()[name](inputs(name, 23))
     x = torch.randn(23, 4)
     identity = Layer(torch.eye(4).expand(E, 4, 4))
-    y = sparse_expert_mlp(x, (identity,), plan.expert_ids, plan.weights, plan.order, plan.offsets, backend="reference")
+    y = sparse_expert_mlp(x, (identity,), plan.expert_ids, plan.weights, plan.order, plan.offsets, backend=backend)
     torch.testing.assert_close(y.detach(), x)
 
 
