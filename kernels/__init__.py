@@ -419,7 +419,11 @@ def embedding_bags(
             f"weights {weights.dtype} {list(weights.shape)}, squares {list(squares.shape)}, starts {list(starts.shape)} and "
             f"offsets {list(offsets.shape)} do not go together: weights are fp32, {width} to each of squares, offsets [F·B + 1]"
         )
-    out: Tensor = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)
+    out: Tensor
+    if torch.is_grad_enabled():
+        out = _EmbeddingBags.apply(weights, squares, starts, ids, offsets.int(), width, mean, rate, eps, run)
+    else:
+        out = run.embedding_bags(weights, starts, ids, offsets.int(), width, mean)
     return out
 
 

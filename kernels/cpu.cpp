@@ -130,8 +130,8 @@ inline void grad_row(const Z* z, const Z* grad_y, int64_t columns, int64_t block
         const int64_t gate = block * 2 * half + i, up = gate + half;
         const Vec zg = load_first(z + gate, count), zu = load_first(z + up, count), g = load_first(grad_y + block * half + i, count);
         const Vec ug = affine(zg, gate, count), uu = affine(zu, up, count);
-        use(gate, count, g * uu * slope<kSilu>(ug), zg);
-        use(up, count, g * activate<kSilu>(ug), zu);
+        use(gate, count, g * uu * slope<kSilu, Z>(ug), zg);
+        use(up, count, g * activate<kSilu, Z>(ug), zu);
       });
     }
     return;
@@ -139,7 +139,7 @@ inline void grad_row(const Z* z, const Z* grad_y, int64_t columns, int64_t block
   with_activation(activation, [&](auto A) {
     by_vecs(columns, [&](int64_t i, auto count) {
       const Vec zi = load_first(z + i, count);
-      use(i, count, load_first(grad_y + i, count) * slope<decltype(A)::value>(affine(zi, i, count)), zi);
+      use(i, count, load_first(grad_y + i, count) * slope<decltype(A)::value, Z>(affine(zi, i, count)), zi);
     });
   });
 }
@@ -449,7 +449,7 @@ void panels_layer(const std::vector<Piece<T, Y>>& pieces, const Tensor& weight, 
           for (int v = 0; v < kPanel; v += kLanes) {
             Vec u = load(z + v);
             if (affine) u = u * load(a + v) + load(c + v);
-            store(activate<decltype(A)::value>(u), to + v);
+            store(activate<decltype(A)::value, Y>(u), to + v);
           }
         }
         if (count < width) std::copy(short_row, short_row + count, y);
@@ -707,7 +707,7 @@ Tensor dense_forward(const Tensor& x, const OptionalTensor& gate, const Tensor& 
 // A row of a panel's sums through bias (may be null) and activation.
 template <int64_t A, typename T>
 inline void finish(const float* sums, const float* bias, T* to, int64_t count) {
-  auto value = [&](int64_t i, Vec b) { return activate<A>(bias ? load(sums + i) + b : load(sums + i)); };
+  auto value = [&](int64_t i, Vec b) { return activate<A, T>(bias ? load(sums + i) + b : load(sums + i)); };
   if (count < kPanel)
     return by_vecs(count, [&](int64_t i, int64_t n) { store_first(value(i, bias ? load_first(bias + i, n) : Vec{}), to + i, n); });
   for (int64_t i = 0; i < kPanel; i += kLanes) store(value(i, bias ? load(bias + i) : Vec{}), to + i);

@@ -107,7 +107,7 @@ class GatedExperts {
         float* gate = b.gate + r * ldf;
         T* to = s_.defined() ? s(begin + r, g) + l * D : nullptr;
         by_vecs(D, [&](int64_t i, auto count) {
-          const Vec value = activate<kDoubleSigmoid>(load_first(u + i, count));
+          const Vec value = activate<kDoubleSigmoid, T>(load_first(u + i, count));
           if (to) store_first(value, to + i, count);
           store_first(l ? load_first(gate + i, count) + w * value : w * value, gate + i, count);
         });

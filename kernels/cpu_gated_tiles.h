@@ -80,7 +80,7 @@ void gated_tiles(const Tensor& x, const Tensor& logits, const Tensor& down, cons
             product(data<bf16>(up) + ((group * L + l) * D + n) * R, here, R, h + (l * most + q) * size_h, q);
             const float* share = w + (q * L + l) * kPanel;
             for (int64_t i = 0; i < here * kPanel; i += kLanes) {
-              const Vec value = load(share + i % kPanel) * activate<kDoubleSigmoid>(load(sums + i));
+              const Vec value = load(share + i % kPanel) * activate<kDoubleSigmoid, bf16>(load(sums + i));
               store(l ? load(gate + i) + value : value, gate + i);
             }
           }

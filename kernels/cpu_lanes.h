@@ -209,11 +209,12 @@ void tiles_layer(const float* batch, int64_t rows, const bf16* weight, int64_t u
     };
     if (pairs) {
       finish([&](int64_t at, int64_t unit) {
-        return activate<kSilu>(affine(gate_sums.data() + at, unit)) * affine(up_sums.data() + at, unit + half);
+        const Vec gate = activate<kSilu, Y>(affine(gate_sums.data() + at, unit));
+        return gate * affine(up_sums.data() + at, unit + half);
       });
     } else {
       with_activation(activation, [&](auto A) {
-        finish([&](int64_t at, int64_t unit) { return activate<decltype(A)::value>(affine(gate_sums.data() + at, unit)); });
+        finish([&](int64_t at, int64_t unit) { return activate<decltype(A)::value, Y>(affine(gate_sums.data() + at, unit)); });
       });
     }
   }

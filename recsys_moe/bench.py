@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recsys_moe.errors import UserError
-from recsys_moe.experts import MLPExperts
+from recsys_moe.experts import MLPExperts, freeze
 from recsys_moe.kernels import Layer, expert_mlp, gate_mix, route_topk, sort_by_expert, sparse_expert_mlp
 from recsys_moe.models.home import HoME, HoMEConfig
 from recsys_moe.process import keep_freed_memory
@@ -315,8 +315,7 @@ def _bench_dense(peer: ModuleType, name: str, theirs: nn.Module, ours: Callable[
         for module in served.modules():
             for parameter in [getattr(module, name) for name in getattr(module, "in_precision", ())]:
                 parameter.data = parameter.data.to(dtype)
-            if isinstance(module, MLPExperts):
-                module.freeze()
+        freeze(served)
         for what, make, repeats in (("forward + backward", train, 9), ("forward of 200 rows", serve, 25)):
             theirs.train(make is train)
             calls = {

@@ -14,6 +14,13 @@ from recsys_moe.routing import SparsePlan
 Norm = Literal["batch", "none"]
 
 
+def freeze(model: nn.Module) -> None:
+    """Each part of a model keeps for inference what it can make once of its weights, which must not change any more."""
+    for module in model.modules():
+        if callable(keep := getattr(module, "freeze", None)):
+            keep()
+
+
 class MLPExperts(nn.Module):
     """E multi-layer perceptrons of one shape: per layer h ← act(norm(W_e·h + b_e)), act is ReLU unless said.
 

@@ -14,10 +14,10 @@ import torch
 from recsys_moe.bundle import Bundle
 from recsys_moe.embeddings import jagged_tensors
 from recsys_moe.errors import UserError
-from recsys_moe.experts import MLPExperts
+from recsys_moe.experts import freeze
 from recsys_moe.labels import group_ids, task_labels
 from recsys_moe.metrics import TaskMetrics
-from recsys_moe.routing import RoutingPlan
+from recsys_moe.routing import RoutingPlan, finite_routers
 from recsys_moe.sources import count_rows, list_joins, read_rows
 from recsys_moe.storage import AnyPath, put
 from recsys_moe.transforms import Inputs
@@ -28,9 +28,7 @@ class Predictor:
 
     def __init__(self, folder: Path) -> None:
         self.bundle = Bundle(folder)
-        for module in self.bundle.model.modules():
-            if isinstance(module, MLPExperts):
-                module.freeze()
+        freeze(self.bundle.model)
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -44,7 +42,8 @@ class Predictor:
         class of a multiclass task (its probability): `score_names` has their order.
 
         Raises:
-            UserError: a value of the wrong kind; names the column and the value.
+            UserError: a value of the wrong kind; names the column and the value. Numbers that make a router's logits infinite;
+                names the row.
         """
         return self.score_inputs(self.bundle.transform(table))
 
@@ -58,7 +57,7 @@ class Predictor:
         return {name: p.dense_weights.view(table.num_rows, -1, p.num_experts).numpy() for name, p in plans.items()}
 
     def _forward(self, inputs: Inputs) -> tuple[torch.Tensor, dict[str, RoutingPlan]]:
-        with torch.no_grad():
+        with torch.no_grad(), finite_routers():
             ids_bf, dense_bd = torch.from_numpy(inputs.ids).t(), torch.from_numpy(inputs.dense).t().contiguous()
             outputs: tuple[torch.Tensor, dict[str, RoutingPlan]] = self.bundle.model(ids_bf, dense_bd, jagged_tensors(inputs))
             return outputs

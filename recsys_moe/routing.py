@@ -7,9 +7,10 @@ A router with `batch_invariant` gives a row, at inference (evaluation mode, no g
 with it; serving takes no other (`require_invariant`).
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recsys_moe.errors import UserError
 from recsys_moe.kernels import (
     Layer,
     Scoring,
@@ -185,6 +187,24 @@ def require_invariant(model: nn.Module) -> None:
             raise ValueError(f"{name} has capacity_factor {factor}, but serving drops nothing: set it to None (dropless)")
 
 
+@contextlib.contextmanager
+def finite_routers(told: Callable[[str], str] = str) -> Iterator[None]:
+    """A router names the row whose logits are not finite, and can't know where it came from: here that becomes a UserError, in
+    the words that `told` makes of it.
+
+    >>> with finite_routers(lambda told: told.replace("the router", "gate 1")):
+    ...     _ = SoftRouter(2, 1, 2)(torch.full((1, 2), torch.nan))
+    Traceback (most recent call last):
+    recsys_moe.errors.UserError: gate 1's logits of row 0 are not finite ([nan, nan] …); look at its input
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "logits of row" not in str(error):
+            raise
+        raise UserError(told(str(error))) from error
+
+
 # -- arithmetic that gives a row the same bits in every batch
 
 
@@ -238,22 +258,34 @@ class Units(NamedTuple):
     source: tuple[int, ...]
 
 
-def unit_products(x: Tensor, units: Sequence[Units], invariant: bool) -> list[Tensor]:
-    """w_n·x_source[n] + b_n, fp32 `[B, N]`, for each of several stacks of units: one product for each input of `[B, S, D]`, or
-    the one `[B, D]`.
+class UnitStack(NamedTuple):
+    """Several stacks of units as one layer, in fp32: its units' inputs, and how many are whose."""
+
+    layer: Layer
+    source: tuple[int, ...]
+    sizes: list[int]
+
+
+def stack_units(units: Sequence[Units]) -> UnitStack:
+    """All units side by side."""
+    weight = torch.cat([stack.weight for stack in units]).float()
+    biases = [stack.weight.new_zeros(len(stack.weight)) if stack.bias is None else stack.bias for stack in units]
+    layer = Layer(weight.unsqueeze(1), torch.cat(biases).float().unsqueeze(1))
+    return UnitStack(layer, tuple(chain.from_iterable(stack.source for stack in units)), [len(stack.weight) for stack in units])
+
+
+def unit_products(x: Tensor, units: UnitStack, invariant: bool) -> list[Tensor]:
+    """w_n·x_source[n] + b_n, fp32 `[B, N]`, for each of the stacks: one product for each input of `[B, S, D]`, or the one
+    `[B, D]`.
 
     >>> stacks = [Units(torch.ones(2, 3), None, (1, 0)), Units(torch.ones(1, 3), torch.ones(1), (1,))]
-    >>> first, second = unit_products(torch.tensor([[[1.0, 2, 3], [4, 5, 6]]]), stacks, invariant=True)
+    >>> first, second = unit_products(torch.tensor([[[1.0, 2, 3], [4, 5, 6]]]), stack_units(stacks), invariant=True)
     >>> first.tolist(), second.tolist()
     ([[15.0, 6.0]], [[16.0]])
     """
     with torch.autocast(x.device.type, enabled=False):
-        weight = torch.cat([stack.weight for stack in units]).float()
-        biases = [stack.weight.new_zeros(len(stack.weight)) if stack.bias is None else stack.bias for stack in units]
-        layer = Layer(weight.unsqueeze(1), torch.cat(biases).float().unsqueeze(1))
-        source = tuple(chain.from_iterable(stack.source for stack in units))
-        outputs = expert_mlp(x.float(), layer, source=source, invariant=invariant).squeeze(2)
-        return list(outputs.split([len(stack.weight) for stack in units], 1))
+        outputs = expert_mlp(x.float(), units.layer, source=units.source, invariant=invariant).squeeze(2)
+    return list(outputs.split(units.sizes, 1))
 
 
 def joined(products: list[Tensor]) -> Tensor:
@@ -325,7 +357,8 @@ class SoftRouter(nn.Module):
                 f"x is {x.dtype} {list(x.shape)} with sources of {gates} gates: it must be floating-point [B, D], or [B, S, ·] "
                 f"with sources of {self.num_tasks} gates, {self.linear.in_features} wide together"
             )
-        return joined(unit_products(x, self.products(*sources), not (self.training or torch.is_grad_enabled())))
+        inference = not (self.training or torch.is_grad_enabled())
+        return joined(unit_products(x, stack_units(self.products(*sources)), inference))
 
     def products(self, *sources: tuple[int, ...]) -> list[Units]:
         """The logits as products of one input each, to be added up: W·(a ⊕ b) = W_a·a + W_b·b, and nothing is joined."""

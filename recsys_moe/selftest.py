@@ -72,12 +72,16 @@ def check(predictor: Predictor) -> None:
     if found is None:
         return
     rows, expected = found
-    scores = predictor.score(rows)
+    failed = f"{str(predictor.bundle.folder)!r} fails its self-test"
+    try:
+        scores = predictor.score(rows)
+    except UserError as error:
+        raise UserError(f"{failed}: {error}; fetch or train the bundle again") from error
     limit = TOLERANCE[predictor.bundle.config.precision]
     wrong = ~(np.abs(scores - expected) <= limit * np.maximum(1, np.abs(expected)))  # NaN is wrong, too
     if wrong.any():
         score, row = np.argwhere(wrong)[0]
         raise UserError(
-            f"{str(predictor.bundle.folder)!r} fails its self-test: row {row} gets {scores[score, row]:.6g} for "
+            f"{failed}: row {row} gets {scores[score, row]:.6g} for "
             f"{predictor.score_names[score]!r}, not {expected[score, row]:.6g}; fetch or train the bundle again"
         )

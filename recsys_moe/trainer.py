@@ -4,12 +4,11 @@ It runs in one process, or in several of a torch process group, which then train
 from its last checkpoint.
 """
 
-import contextlib
 import copy
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
@@ -29,6 +28,7 @@ from recsys_moe.health import HealthConfig, Monitor
 from recsys_moe.losses import task_losses
 from recsys_moe.metrics import TaskMetrics, quality, quality_name
 from recsys_moe.ranker import CPU, Ranker
+from recsys_moe.routing import finite_routers
 from recsys_moe.shards import PreparedData
 from recsys_moe.tensorfiles import Chunked, TensorFiles, Tensors
 from recsys_moe.typed import typed
@@ -279,7 +279,7 @@ class Trainer:
         told = start = time.perf_counter()
         before = p.seconds
         for batch in self.batches.epoch(p.epoch, p.batch):
-            with _finite_routers(f"at step {p.step}"):
+            with finite_routers(lambda told: f"at step {p.step}, {told}, or lower train.lr or train.embedding_lr"):
                 loss = self._train_step(batch)
             if not math.isfinite(loss):
                 raise UserError(f"the loss became {loss} at step {p.step}; lower train.lr or train.embedding_lr")
@@ -520,17 +520,6 @@ class ScoredPart:
     groups: Any
 
 
-@contextlib.contextmanager
-def _finite_routers(where: str) -> Iterator[None]:
-    """A router whose logits are not finite tells its row, before a loss or an output can; it can't know what to do about it."""
-    try:
-        yield
-    except ValueError as error:
-        if "logits of row" not in str(error):
-            raise
-        raise UserError(f"{where}, {error}, or lower train.lr or train.embedding_lr") from error
-
-
 def score_part(model: Ranker, data: PreparedData, part: str) -> ScoredPart:
     """Scores of a part's rows in their order, in nameless files: AUC needs all at once, and memory must not grow with them.
 
@@ -548,7 +537,7 @@ def score_part(model: Ranker, data: PreparedData, part: str) -> ScoredPart:
             if world_size() > 1:
                 batch = batch.take(torch.arange(len(rows))[piece(len(rows), rank(), world_size())])
             batch = batch.to(model.device)
-            with _finite_routers(f"on the {part} part"):
+            with finite_routers(lambda told: f"on the {part} part, {told}, or lower train.lr or train.embedding_lr"):
                 outputs = gather_pieces(model(batch.ids_bf, batch.dense_bd, batch.lists)[0], len(rows))
             if not outputs.isfinite().all():  # the last step's loss was still finite, what it made of the weights is not
                 raise UserError(f"the model's outputs on the {part} part are not finite; lower train.lr or train.embedding_lr")

@@ -26,7 +26,7 @@ from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
 from recsys_moe.models.single_task import SingleTaskConfig
 from recsys_moe.models.stem import STEMConfig
-from recsys_moe.routing import unit_products
+from recsys_moe.routing import stack_units, unit_products
 from recsys_moe.schema import Schema
 from recsys_moe.typed import parse
 
@@ -737,7 +737,7 @@ def test_home_starts_with_feature_gates_of_one() -> None:
     x = torch.randn(9, IN_DIM)
     source = (0,) * 4
     feature_gate = model.meta_experts.feature_gate
-    logits = unit_products(x, [feature_gate.units(source)], invariant=False)
+    logits = unit_products(x, stack_units([feature_gate.units(source)]), invariant=False)
     gates = feature_gate_values(x, feature_gate(*logits), source)
     torch.testing.assert_close(gates, torch.ones(9, 4, IN_DIM))
 

@@ -33,7 +33,18 @@ from recsys_moe.experts import MLPExperts, Norm, Towers
 from recsys_moe.front import FrontConfig
 from recsys_moe.kernels import Activation, FeatureGate
 from recsys_moe.models.family import Family
-from recsys_moe.routing import PlanNames, RoutingPlan, SoftPlan, SoftRouter, Units, joined, sigmoid, unit_products
+from recsys_moe.routing import (
+    PlanNames,
+    RoutingPlan,
+    SoftPlan,
+    SoftRouter,
+    Units,
+    UnitStack,
+    joined,
+    sigmoid,
+    stack_units,
+    unit_products,
+)
 from recsys_moe.typed import typed
 
 Width = Annotated[int, Field(ge=1)]
@@ -115,7 +126,12 @@ class HoME(Family):
         def names(groups: list[str]) -> tuple[str, ...]:
             return tuple(f"{group} {e}" for group in groups for e in range(n))
 
+        self._frozen, self._kept = False, dict[SoftRouter, UnitStack]()
         self.plan_names = {"meta": PlanNames(tuple(meta), names(meta)), "task": PlanNames(tuple(tasks), names(task))}
+
+    def freeze(self) -> None:
+        """Join the gates' weights once, for inference from now on: they must not change any more."""
+        self._frozen = True
 
     def forward(self, v_bd: Tensor) -> tuple[Tensor, dict[str, RoutingPlan]]:
         layer = (self.meta_gates, self.meta_self, self.meta_experts)
@@ -136,12 +152,17 @@ class HoME(Family):
     ) -> tuple[SoftPlan, Tensor]:
         """A layer's plan and z. All that is linear in its gates is one product for each input: groups read `source`, the gates
         `sources`, one after the other, and the self gates the first of these."""
-        stacks = gates.products(*sources)
-        if self_gates is not None:
-            stacks += self_gates.router.products(sources[0])
-        if experts.feature_gate is not None:
-            stacks.append(experts.feature_gate.units(source))
-        logits = unit_products(x, stacks, not (self.training or torch.is_grad_enabled()))
+        units = self._kept.get(gates)
+        if units is None:
+            stacks = gates.products(*sources)
+            if self_gates is not None:
+                stacks += self_gates.router.products(sources[0])
+            if experts.feature_gate is not None:
+                stacks.append(experts.feature_gate.units(source))
+            units = stack_units(stacks)
+            if self._frozen:
+                self._kept[gates] = units
+        logits = unit_products(x, units, not (self.training or torch.is_grad_enabled()))
         rest = iter(logits[len(sources) :])
         residual = None if self_gates is None else self_gates(next(rest))
         plan = gates(x, logits_bn=joined(logits[: len(sources)]), residual_bte=residual)
@@ -170,7 +191,7 @@ class FeatureGates(nn.Module):
     >>> from recsys_moe.kernels import feature_gate_values
     >>> x, source = torch.randn(5, 6), (0, 0, 0)
     >>> gates = FeatureGates(3, 6, heads=2, dtype=torch.float32)
-    >>> gate = gates(*unit_products(x, [gates.units(source)], invariant=False))
+    >>> gate = gates(*unit_products(x, stack_units([gates.units(source)]), invariant=False))
     >>> feature_gate_values(x, gate, source).allclose(torch.ones(5, 3, 6))
     True
     """
