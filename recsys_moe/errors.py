@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 
 class UserError(ValueError):
@@ -19,8 +20,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     >>> nearest("xyz", ["mmoe", "shared_bottom"])
     'valid: mmoe, shared_bottom'
     """
-    valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    # Both may be a stranger's: neither many names nor long ones may take seconds.
+    valid = [each[:100] for each in islice(valid, 1000)]
+    close = difflib.get_close_matches(name[:100], valid, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
     if len(valid) > 12:

@@ -2,7 +2,7 @@
 
 Request: a table of candidates with column `id` and a column for each feature of an item; the rest of the request is JSON in
 the schema's metadata under `rank`. Answer: a table in ranking order with `id`, `position`, `fused` and `score.NAME`, the rest
-as JSON under `rank`.
+as JSON under `rank`. Ids are int64 or uint64 where one of them holds all, else text.
 
 A few bytes of a stream may stand for gigabytes where buffers are compressed, dictionaries or views repeat a value, or a type
 nests deeply. Such streams are refused: what is taken is never larger in memory than as it was sent.
@@ -33,7 +33,7 @@ def parse_rank(body: bytes) -> tuple[RankHead, Items]:
             _check_types(reader.schema)
             table = reader.read_all()
         table.validate(full=True)
-    except (pa.ArrowException, OSError, struct.error) as error:
+    except (pa.ArrowException, OSError, struct.error, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"the body is no whole Arrow IPC stream ({reason}); send what pyarrow.ipc.new_stream writes") from None
     head = parse_json(RankHead, (table.schema.metadata or {}).get(METADATA, b"{}"))
@@ -50,7 +50,7 @@ def parse_rank(body: bytes) -> tuple[RankHead, Items]:
 def answer(result: dict[str, Any]) -> bytes:
     """An answer to a ranking request as an Arrow IPC stream."""
     columns = {
-        "id": pa.array(result["ranking"] if len({*map(type, result["ranking"])}) == 1 else [*map(str, result["ranking"])]),
+        "id": _ids(result["ranking"]),
         "position": pa.array(result["positions"], pa.int32()),
         "fused": pa.array(result["fused"], pa.float64()),
         **{f"score.{name}": pa.array(scores, pa.float32()) for name, scores in result["scores"].items()},
@@ -62,6 +62,15 @@ def answer(result: dict[str, Any]) -> bytes:
         stream.write_table(table)
     written: bytes = sink.getvalue().to_pybytes()
     return written
+
+
+def _ids(ids: list[Any]) -> pa.Array:
+    for kind in (pa.int64(), pa.uint64()):
+        try:
+            return pa.array(ids, kind)
+        except (pa.ArrowException, OverflowError):
+            continue
+    return pa.array(map(str, ids), pa.string())
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -12,8 +12,14 @@ log = logging.getLogger(__name__)
 
 PACKINGS = ("gzip", "zstd")
 
+LONGEST = 500
+"""Characters of a sentence; what a stranger sent stands in its middle."""
+
 
 def refuse(status: int, sentence: str, headers: Any = None) -> Response:
+    """An answer that is no more than a sentence."""
+    if len(sentence) > LONGEST:
+        sentence = f"{sentence[: LONGEST - 202]} … {sentence[-199:]}"
     return JSONResponse({"error": sentence}, status, headers)
 
 

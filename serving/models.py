@@ -24,6 +24,7 @@ import pyarrow as pa
 from recsys_moe.bundle import weights_digest
 from recsys_moe.errors import UserError, nearest
 from recsys_moe.predictor import Predictor
+from recsys_moe.schema import Feature
 from recsys_moe.selftest import check
 from recsys_moe.serving.requests import to_column
 from recsys_moe.transforms import Encoded
@@ -32,7 +33,8 @@ from recsys_moe.typed import parse, typed
 log = logging.getLogger(__name__)
 
 WARM_ROWS = (1, 200)
-KEPT = 20_000
+KEPT, KEPT_LENGTH = 20_000, 200
+"""Single values whose encoding is kept, and how many characters one of them may have: what clients send must not fill memory."""
 
 
 @typed
@@ -52,29 +54,30 @@ class Model:
     digest: str
     predictor: Predictor
 
-    @cached_property
-    def encode_one(self) -> Callable[[str, Any, str], Encoded]:
-        """What a single value of a feature becomes; `whose` it is, says a mistake. The latest texts and whole numbers are kept.
+    def encode_one(self, name: str, value: Any, whose: str) -> Encoded:
+        """What a single value of a feature becomes; `whose` it is, says a mistake. The latest short ones are kept.
 
-        Raises (when called):
+        Raises:
             UserError: a value of the wrong kind.
         """
-        transform = self.predictor.bundle.transform
-        features = {feature.name: feature for feature in transform.schema.features}
+        if isinstance(value, int) or (isinstance(value, str) and len(value) <= KEPT_LENGTH):
+            return self.kept(name, value, whose)
+        if isinstance(value, float) and math.isfinite(value) and self._features[name].kind == "numeric":
+            return self.predictor.bundle.transform.encode_number(name, value)
+        return self._encode(name, value, whose)
 
-        def encode(name: str, value: Any, whose: str) -> Encoded:
-            return transform.encode(name, pa.chunked_array([to_column([value], features[name], whose)]))
+    @cached_property
+    def kept(self) -> Callable[[str, Any, str], Encoded]:
+        """The same of texts and whole numbers, which it keeps."""
+        return lru_cache(KEPT, typed=True)(self._encode)
 
-        kept = lru_cache(KEPT, typed=True)(encode)
+    @cached_property
+    def _features(self) -> dict[str, Feature]:
+        return {feature.name: feature for feature in self.predictor.bundle.schema.features}
 
-        def encode_one(name: str, value: Any, whose: str) -> Encoded:
-            if isinstance(value, str | int):
-                return kept(name, value, whose)
-            if isinstance(value, float) and math.isfinite(value) and features[name].kind == "numeric":
-                return transform.encode_number(name, value)
-            return encode(name, value, whose)
-
-        return encode_one
+    def _encode(self, name: str, value: Any, whose: str) -> Encoded:
+        column = pa.chunked_array([to_column([value], self._features[name], whose)])
+        return self.predictor.bundle.transform.encode(name, column)
 
     @property
     def described(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ https://github.com/kserve/open-inference-protocol, https://github.com/triton-inf
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -47,7 +48,7 @@ class InputTensor(BaseModel):
     """A feature's values: in `data`, flat or nested, or in the body's binary part."""
 
     name: str
-    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=2)]
+    shape: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=2)]
     datatype: str
     parameters: Parameters = Parameters()
     data: list[Any] | None = None
@@ -101,8 +102,11 @@ class Infer:
         """
         names = list(model.predictor.score_names)
         wanted = self.request.outputs or [OutputTensor(name=name) for name in names]
-        outputs, binary = [], b""
+        outputs, binary, written = [], b"", set[str]()
         for output in wanted:
+            if output.name in written:
+                raise UserError(f"outputs names {output.name!r} twice; send it once")
+            written.add(output.name)
             if output.name not in names:
                 raise UserError(
                     f"outputs names {output.name!r}, which model {model.name!r} lacks; {nearest(output.name, names)}"
@@ -127,17 +131,17 @@ def parse_infer(body: bytes, header_length: str | None) -> Infer:
     Raises:
         UserError: not a request, or tensors that are not as their shapes say; names the tensor.
     """
-    if header_length is not None and not (header_length.isdecimal() and int(header_length) <= len(body)):
+    if header_length is not None and not (re.fullmatch("[0-9]{1,18}", header_length) and int(header_length) <= len(body)):
         raise UserError(f"Inference-Header-Content-Length is {header_length[:40]!r}; send how many bytes of the body are JSON")
     end = len(body) if header_length is None else int(header_length)
     request, rest = parse_json(InferRequest, body[:end]), body[end:]
     found = Infer(request, request.inputs[0].shape[0])
     for tensor in request.inputs:
         size = tensor.parameters.binary_data_size
-        if tensor.shape[0] != found.rows or not found.rows:
+        if tensor.shape[0] != found.rows:
             raise UserError(
                 f"tensor {tensor.name!r} has {tensor.shape[0]:,} rows and {request.inputs[0].name!r} {found.rows:,}; send as "
-                "many for each, one at least"
+                "many for each"
             )
         if tensor.name in found.values:
             raise UserError(f"inputs has tensor {tensor.name!r} twice; send it once")
@@ -214,7 +218,7 @@ def _plain(tensor: InputTensor) -> list[Any]:
         return data
     if len(data) != rows * width or any(isinstance(value, list | dict) for value in data):
         raise UserError(f"tensor {tensor.name!r} has {len(data):,} values where its shape {tensor.shape} says otherwise")
-    return [data[i : i + width] for i in range(0, len(data), width)] if rest and width else data
+    return [data[i : i + width] for i in range(0, len(data), width)] if rest else data
 
 
 def _binary(tensor: InputTensor, raw: bytes) -> npt.NDArray[Any] | list[Any]:

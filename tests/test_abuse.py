@@ -149,3 +149,35 @@ def test_the_service_answers_while_a_million_candidates_are_read(client: TestCli
     sender.start()
     assert client.get("/healthz").status_code == 200
     sender.join()
+
+
+LONG = "abcdefgh" * 500_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": LONG},
+        {"tasks": [LONG]},
+        {"user": {f"colou{number}": 1 for number in range(300_000)}},
+        {"user": {LONG: 1}},
+        {LONG: 1},
+    ],
+    ids=["model", "task", "names", "name", "field"],
+)
+def test_long_names_and_many_cost_neither_time_nor_a_long_answer(client: TestClient, changes: dict[str, Any]) -> None:
+    body = dumped(GOOD | changes)
+    started = time.monotonic()
+    status, told = post(client, body)
+    assert time.monotonic() - started < 3
+    assert status == 422
+    assert len(told) <= 500
+
+
+def test_long_values_are_not_kept(client: TestClient) -> None:
+    """Else some thousands of requests fill the memory."""
+    model = client.app.state.service.models.find(None)  # type: ignore[attr-defined]
+    for value, more in (("x" * 100_000, 0), ("short", 1)):
+        before = model.kept.cache_info().currsize
+        assert post(client, dumped(GOOD | {"user": {"colour": value}}))[0] == 200
+        assert model.kept.cache_info().currsize - before == more

@@ -101,6 +101,7 @@ def test_a_zip_bomb_is_413(client: TestClient, packing: str) -> None:
         (stream(pa.table({"id": range(101), "price": range(101)})), {}, 422, "more than serve.max_candidates = 100"),
         (stream(pa.table({"id": [1], "price": ["x"]})), {}, 422, "column 'price' is numeric in the schema but holds 'x'"),
         (stream(TABLE, {"usr": 1}), {}, 422, "usr is 1: extra inputs"),
+        (stream(TABLE).replace(b"price", b"pri\xff\xff"), {}, 422, "no whole Arrow IPC stream"),
     ],
     ids=lambda v: str(v)[:40] if isinstance(v, str) else "",
 )
@@ -119,3 +120,24 @@ def test_offsets_that_point_elsewhere_are_refused(client: TestClient) -> None:
     answer = post(client, before + struct.pack("<ii", 0, 10**9) + after)
     assert answer.status_code == 422
     assert "no whole Arrow IPC stream" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    [
+        ([-(2**63), 2**63 - 1], pa.int64()),
+        ([1, 2**64 - 1], pa.uint64()),
+        ([-1, 2**64 - 1], pa.string()),
+        ([1, 10**400], pa.string()),
+        (["7", 7], pa.string()),
+        (["7", "a"], pa.string()),
+    ],
+    ids=str,
+)
+def test_any_id_comes_back(client: TestClient, ids: list[Any], kind: pa.DataType) -> None:
+    request = {"user": {"colour": "red"}, "candidates": {"ids": ids, "features": {"price": [1.0, 2.0]}}}
+    answer = client.post("/v1/rank", json=request, headers={"Accept": MEDIA_TYPE})
+    assert answer.status_code == 200, answer.text
+    column = pa.ipc.open_stream(answer.content).read_all()["id"]
+    assert column.type == kind
+    assert set(map(str, column.to_pylist())) == set(map(str, ids))

@@ -93,7 +93,8 @@ COLOUR = {"name": "colour", "shape": [1], "datatype": "BYTES", "data": ["red"]}
         ({"shape": [2]}, "has 2 rows and 'colour' 1"),
         ({"shape": [1, 2]}, "has 1 values where its shape"),
         ({"shape": []}, "at least 1 item"),
-        ({"shape": [-1]}, "greater than or equal to 0"),
+        ({"shape": [-1]}, "greater than or equal to 1"),
+        ({"shape": [1, 0], "data": []}, "greater than or equal to 1"),
         ({"shape": [1, 10**12], "data": []}, "has 0 values where its shape"),
         ({"datatype": "FP128"}, "send one of BYTES"),
         ({"data": ["x"]}, "is not a number"),
@@ -130,7 +131,15 @@ def test_bad_bytes_are_told(bundle: Path, raw: bytes, told: str) -> None:
         assert told in answer.json()["error"]
         more = client.post(f"/v2/models/{NAME}/infer", content=text + raw + b"x", headers=headers)
         assert more.status_code == 422
-        for length in ("-1", "x", "999999"):
+        for length in ("-1", "x", "999999", "9" * 5000):
             changed = headers | {"Inference-Header-Content-Length": length}
             wrong = client.post(f"/v2/models/{NAME}/infer", content=text, headers=changed)
             assert "how many bytes of the body are JSON" in wrong.json()["error"]
+
+
+def test_an_output_is_answered_once(bundle: Path) -> None:
+    """Thousands of names in a short request would else be gigabytes of scores."""
+    with TestClient(build_api(bundle, ServeConfig()), raise_server_exceptions=False) as client:
+        outputs = [{"name": "click"}, {"name": "buy"}, {"name": "click"}]
+        answer = client.post(f"/v2/models/{NAME}/infer", json={"inputs": [COLOUR, GOOD], "outputs": outputs})
+    assert (answer.status_code, answer.json()["error"]) == (422, "outputs names 'click' twice; send it once")
