@@ -37,7 +37,7 @@ def build_api(served: Path, config: ServeConfig) -> FastAPI:
     """
     keys = read_keys(Path(config.keys_file)) if config.keys_file else None
     service = Service(served, config)
-    batcher = Batcher(config.batch_rows, config.deadline_ms / 1000)
+    batcher = Batcher(config.batch_rows, config.deadline_ms / 1000, service.metrics.called)
 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
@@ -52,6 +52,7 @@ def build_api(served: Path, config: ServeConfig) -> FastAPI:
         version=__version__,
         description="Scores and ranks with trained multi-task models.",
         lifespan=lifespan,
+        redirect_slashes=False,  # a path with a slash more is answered as any other that is not there
     )
     api.state.service, api.state.batcher = service, batcher
     api.add_middleware(LimitBody, max_bytes=int(config.max_body_mb * 2**20), seconds=config.body_seconds)

@@ -2,8 +2,8 @@
 
 A request costs its rows, and as much as `FIXED` rows more for what it takes by itself. The time that a row takes is measured
 as requests go. A lone request does not wait for others; what stands in front of a request may take half of the deadline, and
-what has waited longer than the whole is refused as well. A request that finds
-nothing before it is never refused, however long it takes.
+what has waited longer than the whole is refused as well. A request that finds nothing before it is never refused, however
+long it takes.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -79,15 +80,17 @@ class _Waiting:
 
 
 class Batcher:
-    """Scores jobs, at most `rows` rows in a call (a single job may have more), each within `deadline_s` of its coming."""
+    """Scores jobs, at most `rows` rows in a call (a single job may have more), each within `deadline_s` of its coming.
 
-    def __init__(self, rows: int, deadline_s: float) -> None:
-        self._rows, self._deadline_s = rows, deadline_s
+    `called(requests, rows)` is told of every call.
+    """
+
+    def __init__(self, rows: int, deadline_s: float, called: Callable[[int, int], None]) -> None:
+        self._rows, self._deadline_s, self._called = rows, deadline_s, called
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._paces = deque[float](maxlen=_CALLS)
         self._cost, self._seconds_each, self._busy, self._ended = 0, 0.0, False, False
-        self.calls = self.largest = 0
         self._thread = threading.Thread(target=self._run, name="score", daemon=True)
         self._thread.start()
 
@@ -168,7 +171,6 @@ class Batcher:
                 for each, _ in members:
                     self._tell(each, error)
                 continue
-            self.calls, self.largest = self.calls + 1, max(self.largest, len(members))
             ms = (time.perf_counter() - started) * 1000
             ends = np.cumsum([inputs.dense.shape[1] for _, inputs in members])
             for (each, inputs), end in zip(members, ends, strict=True):
@@ -177,6 +179,7 @@ class Batcher:
                 except Exception as error:
                     answer = error
                 self._tell(each, answer)
+            self._called(len(members), scores.shape[1])
 
     def _tell(self, each: _Waiting, answer: Any) -> None:
         with self._changed:  # before the client can ask again

@@ -58,7 +58,7 @@ class ServeConfig:
     calls of at most `batch_rows` rows. A body must arrive within `body_seconds`.
 
     `keys_file` names who may ask, and how often (see `recsys_moe.serving.keys`); without it the service listens on loopback
-    only. `feature_log` is a folder for a `feature_log_share` of the ranking requests, with the very features and scores.
+    only. `feature_log` is a folder for a `feature_log_share` of the requests, with the very features and scores.
 
     `log_file` takes the log, a line of JSON for each request; without it, standard error does.
 

@@ -15,31 +15,50 @@ from recsys_moe.serving import ranking
 from recsys_moe.serving.models import Model
 from recsys_moe.serving.requests import Items, RankHead
 from recsys_moe.serving.service import Service
-from recsys_moe.serving.traffic import chosen, route, shadow_of
+from recsys_moe.serving.traffic import route, shadow_of
 from recsys_moe.transforms import Inputs
 
 log = logging.getLogger(__name__)
 
 
 class Rows:
-    """Plain rows for one model; `write` makes the answer of the model and the scores `[S, N]`."""
+    """Plain rows for one model; `write` makes the answer of the scores `[S, N]`, `told` stands in the log's line."""
 
-    def __init__(self, model: Model, rows: int, table: Callable[[], pa.Table], write: Callable[[Model, Any], Any]) -> None:
-        self.model, self.rows, self._table, self._write = model, rows, table, write
+    scores_sn: npt.NDArray[np.float32] | None = None
+
+    def __init__(
+        self,
+        service: Service,
+        model: Model,
+        rows: int,
+        table: Callable[[], pa.Table],
+        write: Callable[[npt.NDArray[np.float32]], Any],
+        told: dict[str, Any],
+    ) -> None:
+        self.service, self.model, self.rows, self._table, self._write = service, model, rows, table, write
+        self.request_id = told["request_id"]
+        told.update(model=model.name, version=model.version, rows=rows)
 
     def prepare(self) -> tuple[Predictor, Inputs]:
-        predictor = self.model.predictor
-        return predictor, predictor.bundle.transform(self._table())
+        self.table, predictor = self._table(), self.model.predictor
+        return predictor, predictor.bundle.transform(self.table)
 
     def answer(self, scores_sn: npt.NDArray[np.float32], ms: float) -> Any:
-        return self._write(self.model, scores_sn)
+        answer = self._write(scores_sn)
+        self.scores_sn = scores_sn
+        return answer
 
     def afterwards(self) -> None:
-        """Nothing."""
+        if self.scores_sn is None:  # refused
+            return
+        self.service.metrics.scored(self.model, self.scores_sn)
+        self.service.log_features(self.request_id, self.model, lambda: self.table, self.scores_sn)
 
 
 class Rank:
     """A ranking request; `write` makes the answer of what `requests.RankResponse` has."""
+
+    scores_sn: npt.NDArray[np.float32] | None = None
 
     def __init__(
         self, service: Service, head: RankHead, items: Items, timer: ranking.Timer, write: Callable[[dict[str, Any]], Any]
@@ -65,7 +84,6 @@ class Rank:
         return self.model.predictor, inputs
 
     def answer(self, scores_sn: npt.NDArray[np.float32], ms: float) -> Any:
-        self.scores_sn = scores_sn
         self.timer.ended("score")
         result = ranking.answer(self.head, self.items, self.model, scores_sn, self.formula(scores_sn))
         self.timer.ended("rank")
@@ -75,18 +93,20 @@ class Rank:
             "unknown_ids": self.gathered.unknown,
             "timings_ms": self.timer.ms,
         }
-        return self._write({"request_id": self.request_id, **result, **told})
+        answer = self._write({"request_id": self.request_id, **result, **told})
+        self.scores_sn = scores_sn
+        return answer
 
     def afterwards(self) -> None:
-        if not hasattr(self, "scores_sn"):  # refused
+        if self.scores_sn is None:  # refused
             return
         service = self.service
-        service.metrics.ranked(self.model, self.scores_sn, self.timer.ms, self.gathered.unknown)
+        service.metrics.scored(self.model, self.scores_sn)
+        service.metrics.ranked(self.rows, self.timer.ms, self.gathered.unknown)
         shadow = shadow_of(self.key, service.config.shadow)
         if shadow is not None:
             self._score_unseen(service.models.find(shadow))
-        if service.features and chosen(service.config.feature_log_share, "feature log", self.request_id):
-            service.features.add(self.request_id, self.model, self.gathered.table(), self.scores_sn)
+        service.log_features(self.request_id, self.model, self.gathered.table, self.scores_sn)
 
     def _score_unseen(self, model: Model) -> None:
         """Score the request with the shadow model as well, whose scores are logged, in the request's order."""

@@ -106,7 +106,8 @@ class AnswerFailures:
         except Exception:
             if started or scope["type"] != "http":
                 raise
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            told = {"request_id": scope["told"]["request_id"]}
+            log.exception("%s %s failed", scope["method"], scope["path"], extra={"told": told})
             await refuse(500, "the service failed on this request through an error of its own; its log tells more")(
                 scope, receive, send
             )

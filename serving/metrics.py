@@ -23,6 +23,7 @@ LATENCIES = (
     *(0.0001, 0.00025, 0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
     *(0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5),
 )
+REQUESTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 SIZES = (1, 10, 25, 50, 100, 150, 200, 300, 500, 1000, 2000, 5000)
 
 _BINS, _FADE = 10, 100_000
@@ -69,7 +70,9 @@ class Metrics:
         )
         self._steps = Histogram("rank_step_seconds", "Steps of a ranking request", ["step"], buckets=LATENCIES, **named)
         self._sizes = Histogram("candidates_per_request", "Candidates of a ranking request", buckets=SIZES, **named)
-        self._candidates = Counter("candidates", "Candidates scored", ["model", "version"], **named)
+        self._batch_requests = Histogram("batch_requests", "Requests scored in one call", buckets=REQUESTS, **named)
+        self._batch_rows = Histogram("batch_rows", "Rows scored in one call", buckets=SIZES, **named)
+        self._candidates = Counter("candidates", "Candidates and plain rows scored", ["model", "version"], **named)
         self._unknown = Counter("unknown_ids", "Ids that the feature files lack", **named)
         self._info = Gauge("model_info", "1 for each version that is served", ["model", "version", "digest"], **named)
         self._refused = Gauge("refused", "Versions and files that could not be used", **named)
@@ -80,13 +83,21 @@ class Metrics:
         self._requests.labels(route, status).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def ranked(self, model: Model, scores_sn: npt.NDArray[np.float32], steps_ms: Mapping[str, float], unknown: int) -> None:
-        """Count a ranking request; called by the thread that scores."""
+    def called(self, requests: int, rows: int) -> None:
+        """Count a call of a predictor, for requests that waited together."""
+        self._batch_requests.observe(requests)
+        self._batch_rows.observe(rows)
+
+    def ranked(self, candidates: int, steps_ms: Mapping[str, float], unknown: int) -> None:
+        """Count a ranking request."""
         for step, ms in steps_ms.items():
             self._steps.labels(step).observe(ms / 1000)
-        self._sizes.observe(scores_sn.shape[1])
-        self._candidates.labels(model.name, model.version).inc(scores_sn.shape[1])
+        self._sizes.observe(candidates)
         self._unknown.inc(unknown)
+
+    def scored(self, model: Model, scores_sn: npt.NDArray[np.float32]) -> None:
+        """Count rows of any request; called by one thread at a time."""
+        self._candidates.labels(model.name, model.version).inc(scores_sn.shape[1])
         drift = self._drift_of(model)
         if drift is not None:
             drift.add(scores_sn)

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 WARM_ROWS = (1, 200)
 KEPT, KEPT_LENGTH = 20_000, 200
-"""Single values whose encoding is kept, and how many characters one of them may have: what clients send must not fill memory."""
+"""Single values whose encoding is kept, and how many characters one may have: what clients send must not fill memory."""
 
 
 @typed
@@ -172,9 +172,11 @@ class Models:
             try:
                 model = load(name, choice)
                 self._fits(model)
-            except UserError as error:
-                reasons[choice.version] = str(error)
-                log.error("version %s of %s is refused: %s", choice.version, name, error)
+            except Exception as error:  # of a library's own as well: it must not hold up the other names
+                told = isinstance(error, UserError)
+                reason = str(error) if told else f"{choice.folder!r} can't be served ({type(error).__name__}: {error})"
+                reasons[choice.version] = reason
+                log.error("version %s of %s is refused: %s", choice.version, name, reason, exc_info=not told)
                 if served:
                     return served, reasons
                 continue

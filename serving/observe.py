@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,8 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("recsys_moe.requests")
 
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
-"""W3C Trace Context, https://www.w3.org/TR/trace-context/: version, trace, parent, flags."""
+_TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+"""W3C Trace Context, https://www.w3.org/TR/trace-context/: version, trace, parent, flags; the first three have values that
+are none."""
+
+_REQUEST_ID = re.compile(rb"[!-~]{1,200}")
 
 
 class JsonLines(logging.Formatter):
@@ -47,8 +51,9 @@ def log_as_json(path: str | None) -> None:
 class Observe:
     """ASGI middleware: `answered(route, status, seconds)` for each request, from its first byte to the answer's last.
 
-    A `traceparent` header is logged and sent back, so that client and log can be joined by the trace. What the route has put
-    into `scope["told"]` (the request's id, the model) stands in the log's line, too.
+    A `traceparent` header is logged and sent back, with its `tracestate`, so that client and log can be joined by the trace.
+    What the route has put into `scope["told"]` (the model) stands in the log's line, too. There is a `request_id` from the
+    first: the `X-Request-Id` header or one of our own, until a route finds the request's.
     """
 
     def __init__(self, app: ASGIApp, answered: Callable[[str, int, float], None]) -> None:
@@ -59,16 +64,18 @@ class Observe:
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), 500
-        scope["told"] = told = dict[str, object]()
-        traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
-        trace = _TRACEPARENT.fullmatch(traceparent)
+        headers = dict(scope["headers"])
+        known = headers.get(b"x-request-id", b"")
+        told: dict[str, object] = {"request_id": known.decode() if _REQUEST_ID.fullmatch(known) else secrets.token_hex(8)}
+        scope["told"] = told
+        trace = _TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
+        sent_back = [(name, headers[name]) for name in (b"traceparent", b"tracestate") if trace and name in headers]
 
         async def watch(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if trace:
-                    message = {**message, "headers": [*message.get("headers", ()), (b"traceparent", traceparent)]}
+                message = {**message, "headers": [*message.get("headers", ()), *sent_back]}
             await send(message)
 
         try:

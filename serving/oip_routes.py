@@ -56,8 +56,13 @@ def oip_routes(service: Service, batcher: Batcher) -> APIRouter:
             length = request.headers.get(oip.HEADER_LENGTH)
             asked = await parsed(request, lambda body: oip.parse_infer(body, length))
             service.check_rows(asked.rows)
-            model = served_as(name, version)
-            body, end = await batcher.run(Rows(model, asked.rows, lambda: asked.table(model), asked.write))
+            model, told = served_as(name, version), request.scope["told"]
+            told["request_id"] = asked.request.id or told["request_id"]
+
+            def write(scores_sn: Any) -> tuple[bytes, int | None]:
+                return asked.write(model, scores_sn)
+
+            body, end = await batcher.run(Rows(service, model, asked.rows, lambda: asked.table(model), write, told))
             if end is None:
                 return Response(body, media_type=JSON)
             return Response(body, headers={oip.HEADER_LENGTH: str(end)}, media_type=OCTETS)

@@ -7,6 +7,7 @@ the same for everybody; what the script asks does, and the page has a field for 
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow as pa
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -89,23 +90,24 @@ def page_routes(service: Service, batcher: Batcher) -> APIRouter:
         form_of(request, JSON)
         asked = await parsed(request, lambda body: parse_json(GatesRequest, body))
         model = service.models.find(asked.model)
-        schema = model.predictor.bundle.schema
 
-        def write(model: Model, scores_sn: Any) -> bytes:
+        def table() -> pa.Table:
+            return rows_to_table([asked.row], model.predictor.bundle.schema)
+
+        def write(scores_sn: Any) -> bytes:
             scores = dict(zip(model.predictor.score_names, scores_sn[:, 0].tolist(), strict=True))
-            plans = _gates(model, asked.row)
+            plans = _gates(model, table())
             return to_json(GatesResponse(model=ServedModel(**model.described), scores=scores, plans=plans))
 
-        answer = await batcher.run(Rows(model, 1, lambda: rows_to_table([asked.row], schema), write))
+        answer = await batcher.run(Rows(service, model, 1, table, write, request.scope["told"]))
         return Response(answer, media_type=JSON)
 
     return router
 
 
-def _gates(model: Model, row: dict[str, Any]) -> dict[str, Gates]:
-    bundle = model.predictor.bundle
-    weights = model.predictor.gates(rows_to_table([row], bundle.schema))
-    names = bundle.model.network.plan_names
+def _gates(model: Model, row: pa.Table) -> dict[str, Gates]:
+    weights = model.predictor.gates(row)
+    names = model.predictor.bundle.model.network.plan_names
     return {
         plan: Gates(gates=names[plan].gates, experts=names[plan].experts, weights=w_nte[0].tolist())
         for plan, w_nte in weights.items()

@@ -24,10 +24,11 @@ Form = TypeVar("Form", bound=BaseModel)
 class ScoreRequest(BaseModel):
     """Rows to score. Each row names every feature of the model; null stands for a missing value.
 
-    A feature of many values and a vector are lists.
+    A feature of many values and a vector are lists. `model` is the name that it is served under (the first one).
     """
 
     model_config = ConfigDict(extra="forbid")
+    model: str | None = None
     rows: Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyarrow as pa
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -11,7 +12,6 @@ from recsys_moe.serving import arrow
 from recsys_moe.serving.batching import Batcher
 from recsys_moe.serving.bodies import ERRORS, JSON, form_of, parsed, takes
 from recsys_moe.serving.jobs import Rank, Rows
-from recsys_moe.serving.models import Model
 from recsys_moe.serving.ranking import Timer
 from recsys_moe.serving.requests import (
     RankRequest,
@@ -41,16 +41,17 @@ def routes(service: Service, batcher: Batcher) -> APIRouter:
     async def score(request: Request) -> Response:
         form_of(request, JSON)
         asked = await parsed(request, lambda body: parse_json(ScoreRequest, body))
-        rows = len(asked.rows)
-        service.check_rows(rows)
-        model = service.models.find(None)
+        service.check_rows(len(asked.rows))
+        model = service.models.find(asked.model)
 
-        def write(model: Model, scores_sn: Any) -> bytes:
+        def table() -> pa.Table:
+            return rows_to_table(asked.rows, model.predictor.bundle.schema)
+
+        def write(scores_sn: Any) -> bytes:
             names = model.predictor.score_names
             return to_json({"model": model.digest, "scores": {n: s.tolist() for n, s in zip(names, scores_sn, strict=True)}})
 
-        schema = model.predictor.bundle.schema
-        answer = await batcher.run(Rows(model, rows, lambda: rows_to_table(asked.rows, schema), write))
+        answer = await batcher.run(Rows(service, model, len(asked.rows), table, write, request.scope["told"]))
         return Response(answer, media_type=JSON)
 
     @router.post(
@@ -66,9 +67,12 @@ def routes(service: Service, batcher: Batcher) -> APIRouter:
         head, items = await parsed(request, PARSERS[form])
         timer.ended("parse")
 
+        told = request.scope["told"]
+        head.request_id = told["request_id"] = head.request_id or told["request_id"]
+
         def write(result: dict[str, Any]) -> bytes:
-            told = {"request_id": result["request_id"], "model": result["model"]["name"], "version": result["model"]["version"]}
-            request.scope["told"].update(told, candidates=result["candidates"])
+            model = result["model"]
+            told.update(model=model["name"], version=model["version"], candidates=result["candidates"])
             return arrow.answer(result) if as_arrow else to_json(result)
 
         answer = await batcher.run(Rank(service, head, items, timer, write))

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import yaml
 
 from recsys_moe import typed
@@ -15,6 +18,7 @@ from recsys_moe.serving.fuse import Formula
 from recsys_moe.serving.metrics import Metrics
 from recsys_moe.serving.models import Model, Models
 from recsys_moe.serving.ranking import Stores
+from recsys_moe.serving.traffic import chosen
 from recsys_moe.serving.watch import Watched
 
 
@@ -50,6 +54,13 @@ class Service:
         """
         if rows > self.config.max_rows:
             raise UserError(f"{rows:,} rows are more than serve.max_rows = {self.config.max_rows:,}; send fewer")
+
+    def log_features(
+        self, request_id: str, model: Model, rows: Callable[[], pa.Table], scores_sn: npt.NDArray[np.float32]
+    ) -> None:
+        """Keep a request's rows and scores in the feature log, if it is of the share."""
+        if self.features and chosen(self.config.feature_log_share, "feature log", request_id):
+            self.features.add(request_id, model, rows(), scores_sn)
 
     @property
     def formula(self) -> FormulaConfig:

@@ -39,9 +39,9 @@ class Watched(Generic[T]):
             self.value = self._read(self._path)
             self.refused = None
             log.info("%s has changed and is used from now on", self._path)
-        except UserError as error:
+        except Exception as error:  # of a library's own as well: status and metrics must tell of it
             self.refused = str(error)
-            log.error("%s has changed, but can't be used: %s", self._path, error)
+            log.error("%s has changed, but can't be used: %s", self._path, error, exc_info=not isinstance(error, UserError))
 
     def _state(self) -> tuple[int, int, int] | None:
         try:

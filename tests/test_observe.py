@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from recsys_moe.serving.metrics import Drift
 from recsys_moe.serving.observe import log_as_json
 from tests.conftest import ROOT
 from tests.test_rank import REQUEST, prices
-from tests.test_serving import save
+from tests.test_serving import ROW, save
 
 
 @pytest.fixture
@@ -42,13 +43,16 @@ def test_requests_and_candidates_are_counted(client: TestClient) -> None:
     for _ in range(3):
         client.post("/v1/rank", json=REQUEST)
     client.post("/v1/rank", json={})
+    client.post("/v1/score", json={"rows": [ROW] * 2})
     client.get("/no/such/path")
     client.get("/another/path")
     found = samples(client)
     assert found["recsys_moe_requests_total", "/v1/rank", "200"] == 3
     assert found["recsys_moe_requests_total", "/v1/rank", "422"] == 1
     assert found["recsys_moe_requests_total", "other", "404"] == 2
-    assert found["recsys_moe_candidates_total", "bundle", "local"] == 9
+    assert found["recsys_moe_candidates_total", "bundle", "local"] == 11  # rows of /v1/score, too
+    assert found["recsys_moe_batch_requests_count",] == found["recsys_moe_batch_rows_count",] == 4
+    assert found["recsys_moe_batch_rows_sum",] == 11
     assert found["recsys_moe_candidates_per_request_bucket", "10.0"] == 3
     assert found["recsys_moe_request_seconds_count", "/v1/rank"] == 4
     assert found["recsys_moe_rank_step_seconds_count", "score"] == 3
@@ -102,10 +106,53 @@ def test_a_request_is_a_line_of_json_with_its_trace(client: TestClient, caplog: 
         "candidates": 3,
         "trace": "0af7651916cd43dd8448eb211c80319c",
     }
-    answer = client.post("/v1/rank", json={}, headers={"traceparent": "00-junk"})
-    assert "traceparent" not in answer.headers
+    answer = client.post("/v1/rank", json=REQUEST, headers={"traceparent": trace, "tracestate": "vendor=7"})
+    assert answer.headers["tracestate"] == "vendor=7"
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        "00-junk",
+        f"00-{'0' * 32}-b7ad6b7169203331-01",
+        f"00-0af7651916cd43dd8448eb211c80319c-{'0' * 16}-01",
+        "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    ],
+)
+def test_what_is_no_trace_is_not_passed_on(client: TestClient, caplog: pytest.LogCaptureFixture, junk: str) -> None:
+    caplog.set_level(logging.INFO, "recsys_moe.requests")
+    answer = client.post("/v1/rank", json={}, headers={"traceparent": junk, "tracestate": "vendor=7"})
+    assert not {"traceparent", "tracestate"} & set(answer.headers)
     line = caplog.records[-1].__dict__["told"]
     assert (line["status"], "trace" in line) == (422, False)
+
+
+def test_every_line_has_a_request_id_refusals_and_failures_too(
+    client: TestClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "recsys_moe")
+
+    def told(path: str, body: Any, **headers: str) -> dict[str, Any]:
+        client.post(path, json=body, headers=headers)
+        line: dict[str, Any] = caplog.records[-1].__dict__["told"]
+        return line
+
+    assert told("/v1/rank", REQUEST | {"model": "nobody"})["request_id"] == "r1"
+    assert told("/v1/rank", {}, **{"X-Request-Id": "abc-1"})["request_id"] == "abc-1"
+    first, second = (told("/v1/rank", {}, **{"X-Request-Id": "no id"})["request_id"] for _ in range(2))
+    assert len({first, second, "no id"}) == 3
+    line = told("/v1/score", {"rows": [ROW]}, **{"X-Request-Id": "abc-2"})
+    assert (line["request_id"], line["model"], line["version"], line["rows"]) == ("abc-2", "bundle", "local", 1)
+    tensors = [
+        {"name": "colour", "shape": [1], "datatype": "BYTES", "data": ["red"]},
+        {"name": "price", "shape": [1], "datatype": "FP64", "data": [1.0]},
+    ]
+    assert told("/v2/models/bundle/infer", {"id": "t1", "inputs": tensors})["request_id"] == "t1"
+    monkeypatch.setattr("recsys_moe.serving.routes.Rank", None)
+    patient = TestClient(client.app, raise_server_exceptions=False)
+    assert patient.post("/v1/rank", json=REQUEST | {"request_id": "r9"}).status_code == 500
+    failed = [record for record in caplog.records if record.exc_info]
+    assert [record.__dict__["told"] for record in failed] == [{"request_id": "r9"}]
 
 
 def test_the_log_is_lines_of_json(tmp_path: Path) -> None:

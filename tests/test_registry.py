@@ -25,7 +25,7 @@ from recsys_moe.serving.models import Models
 from recsys_moe.serving.traffic import chosen
 from recsys_moe.shards import write_json
 from tests.test_selftest import other_weights
-from tests.test_serving import TRAINING, save
+from tests.test_serving import ROW, TRAINING, save
 
 REQUEST: dict[str, Any] = {"user": {"colour": "red"}, "candidates": {"ids": [0, 1, 2], "features": {"price": [1, 2, 3]}}}
 
@@ -150,6 +150,26 @@ def test_a_version_that_fails_is_refused_and_the_old_one_stays(
     assert "is not a bundle" in models.refused["main"]["gone"]
 
 
+def test_a_version_that_fails_in_a_way_nobody_thought_of_is_refused_too(
+    bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what else the file says is done."""
+    file = tell(tmp_path / "models.json", main=[bundles[0]], other=[bundles[0]])
+    models = Models(file, lambda model: None)
+
+    def score(self: Predictor, rows: pa.Table) -> Any:
+        if self.bundle.folder == bundles[1]:
+            raise RuntimeError("no kernel for this processor")
+        return original(self, rows)
+
+    original = Predictor.score
+    monkeypatch.setattr(Predictor, "score", score)
+    tell(file, main=[bundles[1], bundles[0]], other=[bundles[2], bundles[0]])
+    models.refresh()
+    assert (served(models), served(models, "other")) == ("0", "2")
+    assert "can't be served (RuntimeError: no kernel for this processor)" in models.refused["main"]["1"]
+
+
 def test_no_request_fails_or_mixes_versions_while_models_are_swapped(bundles: list[Path], tmp_path: Path) -> None:
     file = tell(tmp_path / "models.json", main=[bundles[0]])
     rows = pa.table({"colour": ["red"] * 3, "price": [1.0, 2.0, 3.0]})
@@ -196,6 +216,9 @@ def test_a_request_names_its_model_or_gets_a_canary_by_user(
             return str(client.post("/v1/rank", json=REQUEST | changes).json()["model"]["version"])
 
         assert [version(model=name, user_id=1) for name in ("main", "new", "dark")] == ["0", "1", "2"]
+        for name, each in zip(("main", "new", "dark"), bundles, strict=True):
+            scored = client.post("/v1/score", json={"model": name, "rows": [ROW]}).json()
+            assert scored["scores"]["click"] == Predictor(each).score(pa.table({k: [v] for k, v in ROW.items()}))[0].tolist()
         by_user = {user: version(user_id=user) for user in range(20)}
         assert set(by_user.values()) == {"0", "1"}
         assert by_user == {user: version(user_id=str(user), request_id=f"again {user}") for user in range(20)}

@@ -41,13 +41,16 @@ def logged(tmp_path: Path) -> tuple[Path, Path, list[dict[str, Any]]]:
         requests.append({"user": {"colour": colour}, "candidates": {"ids": list(range(40)), "features": {"price": prices}}})
     with TestClient(build_api(bundle, config)) as client:
         answers = [client.post("/v1/rank", json=request).json() for request in requests]
+        assert client.post("/v1/score", json={"rows": [{"colour": "red", "price": 0.5}] * 7}).status_code == 200
+        refused = {"candidates": {"ids": [1], "features": {"price": [2]}}, "user": {"colour": "red"}, "tasks": ["nobody"]}
+        assert client.post("/v1/rank", json=refused).status_code == 422
     return bundle, tmp_path / "log", answers
 
 
 def test_scored_again_the_log_has_the_same_bits(logged: tuple[Path, Path, list[dict[str, Any]]]) -> None:
     _, log, answers = logged
     found = replay(log)
-    assert (found.rows, found.differ, found.difference) == (125, 0, 0.0)
+    assert (found.rows, found.differ, found.difference) == (132, 0, 0.0)  # all candidates, and the plain rows
     assert found.files > 1  # a text in one request, a number in the next
     rows = {row["request_id"]: [] for table in map(pq.read_table, log.glob("*.parquet")) for row in table.to_pylist()}
     for table in map(pq.read_table, log.glob("*.parquet")):
@@ -76,5 +79,5 @@ def test_another_bundle_is_told(logged: tuple[Path, Path, list[dict[str, Any]]],
 def test_the_command_says_so(logged: tuple[Path, Path, list[dict[str, Any]]], cli: Callable[..., Any], tmp_path: Path) -> None:
     told = cli("replay", str(logged[1]), "--json", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
-    assert "125 rows of" in told.stdout
+    assert "132 rows of" in told.stdout
     assert '"differ": 0' in told.stdout

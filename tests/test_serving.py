@@ -237,6 +237,7 @@ def test_a_bad_body_is_told_in_one_sentence(client: TestClient, body: bytes, sta
 @pytest.mark.parametrize(
     ("method", "path", "status", "expected"),
     [
+        ("POST", "/v1/score/", 404, "POST '/v1/score/' is not part of this service; see /docs"),
         ("GET", "/v2/score", 404, "GET '/v2/score' is not part of this service; see /docs"),
         ("GET", "/" + "x" * 9999, 404, "GET '/xxxxxxxxxxx...xxxxxxxxxxxxx' is not part of this service; see /docs"),
         ("GET", "/v1/score", 405, "GET '/v1/score' is not part of this service; see /docs"),
