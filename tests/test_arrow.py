@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.arrow import MEDIA_TYPE
@@ -141,3 +143,12 @@ def test_any_id_comes_back(client: TestClient, ids: list[Any], kind: pa.DataType
     column = pa.ipc.open_stream(answer.content).read_all()["id"]
     assert column.type == kind
     assert set(map(str, column.to_pylist())) == set(map(str, ids))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=300)
+def test_no_stream_is_a_5xx(client: TestClient, changes: list[tuple[int, int]]) -> None:
+    body = bytearray(stream(TABLE))
+    for place, byte in changes:
+        body[place % len(body)] = byte
+    assert post(client, bytes(body), accept=MEDIA_TYPE).status_code < 500
