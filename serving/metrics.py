@@ -9,6 +9,7 @@ each share counted from half a row upwards. Below 0.1 is little, above 0.25 much
 100,000 rows.
 """
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ class Metrics:
         self._info = Gauge("model_info", "1 for each version that is served", ["model", "version", "digest"], **named)
         self._refused = Gauge("refused", "Versions and files that could not be used", **named)
         self._drift = Gauge("score_drift_psi", "Served scores against training's", ["model", "score"], **named)
-        self._drifts: dict[Model, Drift | None] = {}
+        self._drifts = weakref.WeakKeyDictionary[Model, Drift | None]()
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         self._requests.labels(route, status).inc()
@@ -113,7 +114,6 @@ class Metrics:
             if drift is not None:
                 for name, value in zip(model.predictor.score_names, drift.psi(), strict=True):
                     self._drift.labels(model.name, name).set(value)
-        self._drifts = {model: drift for model, drift in list(self._drifts.items()) if model in models}
         text: bytes = generate_latest(self._registry)
         return text
 

@@ -75,9 +75,14 @@ class Model:
     def _features(self) -> dict[str, Feature]:
         return {feature.name: feature for feature in self.predictor.bundle.schema.features}
 
-    def _encode(self, name: str, value: Any, whose: str) -> Encoded:
-        column = pa.chunked_array([to_column([value], self._features[name], whose)])
-        return self.predictor.bundle.transform.encode(name, column)
+    @cached_property
+    def _encode(self) -> Callable[[str, Any, str], Encoded]:
+        transform, features = self.predictor.bundle.transform, self._features  # not self: a model that refers to itself stays
+
+        def encode(name: str, value: Any, whose: str) -> Encoded:
+            return transform.encode(name, pa.chunked_array([to_column([value], features[name], whose)]))
+
+        return encode
 
     @property
     def described(self) -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,20 @@ def test_a_version_that_fails_is_refused_and_the_old_one_stays(
     models.refresh()
     assert served(models) == "2"
     assert "is not a bundle" in models.refused["main"]["gone"]
+
+
+def test_a_version_that_is_served_no_more_leaves_the_memory(bundles: list[Path], tmp_path: Path) -> None:
+    file = tell(tmp_path / "models.json", main=[bundles[0]])
+    with TestClient(build_api(file, ServeConfig())) as client:
+        service, batcher = client.app.state.service, client.app.state.batcher  # type: ignore[attr-defined]
+        assert client.post("/v1/rank", json=REQUEST).status_code == 200
+        batcher.settle()
+        old = weakref.ref(service.models.find("main").predictor)
+        tell(file, main=[bundles[1]])
+        service.models.refresh()
+        assert client.post("/v1/rank", json=REQUEST).json()["model"]["version"] == "1"
+        batcher.settle()
+        assert old() is None
 
 
 def test_a_version_that_fails_in_a_way_nobody_thought_of_is_refused_too(
