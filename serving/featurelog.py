@@ -34,7 +34,7 @@ class FeatureLog:
     def add(self, request_id: str, model: Model, rows: pa.Table, scores_sn: npt.NDArray[np.float32]) -> None:
         """Keep a request's feature columns and scores, in its order."""
         columns = {"request_id": pa.array([request_id] * rows.num_rows), "position": np.arange(rows.num_rows, dtype=np.int32)}
-        columns |= {FEATURE + name: rows[name] for name in rows.column_names}
+        columns |= {FEATURE + name: _readable(rows[name]) for name in rows.column_names}
         columns |= {SCORE + name: scores for name, scores in zip(model.predictor.score_names, scores_sn, strict=True)}
         described = model.described | {"folder": str(model.predictor.bundle.folder)}
         table = pa.table(columns).replace_schema_metadata({DESCRIBED: json.dumps(described)})
@@ -64,6 +64,12 @@ class FeatureLog:
             except OSError as error:
                 temporary.unlink(missing_ok=True)
                 log.error("%d requests are not in the feature log: %s", len(tables), error)
+
+
+def _readable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Lists of one size as lists of any: with a null among them, Parquet's reader refuses its writer's file."""
+    kind = column.type
+    return column.cast(pa.list_(kind.value_type)) if pa.types.is_fixed_size_list(kind) else column
 
 
 def _kind(schema: pa.Schema) -> tuple[str, bytes]:

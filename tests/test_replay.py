@@ -3,9 +3,11 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
@@ -14,6 +16,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.replay import replay
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.config import ServeConfig
+from recsys_moe.serving.featurelog import FeatureLog
 from tests.test_features import ITEMS, USERS, write
 from tests.test_selftest import other_weights
 from tests.test_serving import save
@@ -81,3 +84,17 @@ def test_the_command_says_so(logged: tuple[Path, Path, list[dict[str, Any]]], cl
     assert told.returncode == 0, told.stderr
     assert "132 rows of" in told.stdout
     assert '"differ": 0' in told.stdout
+
+
+def test_lists_of_one_size_with_a_gap_can_be_read_back(tmp_path: Path) -> None:
+    """Parquet writes them, but does not read them; whoever asks chooses the form."""
+    log = FeatureLog(tmp_path / "log")
+    model: Any = SimpleNamespace(
+        described={"name": "m", "version": "1", "digest": "d"},
+        predictor=SimpleNamespace(score_names=("click",), bundle=SimpleNamespace(folder=tmp_path)),
+    )
+    rows = pa.table({"look": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))})
+    log.add("r1", model, rows, np.zeros((1, 2), np.float32))
+    log.flush()
+    (file,) = (tmp_path / "log").glob("*.parquet")
+    assert pq.read_table(file)["feature.look"].to_pylist() == [[1.0, 2.0], None]
