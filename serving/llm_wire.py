@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from recsys_moe.errors import nearest
 from recsys_moe.llm.engine.engine import Completion, Request, Update
@@ -26,8 +26,16 @@ def _whole(text: str) -> str:
     return text
 
 
+def _neutral(value: Any) -> Any:
+    if value:
+        raise ValueError("it is not built; leave it out")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
-Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_whole)]
+NotBuilt = Annotated[Any, AfterValidator(_neutral)]
+"""What would change the answer. Null, 0 and nothing in it would not: clients send them."""
 Prompt = str | list[int]
 Told = Update | Completion
 
@@ -69,18 +77,12 @@ class GenerationRequest(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     cache_salt: Annotated[Text, Field(max_length=256)] | None = None
     user: str | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-
-    @field_validator("frequency_penalty", "presence_penalty")
-    @classmethod
-    def _neutral(cls, value: float | None) -> float | None:
-        if value:
-            raise ValueError("penalties are not built; leave it out or send 0")
-        return value
+    frequency_penalty: NotBuilt = None
+    presence_penalty: NotBuilt = None
+    logit_bias: NotBuilt = None
 
     def sampling(self, seed: int) -> Sampling:
         """How choice after choice is drawn; `seed` where the request has none."""
@@ -101,8 +103,10 @@ class CompletionRequest(GenerationRequest):
     """A text, or several, to go on with; each as text or as tokens. `logprobs` says how many of the most probable tokens."""
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
-    echo: bool = False
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    suffix: NotBuilt = None
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -123,11 +127,12 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
-    name: str | None = None
+    name: Text | None = None
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def told(self) -> dict[str, str]:
+        """As chat templates read it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
 class ChatRequest(GenerationRequest):
@@ -137,24 +142,52 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: NotBuilt = None
+    tool_choice: NotBuilt = None
+    response_format: NotBuilt = None
+
+
+# Where a body's models are nested, by the key that leads there; and what a union's members are in words.
+_NESTED: dict[str, type[BaseModel]] = {"messages": Message, "content": TextPart, "stream_options": StreamOptions}
+_FORMS = {
+    "prompt": "send a text, tokens, or a list of either",
+    "stop": "send a text, or a list of texts",
+    "content": "send a text, or a list of its parts",
+}
 
 
 def invalid(error: Any, kind: type[BaseModel]) -> ApiError:
-    """What a validation error says first, in one sentence; an unknown key explains a missing one better than the other way."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"] if part != "body"]
+    """What a validation error says, in one sentence: of several, what tells most.
+
+    Of a union's members the one whose type fits has more to say than the others; an unknown key explains a missing one better
+    than the other way, and a wrong choice an unknown key.
+    """
+
+    def tells_less(found: dict[str, Any]) -> int:
+        ranks = {"literal_error": 0, "extra_forbidden": 1}
+        return 3 if found["type"].endswith("_type") else ranks.get(found["type"], 2)
+
+    first = min(error.errors(), key=tells_less)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
-    # Of a union's members the path names types; only the field itself is anybody's own word.
-    name = path[0] if path else None
-    if name is None:
-        return ApiError(400, "the body is not a JSON object with Content-Type application/json; send one")
+    # The path names a union's members, too, which are nobody's own words.
+    known = {*kind.model_fields, *(field for model in _NESTED.values() for field in model.model_fields)}
+    *path, last = [str(part)[:80] for part in first["loc"][1:]] or [""]
+    path = [part for part in path if part.isdigit() or part in known]
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{'.'.join(path)!r} is not known; {nearest(path[-1], kind.model_fields)}", name)
+        model = [kind, *(_NESTED[part] for part in path if part in _NESTED)][-1]
+        name = ".".join([*path, last])
+        return ApiError(400, f"{name!r} is not known; {nearest(last, model.model_fields)}", (path or [last])[0])
+    path += [last] if last.isdigit() or last in known else []
+    if not path:
+        return ApiError(400, "the body is not a JSON object with Content-Type application/json; send one")
+    name = ".".join(path)
     if first["type"] == "missing":
-        return ApiError(400, f"{'.'.join(path)!r} is missing; add it", name)
+        return ApiError(400, f"{name!r} is missing; add it", path[0])
     said = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"][0].lower() + first["msg"][1:]
-    return ApiError(400, f"{name!r} is {reprlib.repr(first['input'])}; {said}", name)
+    if first["type"].endswith("_type"):
+        said = _FORMS.get(path[-1], said)
+    return ApiError(400, f"{name!r} is {reprlib.repr(first['input'])}; {said}", path[0])
 
 
 # -- answers

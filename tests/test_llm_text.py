@@ -127,6 +127,14 @@ def test_chats_follow_the_template_in_a_sandbox(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path, "{{ ().__class__.__bases__[0].__subclasses__() }}")
     with pytest.raises(UserError, match="refuses these messages"):
         tokenizer.load(tmp_path).chat([])
+    for fails in ("{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ messages[0].content.x.y }}"):
+        byte_tokenizer(tmp_path, fails)
+        with pytest.raises(UserError, match="refuses these messages"):
+            tokenizer.load(tmp_path).chat([{"role": "user", "content": "x"}])
+    # What transformers' templates may use beside plain Jinja.
+    byte_tokenizer(tmp_path, "{% for m in messages %}{{ m | tojson }}{% break %}{% endfor %}{{ strftime_now('%Y')[:2] }}")
+    words = tokenizer.load(tmp_path)
+    assert words.decode(words.chat([{"role": "user", "content": "<é>"}] * 2)) == '{"role": "user", "content": "<é>"}20'
     byte_tokenizer(tmp_path, "{% for %}")
     with pytest.raises(UserError, match="can't be read"):
         tokenizer.load(tmp_path)
