@@ -462,6 +462,8 @@ class Chain:
 class Bound:
     """A decoder's layers bound to a cache, as they run in turn: in one call as many as the backend can.
 
+    `runs` is empty where it has no such call.
+
     Raises:
         ValueError: a cache of another shape or precision than this model's.
     """
@@ -473,11 +475,15 @@ class Bound:
         if strange := {layer.dtype for layer in cache.layers} - {decoder.config.dtype}:
             raise ValueError(f"the cache is {strange.pop()}, the model {decoder.config.dtype}; allocate one for it")
         device = decoder.embedding.device
-        self.runs: list[Any] = [Chain(fused_layers(device))]
-        block: Any
-        for block, layer in zip(decoder.blocks, cache.layers, strict=True):
-            if not block.bind(self.runs[-1], layer):
-                self.runs += [block.feed, Chain(fused_layers(device))]
+        fused = fused_layers(device)
+        self.runs: list[Any] = []
+        # What is trained keeps fp32 weights beside bf16 products.
+        if fused is not None and decoder.embedding.dtype == decoder.config.dtype:
+            self.runs.append(Chain(fused))
+            block: Any
+            for block, layer in zip(decoder.blocks, cache.layers, strict=True):
+                if not block.bind(self.runs[-1], layer):
+                    self.runs += [block.feed, Chain(fused_layers(device))]
         self.routers = [router for run in self.runs if isinstance(run, Chain) for router in run.routers]
         self._hooks = [module._forward_pre_hooks for module in decoder.blocks.modules()]
         self._hooks += [module._forward_hooks for module in {*decoder.blocks.modules()} - {*self.routers}]
@@ -537,22 +543,14 @@ class Decoder(nn.Module):
 
     def _runs(self, cache: KVCache) -> list[Callable[[Tensor, CachedStep], Tensor]]:
         """The layers as they run in turn: in one call as many as the backend can, or each module by itself."""
-        if not self._one_call() or (bound := self._bound(cache)).watched:
-            return [partial(block, layer=number) for number, block in enumerate(self.blocks)]
-        return bound.runs
-
-    def _one_call(self) -> bool:
-        """Not in training (dropout, noise; fp32 weights beside bf16 products), nor while it is traced."""
-        if self.training or torch.compiler.is_compiling() or self.embedding.dtype != self.config.dtype:
-            return False
-        return fused_layers(self.embedding.device) is not None
-
-    def _bound(self, cache: KVCache) -> Bound:
-        """What the cache's first step has bound; to the weights of this model, whatever others the cache was given to."""
-        bound: Bound | None = cache.bound.get(self)
-        if bound is None:
-            bound = cache.bound[self] = Bound(self, cache)
-        return bound
+        # In training modules have dropout and noise of their own, and a trace must see them.
+        if not (self.training or torch.compiler.is_compiling()):
+            bound: Bound | None = cache.bound.get(self)
+            if bound is None:
+                bound = cache.bound[self] = Bound(self, cache)
+            if bound.runs and not bound.watched:
+                return bound.runs
+        return [partial(block, layer=number) for number, block in enumerate(self.blocks)]
 
     def score(self, tokens_bt: Tensor) -> Tensor:
         """Logits of whole sequences of one length, fp32 `[B, T, vocabulary]`, with gradients and without a cache: training."""
