@@ -220,10 +220,11 @@ class CompletionForm:
     """`echo` has each choice's prompt as text, to stand before what follows it."""
 
     def __init__(self, model: str, decode: Decode, requests: list[Request], echo: list[str] | None) -> None:
-        self._decode, self._requests, self._echo = decode, requests, echo
+        self._requests, self._echo = requests, echo
         self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._begun: set[int] = set()
         self._offsets = [0] * len(requests)
+        self._scores = [Scores(decode, request.prompt[-1]) for request in requests]
 
     def opening(self) -> list[dict[str, Any]]:
         return []
@@ -235,7 +236,8 @@ class CompletionForm:
         scores = None
         if request.logprobs is not None:
             unscored = request.prompt[0] if first and request.score_prompt else None
-            scores = completion_logprobs(self._decode, (*told.prompt_logprobs, *told.logprobs), self._offsets[choice], unscored)
+            scored = (*told.prompt_logprobs, *told.logprobs)
+            scores = self._scores[choice].completion(scored, self._offsets[choice], unscored)
             self._offsets[choice] += sum(map(len, scores["tokens"]))
         return {"index": choice, "text": text, "logprobs": scores, "finish_reason": told.finish}
 
@@ -249,7 +251,7 @@ class CompletionForm:
 
 class ChatForm:
     def __init__(self, model: str, decode: Decode, requests: list[Request]) -> None:
-        self._decode, self._requests = decode, requests
+        self._requests, self._scores = requests, [Scores(decode, request.prompt[-1]) for request in requests]
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -273,34 +275,53 @@ class ChatForm:
 
     def _rest(self, choice: int, told: Told) -> dict[str, Any]:
         scored = self._requests[choice].logprobs is not None
-        scores = chat_logprobs(self._decode, told.logprobs) if scored else None
+        scores = self._scores[choice].chat(told.logprobs) if scored else None
         return {"logprobs": scores, "finish_reason": told.finish}
 
 
-def completion_logprobs(
-    decode: Decode, scored: Iterable[TokenLogprob], offset: int, first: int | None = None
-) -> dict[str, list[Any]]:
-    """The older form: lists of tokens, of their log-probabilities, of maps of the most probable, and where each begins.
+class Scores:
+    """One choice's log-probabilities in OpenAI's forms, part by part. `before` is the token that the next one follows: by
+    themselves, some tokens lose their leading blank."""
 
-    `first` is a prompt's first token, which nothing comes before: it has no probability.
-    """
-    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    entries: list[tuple[int, float | None, dict[str, float] | None]] = [] if first is None else [(first, None, None)]
-    entries += [(s.token, s.logprob, {decode([t]): p for t, p in reversed((*s.top, (s.token, s.logprob)))}) for s in scored]
-    for token, logprob, top in entries:
-        text = decode([token])
-        told["tokens"].append(text)
-        told["token_logprobs"].append(logprob)
-        told["top_logprobs"].append(top)
-        told["text_offset"].append(offset)
-        offset += len(text)
-    return told
+    def __init__(self, decode: Decode, before: int | None) -> None:
+        self._decode, self._before = decode, before
 
+    def completion(self, scored: Iterable[TokenLogprob], offset: int, first: int | None = None) -> dict[str, list[Any]]:
+        """The older form: lists of tokens, of their log-probabilities, of maps of the most probable, and where each begins.
 
-def chat_logprobs(decode: Decode, scored: Iterable[TokenLogprob]) -> dict[str, Any]:
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        `first` is a prompt's first token, which nothing comes before: it has no probability.
+        """
+        told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
-    content = [entry(s.token, s.logprob) | {"top_logprobs": [entry(*pair) for pair in s.top]} for s in scored]
-    return {"content": content, "refusal": None}
+        def tell(text: str, logprob: float | None, top: dict[str, float] | None) -> None:
+            at = told["text_offset"][-1] + len(told["tokens"][-1]) if told["tokens"] else offset
+            for name, value in zip(told, (text, logprob, top, at), strict=True):
+                told[name].append(value)
+
+        if first is not None:
+            self._before = None
+            tell(self._text(first), None, None)
+            self._before = first
+        for s in scored:
+            pairs = reversed((*s.top, (s.token, s.logprob)))  # of tokens that read alike, the most probable
+            tell(self._text(s.token), s.logprob, {self._text(token): logprob for token, logprob in pairs})
+            self._before = s.token
+        return told
+
+    def chat(self, scored: Iterable[TokenLogprob]) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self._text(token)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        content = []
+        for s in scored:
+            content.append(entry(s.token, s.logprob) | {"top_logprobs": [entry(*pair) for pair in s.top]})
+            self._before = s.token
+        return {"content": content, "refusal": None}
+
+    def _text(self, token: int) -> str:
+        alone = self._decode([token])
+        if self._before is None or "\N{REPLACEMENT CHARACTER}" in alone:  # half a character stays one
+            return alone
+        known, both = self._decode([self._before]), self._decode([self._before, token])
+        return both[len(known) :] if both.startswith(known) else alone

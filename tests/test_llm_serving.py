@@ -15,10 +15,11 @@ import torch
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from recsys_moe.llm.engine.engine import Engine, Request, complete
-from recsys_moe.llm.engine.sampling import Sampling
+from recsys_moe.llm.engine.engine import Completion, Engine, Request, Update, complete
+from recsys_moe.llm.engine.sampling import Sampling, TokenLogprob
 from recsys_moe.llm.engine.scheduler import Limits
 from recsys_moe.serving.llm import LLMServeConfig, build_llm_api
+from recsys_moe.serving.llm_wire import ChatForm, CompletionForm
 from tests.tiny_lm import ByteTokenizer, TinyLM
 
 TOKENIZER = ByteTokenizer()
@@ -200,6 +201,30 @@ def test_a_prompt_is_scored(client: openai.OpenAI) -> None:
         assert scores.top_logprobs is not None
         assert scores.top_logprobs[0] is None
         assert len(scores.tokens) == 5 + max_tokens
+
+
+def test_scored_tokens_have_the_blanks_that_they_have_in_the_text() -> None:
+    """Some tokenizers drop a text's leading blank: a token by itself would lose its own, and shift all that follows."""
+    words = ["", " Once", " upon", " a", "\u00e9"]
+
+    def decode(ids: list[int]) -> str:
+        return "".join(words[i] for i in ids).removeprefix(" ")
+
+    request = Request((0, 1, 2), 2, logprobs=1, score_prompt=True)
+    told = Completion(
+        "", [3, 4], [TokenLogprob(t, -1.0, ((3, -1.0),)) for t in (3, 4)], [TokenLogprob(t, -1.0, ()) for t in (1, 2)]
+    )
+    scores = CompletionForm("tiny", decode, [request], ["Once upon"]).whole(0, told)["logprobs"]
+    assert scores["tokens"] == ["", "Once", " upon", " a", "\u00e9"]
+    assert scores["text_offset"] == [0, 0, 4, 9, 11]
+    assert scores["top_logprobs"][3:] == [{" a": -1.0}, {" a": -1.0, "\u00e9": -1.0}]
+    # In parts, and in a chat.
+    form, chat = (kind("tiny", decode, [request], *more) for kind, more in ((CompletionForm, [["Once upon"]]), (ChatForm, [])))
+    form.part(0, Update("Once upon", prompt_logprobs=tuple(told.prompt_logprobs)))
+    for n, token in enumerate([" a", "\u00e9"]):
+        update = Update(token, (told.tokens[n],), (told.logprobs[n],))
+        assert form.part(0, update)["logprobs"]["tokens"] == [token]
+        assert chat.part(0, update)["logprobs"]["content"][0]["token"] == token
 
 
 def test_stop_strings(client: openai.OpenAI) -> None:
