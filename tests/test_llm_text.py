@@ -176,6 +176,7 @@ def test_logprobs_are_those_of_a_whole_pass(stories: Path) -> None:
 def test_draws_follow_the_temperature_and_the_seed() -> None:
     logits = torch.tensor([0.0, 1.0, 3.0])
     assert sampler(0, 1)(logits) == 2
+    assert sampler(1e-320, 1)(logits) == 2  # a logit divided by it is no number
     pick = sampler(2.0, 5)
     drawn = torch.tensor([pick(logits) for _ in range(4000)])
     share = torch.bincount(drawn, minlength=3) / 4000
@@ -212,6 +213,9 @@ def test_the_commands(real_llm: Path, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "story.txt").write_text("Once upon a time, there was a little girl named Lily.")
     told = json.loads(ran("logprobs", "stories", "--file", "story.txt", "--json"))
     assert told["perplexity"] < 2
+    (tmp_path / "empty.txt").write_text("")
+    refused = cli("llm", "logprobs", "stories", "--file", "empty.txt", cwd=tmp_path)
+    assert (refused.returncode, "empty.txt is 1 token, and the first of a text isn't scored" in refused.stderr) == (2, True)
     made = json.loads(ran("generate", "stories", "--tokens", "1,403", "--max-tokens", "3", "--json"))
     assert len(made["tokens"]) == 3
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
@@ -224,6 +228,7 @@ def test_the_commands(real_llm: Path, tmp_path: Path, cli: Cli) -> None:
         (("generate", "nowhere", "x"), "no tokenizer.json"),
         (("generate", "nowhere", "--tokens", "1,x"), "give whole numbers"),
         (("generate", "nowhere"), "one of them"),
+        (("generate", "nowhere", "x", "--seed", "9" * 30), "'--seed'"),
         (("logprobs", "nowhere", "--tokens", "1,2"), "not a folder"),
         (("estimate", "nowhere/config.json"), "not a folder"),
         (("convert", "nowhere", "there"), "not a folder"),
