@@ -14,7 +14,7 @@ import ray
 from ray.job_config import JobConfig
 
 from recsys_moe.errors import UserError
-from recsys_moe.process import interrupts_deferred, local_ray_options
+from recsys_moe.process import interrupts_deferred, local_ray_options, ray_in_time
 from recsys_moe.typed import typed
 
 
@@ -139,20 +139,8 @@ def local_ray(workers: int = 1) -> Iterator[None]:
     options = local_ray_options(object_store_mb=200)
     options["num_cpus"] = max(options["num_cpus"], workers + 1)
     try:
-        with interrupts_deferred():
-            _start_ray(options, job)
+        with interrupts_deferred(), ray_in_time():
+            ray.init(**options, job_config=job)
         yield
     finally:
         ray.shutdown()
-
-
-def _start_ray(options: dict[str, Any], job: JobConfig) -> None:
-    """Raises:
-    UserError: this machine is too busy for Ray's processes to come up in the time that Ray gives them.
-    """
-    try:
-        ray.init(**options, job_config=job)
-    except Exception as error:  # Ray raises no type of its own here
-        if "timed out during startup" not in str(error):
-            raise
-        raise UserError("Ray did not come up on this machine in time, it is too busy or short of memory; try again") from None

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from recsys_moe.errors import UserError
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
@@ -33,6 +35,21 @@ def local_ray_options(object_store_mb: int) -> dict[str, Any]:
         "logging_level": logging.ERROR,
         "object_store_memory": object_store_mb * 2**20,
     }
+
+
+@contextmanager
+def ray_in_time() -> Iterator[None]:
+    """Around `ray.init`.
+
+    Raises:
+        UserError: this machine is too busy for Ray's processes to come up in the time that Ray gives them.
+    """
+    try:
+        yield
+    except Exception as error:  # Ray raises no type of its own here
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError("Ray did not come up on this machine in time, it is too busy or short of memory; try again") from None
 
 
 @contextmanager

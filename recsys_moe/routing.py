@@ -162,6 +162,18 @@ def sparse_plan(ids_rk: Tensor, weights_rk: Tensor, num_experts: int, **fields: 
     return SparsePlan(ids_rk, ids_rk, weights_rk, order, offsets, **fields)
 
 
+class PlanWatcher:
+    """A router's forward hook that looks at plans and at nothing else, so that an operator which routes on its way can tell it,
+    too. Any other hook, on whatever module, sees the modules run one by one.
+    """
+
+    def __init__(self, tell: Callable[[SparsePlan], None]) -> None:
+        self.tell = tell
+
+    def __call__(self, router: nn.Module, inputs: tuple[Any, ...], plan: SparsePlan) -> None:
+        self.tell(plan)
+
+
 def require_invariant(model: nn.Module) -> None:
     """Check that a served row's output can't depend on the rows beside it; call it on whatever is going to serve.
 
@@ -433,10 +445,7 @@ class TopKRouter(nn.Module):
         self.correction_bias: Tensor | None
         self.register_buffer("correction_bias", torch.zeros(num_experts) if correction_bias else None)
 
-    def forward(self, x_bd: Tensor, made: SparsePlan | None = None) -> SparsePlan:
-        """`made`: the plan, where an operator routed on its way; whoever watches this router sees it pass."""
-        if made is not None:
-            return made
+    def forward(self, x_bd: Tensor) -> SparsePlan:
         if self.num_groups == 1 and not (self.training or torch.is_grad_enabled()):
             gate = self.linear
             ids_rk, weights_rk, order, offsets, logits_re = route(

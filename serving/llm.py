@@ -227,7 +227,7 @@ def build_llm_api(model: LanguageModel, tokenizer: Tokenizer, name: str, config:
                 tuple(prompt),
                 sampling=body.sampling(seed + place * (body.n or 1) + copy),
                 stop=body.stops,
-                ignore_eos=body.ignore_eos,
+                ignore_eos=bool(body.ignore_eos),
                 salt=salt,
                 max_tokens=max(engine.room(len(prompt)), 1) if max_tokens is None else max_tokens,
                 logprobs=logprobs,
@@ -263,7 +263,7 @@ def build_llm_api(model: LanguageModel, tokenizer: Tokenizer, name: str, config:
         check_choices(body, len(body.prompts))
         prompts = [await tokens_of(tokenizer, prompt) for prompt in body.prompts]
         most = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        scored = body.echo and body.logprobs is not None
+        scored = bool(body.echo) and body.logprobs is not None
         requests = plan(body, prompts, request, max_tokens=most, logprobs=body.logprobs, score_prompt=scored)
         texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in body.prompts for _ in range(body.n or 1)]
         form = CompletionForm(name, tokenizer.decode, requests, texts if body.echo else None)
@@ -273,7 +273,10 @@ def build_llm_api(model: LanguageModel, tokenizer: Tokenizer, name: str, config:
     async def chat(body: ChatRequest, request: Request) -> Response:
         check_model(body.model)
         check_choices(body, 1)
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        if body.top_logprobs and not body.logprobs:
+            sentence = f"'top_logprobs' is {body.top_logprobs}, but 'logprobs' is not true; set it, or leave both out"
+            raise ApiError(400, sentence, "top_logprobs")
+        messages = [message.told() for message in body.messages]
         prompt = await asyncio.to_thread(tokenizer.chat, messages)
         top = (body.top_logprobs or 0) if body.logprobs else None
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from recsys_moe.errors import nearest
 from recsys_moe.llm.engine.engine import Completion, Request, Update
@@ -26,8 +26,16 @@ def _whole(text: str) -> str:
     return text
 
 
+def _neutral(value: Any) -> Any:
+    if value:
+        raise ValueError("it is not built; leave it out")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_whole)]
-Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_whole)]
+NotBuilt = Annotated[Any, AfterValidator(_neutral)]
+"""What would change the answer. Null, 0 and nothing in it would not: clients send them."""
 Prompt = str | list[int]
 Told = Update | Completion
 
@@ -69,18 +77,12 @@ class GenerationRequest(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     cache_salt: Annotated[Text, Field(max_length=256)] | None = None
     user: str | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-
-    @field_validator("frequency_penalty", "presence_penalty")
-    @classmethod
-    def _neutral(cls, value: float | None) -> float | None:
-        if value:
-            raise ValueError("penalties are not built; leave it out or send 0")
-        return value
+    frequency_penalty: NotBuilt = None
+    presence_penalty: NotBuilt = None
+    logit_bias: NotBuilt = None
 
     def sampling(self, seed: int) -> Sampling:
         """How choice after choice is drawn; `seed` where the request has none."""
@@ -101,8 +103,10 @@ class CompletionRequest(GenerationRequest):
     """A text, or several, to go on with; each as text or as tokens. `logprobs` says how many of the most probable tokens."""
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
-    echo: bool = False
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    suffix: NotBuilt = None
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -123,11 +127,12 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
-    name: str | None = None
+    name: Text | None = None
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def told(self) -> dict[str, str]:
+        """As chat templates read it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
 class ChatRequest(GenerationRequest):
@@ -137,24 +142,52 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: NotBuilt = None
+    tool_choice: NotBuilt = None
+    response_format: NotBuilt = None
+
+
+# Where a body's models are nested, by the key that leads there; and what a union's members are in words.
+_NESTED: dict[str, type[BaseModel]] = {"messages": Message, "content": TextPart, "stream_options": StreamOptions}
+_FORMS = {
+    "prompt": "send a text, tokens, or a list of either",
+    "stop": "send a text, or a list of texts",
+    "content": "send a text, or a list of its parts",
+}
 
 
 def invalid(error: Any, kind: type[BaseModel]) -> ApiError:
-    """What a validation error says first, in one sentence; an unknown key explains a missing one better than the other way."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    path = [str(part) for part in first["loc"] if part != "body"]
+    """What a validation error says, in one sentence: of several, what tells most.
+
+    Of a union's members the one whose type fits has more to say than the others; an unknown key explains a missing one better
+    than the other way, and a wrong choice an unknown key.
+    """
+
+    def tells_less(found: dict[str, Any]) -> int:
+        ranks = {"literal_error": 0, "extra_forbidden": 1}
+        return 3 if found["type"].endswith("_type") else ranks.get(found["type"], 2)
+
+    first = min(error.errors(), key=tells_less)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {first['ctx']['error']}")
-    # Of a union's members the path names types; only the field itself is anybody's own word.
-    name = path[0] if path else None
-    if name is None:
-        return ApiError(400, "the body is not a JSON object with Content-Type application/json; send one")
+    # The path names a union's members, too, which are nobody's own words.
+    known = {*kind.model_fields, *(field for model in _NESTED.values() for field in model.model_fields)}
+    *path, last = [str(part)[:80] for part in first["loc"][1:]] or [""]
+    path = [part for part in path if part.isdigit() or part in known]
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{'.'.join(path)!r} is not known; {nearest(path[-1], kind.model_fields)}", name)
+        model = [kind, *(_NESTED[part] for part in path if part in _NESTED)][-1]
+        name = ".".join([*path, last])
+        return ApiError(400, f"{name!r} is not known; {nearest(last, model.model_fields)}", (path or [last])[0])
+    path += [last] if last.isdigit() or last in known else []
+    if not path:
+        return ApiError(400, "the body is not a JSON object with Content-Type application/json; send one")
+    name = ".".join(path)
     if first["type"] == "missing":
-        return ApiError(400, f"{'.'.join(path)!r} is missing; add it", name)
+        return ApiError(400, f"{name!r} is missing; add it", path[0])
     said = first["ctx"]["error"] if first["type"] == "value_error" else first["msg"][0].lower() + first["msg"][1:]
-    return ApiError(400, f"{name!r} is {reprlib.repr(first['input'])}; {said}", name)
+    if first["type"].endswith("_type"):
+        said = _FORMS.get(path[-1], said)
+    return ApiError(400, f"{name!r} is {reprlib.repr(first['input'])}; {said}", path[0])
 
 
 # -- answers
@@ -187,10 +220,11 @@ class CompletionForm:
     """`echo` has each choice's prompt as text, to stand before what follows it."""
 
     def __init__(self, model: str, decode: Decode, requests: list[Request], echo: list[str] | None) -> None:
-        self._decode, self._requests, self._echo = decode, requests, echo
+        self._requests, self._echo = requests, echo
         self._head = {"id": f"cmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._begun: set[int] = set()
         self._offsets = [0] * len(requests)
+        self._scores = [Scores(decode, request.prompt[-1]) for request in requests]
 
     def opening(self) -> list[dict[str, Any]]:
         return []
@@ -202,7 +236,8 @@ class CompletionForm:
         scores = None
         if request.logprobs is not None:
             unscored = request.prompt[0] if first and request.score_prompt else None
-            scores = completion_logprobs(self._decode, (*told.prompt_logprobs, *told.logprobs), self._offsets[choice], unscored)
+            scored = (*told.prompt_logprobs, *told.logprobs)
+            scores = self._scores[choice].completion(scored, self._offsets[choice], unscored)
             self._offsets[choice] += sum(map(len, scores["tokens"]))
         return {"index": choice, "text": text, "logprobs": scores, "finish_reason": told.finish}
 
@@ -216,7 +251,7 @@ class CompletionForm:
 
 class ChatForm:
     def __init__(self, model: str, decode: Decode, requests: list[Request]) -> None:
-        self._decode, self._requests = decode, requests
+        self._requests, self._scores = requests, [Scores(decode, request.prompt[-1]) for request in requests]
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -240,34 +275,53 @@ class ChatForm:
 
     def _rest(self, choice: int, told: Told) -> dict[str, Any]:
         scored = self._requests[choice].logprobs is not None
-        scores = chat_logprobs(self._decode, told.logprobs) if scored else None
+        scores = self._scores[choice].chat(told.logprobs) if scored else None
         return {"logprobs": scores, "finish_reason": told.finish}
 
 
-def completion_logprobs(
-    decode: Decode, scored: Iterable[TokenLogprob], offset: int, first: int | None = None
-) -> dict[str, list[Any]]:
-    """The older form: lists of tokens, of their log-probabilities, of maps of the most probable, and where each begins.
+class Scores:
+    """One choice's log-probabilities in OpenAI's forms, part by part. `before` is the token that the next one follows: by
+    themselves, some tokens lose their leading blank."""
 
-    `first` is a prompt's first token, which nothing comes before: it has no probability.
-    """
-    told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    entries: list[tuple[int, float | None, dict[str, float] | None]] = [] if first is None else [(first, None, None)]
-    entries += [(s.token, s.logprob, {decode([t]): p for t, p in reversed((*s.top, (s.token, s.logprob)))}) for s in scored]
-    for token, logprob, top in entries:
-        text = decode([token])
-        told["tokens"].append(text)
-        told["token_logprobs"].append(logprob)
-        told["top_logprobs"].append(top)
-        told["text_offset"].append(offset)
-        offset += len(text)
-    return told
+    def __init__(self, decode: Decode, before: int | None) -> None:
+        self._decode, self._before = decode, before
 
+    def completion(self, scored: Iterable[TokenLogprob], offset: int, first: int | None = None) -> dict[str, list[Any]]:
+        """The older form: lists of tokens, of their log-probabilities, of maps of the most probable, and where each begins.
 
-def chat_logprobs(decode: Decode, scored: Iterable[TokenLogprob]) -> dict[str, Any]:
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        text = decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        `first` is a prompt's first token, which nothing comes before: it has no probability.
+        """
+        told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
-    content = [entry(s.token, s.logprob) | {"top_logprobs": [entry(*pair) for pair in s.top]} for s in scored]
-    return {"content": content, "refusal": None}
+        def tell(text: str, logprob: float | None, top: dict[str, float] | None) -> None:
+            at = told["text_offset"][-1] + len(told["tokens"][-1]) if told["tokens"] else offset
+            for name, value in zip(told, (text, logprob, top, at), strict=True):
+                told[name].append(value)
+
+        if first is not None:
+            self._before = None
+            tell(self._text(first), None, None)
+            self._before = first
+        for s in scored:
+            pairs = reversed((*s.top, (s.token, s.logprob)))  # of tokens that read alike, the most probable
+            tell(self._text(s.token), s.logprob, {self._text(token): logprob for token, logprob in pairs})
+            self._before = s.token
+        return told
+
+    def chat(self, scored: Iterable[TokenLogprob]) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self._text(token)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        content = []
+        for s in scored:
+            content.append(entry(s.token, s.logprob) | {"top_logprobs": [entry(*pair) for pair in s.top]})
+            self._before = s.token
+        return {"content": content, "refusal": None}
+
+    def _text(self, token: int) -> str:
+        alone = self._decode([token])
+        if self._before is None or "\N{REPLACEMENT CHARACTER}" in alone:  # half a character stays one
+            return alone
+        known, both = self._decode([self._before]), self._decode([self._before, token])
+        return both[len(known) :] if both.startswith(known) else alone

@@ -1,5 +1,6 @@
 """What is told of every request: its time and status to the metrics, a line of JSON to the log, its trace to the client."""
 
+import asyncio
 import json
 import logging
 import re
@@ -63,7 +64,7 @@ class Observe:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 500
+        started, status, unanswered = time.perf_counter(), 0, 500
         headers = dict(scope["headers"])
         known = headers.get(b"x-request-id", b"")
         told: dict[str, object] = {"request_id": known.decode() if _REQUEST_ID.fullmatch(known) else secrets.token_hex(8)}
@@ -80,7 +81,11 @@ class Observe:
 
         try:
             await self.app(scope, receive, watch)
+        except asyncio.CancelledError:  # the client has gone: so Ray Serve tells it
+            unanswered = 499
+            raise
         finally:
+            status = status or unanswered
             seconds = time.perf_counter() - started
             # The route's pattern, not the path: a stranger's paths must not become time series.
             route = getattr(scope.get("route"), "path", "other")

@@ -11,7 +11,7 @@ import ray
 from ray import serve
 
 from recsys_moe.errors import UserError
-from recsys_moe.process import local_ray_options, neutral_directory
+from recsys_moe.process import local_ray_options, neutral_directory, ray_in_time
 
 
 @contextmanager
@@ -20,9 +20,12 @@ def running(application: serve.Application, name: str, host: str, port: int) -> 
 
     Args:
         port: where Serve's proxy listens.
+
+    Raises:
+        UserError: this machine is too busy for Ray to come up.
     """
     with neutral_directory() as neutral:
-        with chdir(neutral):
+        with chdir(neutral), ray_in_time():
             ray.init(**local_ray_options(object_store_mb=100))
         try:
             logging.getLogger("ray.serve").setLevel(logging.ERROR)

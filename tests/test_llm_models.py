@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
+from recsys_moe.experts import MLPExperts
 from recsys_moe.llm.batch import BLOCK, KVCache, TokenBatch
 from recsys_moe.llm.checkpoints import load
-from recsys_moe.llm.layers import CachedStep, Decoder
-from recsys_moe.routing import SparsePlan, TopKRouter
+from recsys_moe.llm.layers import CachedStep, Decoder, RMSNorm
+from recsys_moe.routing import SparsePlan, TopKRouter, sparse_plan
 
 transformers.logging.set_verbosity_error()
 SMALL: dict[str, Any] = {
@@ -212,3 +213,88 @@ def test_logits_tokens_and_routing_are_transformers_own(peer: tuple[Any, Path]) 
     for layer in range(layers):
         ours = torch.cat([plan.expert_ids for plan in plans[layer::layers]])
         assert torch.equal(ours.sort(1).values.long(), chosen[layer].sort(1).values)
+
+
+def step_of(model: Decoder, cache: KVCache) -> Tensor:
+    prompt = torch.arange(PROMPT) % SMALL["vocab_size"]
+    logits: Tensor = model(batch(prompt, 0, torch.arange(3, dtype=torch.int32)[None]), cache)
+    return logits
+
+
+def two(peer: tuple[Any, Path]) -> tuple[Decoder, Decoder]:
+    """A model, and one of the same shape with other weights."""
+    one, other = load(peer[1]), load(peer[1])
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    return one, other
+
+
+def test_a_cache_runs_the_model_that_it_is_given_to(peer: tuple[Any, Path]) -> None:
+    one, other = two(peer)
+    cache = KVCache.allocate(one, 3)
+    for model in (one, other, one):
+        assert torch.equal(step_of(model, cache), step_of(model, KVCache.allocate(model, 3)))
+
+
+def test_a_cache_of_another_shape_is_refused(peer: tuple[Any, Path]) -> None:
+    model = load(peer[1])
+    widths = model.cache_widths()
+    for wrong in ([*widths, widths[0]], [widths[0] + 2, *widths[1:]]):
+        cache = KVCache([torch.zeros(3, BLOCK, width) for width in wrong])
+        with pytest.raises(ValueError, match=r"the cache keeps .* values a token in its layers, the model .*; allocate one"):
+            step_of(model, cache)
+    with pytest.raises(ValueError, match=r"the cache is torch.bfloat16, the model torch.float32; allocate one for it"):
+        step_of(model, KVCache.allocate(load(peer[1], torch.bfloat16), 3))
+
+
+def test_hooks_see_and_change_what_modules_give_whenever_they_come(peer: tuple[Any, Path]) -> None:
+    model = load(peer[1])
+    cache = KVCache.allocate(model, 3)
+    plain = step_of(model, cache)
+    seen: list[Tensor] = []
+    for module in [m for m in model.blocks.modules() if isinstance(m, TopKRouter | MLPExperts | RMSNorm)]:
+        seen.clear()
+        with module.register_forward_pre_hook(lambda _m, args: seen.append(args[0])):
+            assert torch.equal(step_of(model, cache), plain)
+        stack = isinstance(module, MLPExperts) and len(module.weights[0]) > 1  # asked to `combine`, which no hook sees
+        assert len(seen) == (not stack)
+
+    def nothing(router: nn.Module, inputs: Any, plan: SparsePlan) -> SparsePlan:
+        return sparse_plan(plan.expert_ids, 0 * plan.weights, plan.num_experts)
+
+    for module in [m for m in model.blocks.modules() if isinstance(m, TopKRouter)]:
+        inputs: list[Any] = []
+        with module.register_forward_hook(lambda _m, args, _plan, kept=inputs: kept.append(args[0])):
+            step_of(model, cache)
+        with module.register_forward_pre_hook(lambda _m, args, kept=inputs: kept.append(args[0])):
+            step_of(model, cache)
+        assert torch.equal(*inputs)
+        with module.register_forward_hook(nothing):
+            assert not torch.equal(step_of(model, cache), plain)
+    assert torch.equal(step_of(model, cache), plain)
+
+
+@pytest.mark.parametrize("peer", ["mixtral-window", "qwen2_moe", "deepseek_v3"], indirect=True)
+def test_a_step_compiles_and_exports(peer: tuple[Any, Path]) -> None:
+    model = load(peer[1])
+    cache = KVCache.allocate(model, 3)
+    plain = step_of(model, cache)
+    b = batch(torch.arange(PROMPT) % SMALL["vocab_size"], 0, torch.arange(3, dtype=torch.int32)[None])
+    fields = (b.tokens, b.positions, b.starts, b.lengths, b.blocks, b.outputs)
+
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, fields: list[Tensor], layers: list[Tensor]) -> Tensor:
+            logits: Tensor = self.model(TokenBatch(*fields), KVCache(layers))
+            return logits
+
+    layers = KVCache.allocate(model, 3).layers
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(Step(), fullgraph=True, backend="eager")(list(fields), layers), plain)
+    exported = torch.export.export(Step(), (list(fields), layers)).module()
+    layers = KVCache.allocate(model, 3).layers
+    assert torch.equal(exported(list(fields), layers), plain)
+    assert all(torch.equal(kept, mine) for kept, mine in zip(cache.layers, layers, strict=True))

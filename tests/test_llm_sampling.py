@@ -70,6 +70,8 @@ def test_draws_follow_the_distribution() -> None:
 def test_ties_go_to_the_lowest_id() -> None:
     level = np.zeros(9, np.float32)
     assert sample(torch.zeros(2, 9), [Sampling(temperature=0.0)] * 2, [0, 0]) == [0, 0]
+    # The smallest number that there is: a logit divided by it has none.
+    assert sample(row(50)[None], [Sampling(temperature=5e-324, top_p=0.9)], [0]) == [int(row(50).argmax())]
     assert distribution(level, Sampling(top_k=3))[0].tolist() == [0, 1, 2]
     assert distribution(level, Sampling(top_p=0.3))[0].tolist() == [0, 1, 2]
 

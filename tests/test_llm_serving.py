@@ -15,10 +15,11 @@ import torch
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from recsys_moe.llm.engine.engine import Engine, Request, complete
-from recsys_moe.llm.engine.sampling import Sampling
+from recsys_moe.llm.engine.engine import Completion, Engine, Request, Update, complete
+from recsys_moe.llm.engine.sampling import Sampling, TokenLogprob
 from recsys_moe.llm.engine.scheduler import Limits
 from recsys_moe.serving.llm import LLMServeConfig, build_llm_api
+from recsys_moe.serving.llm_wire import ChatForm, CompletionForm
 from tests.tiny_lm import ByteTokenizer, TinyLM
 
 TOKENIZER = ByteTokenizer()
@@ -202,6 +203,30 @@ def test_a_prompt_is_scored(client: openai.OpenAI) -> None:
         assert len(scores.tokens) == 5 + max_tokens
 
 
+def test_scored_tokens_have_the_blanks_that_they_have_in_the_text() -> None:
+    """Some tokenizers drop a text's leading blank: a token by itself would lose its own, and shift all that follows."""
+    words = ["", " Once", " upon", " a", "\u00e9"]
+
+    def decode(ids: list[int]) -> str:
+        return "".join(words[i] for i in ids).removeprefix(" ")
+
+    request = Request((0, 1, 2), 2, logprobs=1, score_prompt=True)
+    told = Completion(
+        "", [3, 4], [TokenLogprob(t, -1.0, ((3, -1.0),)) for t in (3, 4)], [TokenLogprob(t, -1.0, ()) for t in (1, 2)]
+    )
+    scores = CompletionForm("tiny", decode, [request], ["Once upon"]).whole(0, told)["logprobs"]
+    assert scores["tokens"] == ["", "Once", " upon", " a", "\u00e9"]
+    assert scores["text_offset"] == [0, 0, 4, 9, 11]
+    assert scores["top_logprobs"][3:] == [{" a": -1.0}, {" a": -1.0, "\u00e9": -1.0}]
+    # In parts, and in a chat.
+    form, chat = (kind("tiny", decode, [request], *more) for kind, more in ((CompletionForm, [["Once upon"]]), (ChatForm, [])))
+    form.part(0, Update("Once upon", prompt_logprobs=tuple(told.prompt_logprobs)))
+    for n, token in enumerate([" a", "\u00e9"]):
+        update = Update(token, (told.tokens[n],), (told.logprobs[n],))
+        assert form.part(0, update)["logprobs"]["tokens"] == [token]
+        assert chat.part(0, update)["logprobs"]["content"][0]["token"] == token
+
+
 def test_stop_strings(client: openai.OpenAI) -> None:
     plain = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=60, seed=2, extra_body={"ignore_eos": True})
     text = plain.choices[0].text
@@ -254,15 +279,24 @@ OK = {"model": "tiny", "prompt": "a"}
         (OK | {"temperature": "hot"}, 400, "'temperature' is 'hot'; input should be a valid number"),
         (OK | {"temperature": -0.5}, 400, "'temperature' is -0.5"),
         (OK | {"top_p": 0}, 400, "'top_p' is 0; input should be greater than 0"),
-        (OK | {"stop": [""]}, 400, "'stop' is"),
-        (OK | {"stop": ["a"] * 17}, 400, "'stop' is"),
+        (OK | {"stop": ""}, 400, "'stop' is ''; string should have at least 1 character"),
+        (OK | {"stop": [""]}, 400, "'stop.0' is ''; string should have at least 1 character"),
+        (OK | {"stop": ["a"] * 17}, 400, "list should have at most 16 items after validation, not 17"),
+        (OK | {"stop": "a" * 300}, 400, "string should have at most 256 characters"),
+        (OK | {"stop": 5}, 400, "'stop' is 5; send a text, or a list of texts"),
+        (OK | {"x\n" * 30_000: 1}, 400, "is not known"),
+        (OK | {"stream_options": {"usage": True}}, 400, "'stream_options.usage' is not known; did you mean 'include_usage'?"),
+        (OK | {"logit_bias": {"5": 1}}, 400, "'logit_bias' is {'5': 1}; it is not built; leave it out"),
+        (OK | {"best_of": 2}, 400, "'best_of' is 2; input should be less than or equal to 1"),
+        (OK | {"suffix": "x"}, 400, "'suffix' is 'x'; it is not built; leave it out"),
         (OK | {"temprature": 1}, 400, "'temprature' is not known; did you mean 'temperature'?"),
-        (OK | {"frequency_penalty": 0.5}, 400, "'frequency_penalty' is 0.5; penalties are not built; leave it out or send 0"),
+        (OK | {"frequency_penalty": 0.5}, 400, "'frequency_penalty' is 0.5; it is not built; leave it out"),
         (OK | {"seed": 2**64}, 400, "'seed' is 18446744073709551616"),
         (OK | {"logprobs": 21}, 400, "'logprobs' is 21; input should be less than or equal to 20"),
         ({"model": "tiny"}, 400, "'prompt' is missing; add it"),
         (OK | {"prompt": 5}, 400, "'prompt' is 5"),
-        (OK | {"prompt": [1, "a"]}, 400, "'prompt' is"),
+        (OK | {"prompt": [1, "a"]}, 400, "'prompt' is [1, 'a']; send a text, tokens, or a list of either"),
+        (OK | {"prompt": None}, 400, "'prompt' is None; send a text, tokens, or a list of either"),
         (OK | {"prompt": []}, 400, "'prompt' is empty"),
         (OK | {"prompt": [[]]}, 400, "the prompt has no tokens"),
         (OK | {"prompt": ""}, 400, "the prompt has no tokens"),
@@ -270,6 +304,8 @@ OK = {"model": "tiny", "prompt": "a"}
         (OK | {"prompt": [-1]}, 400, "the prompt has token -1"),
         (OK | {"prompt": [2**70]}, 400, "the prompt has token"),
         (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "half of a surrogate pair, which is no character; send whole"),
+        (b'{"model": "tiny", "prompt": ["\\ud800"]}', 400, "'prompt.0' is '\\ud800'; it has half of a surrogate pair"),
+        (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "'temperature' is nan"),
         (b'{"model": "tiny", "prompt": "\xff"}', 400, "the body can't be read as JSON (UTF-8"),
         (b"{", 400, "the body is no JSON"),
         (b"[]", 400, "the body is not a JSON object"),
@@ -293,14 +329,38 @@ def test_bad_input_gets_one_sentence_in_openais_form(service: Running, body: Any
     ("messages", "sentence"),
     [
         ([], "'messages' is []; list should have at least 1 item"),
-        ([{"role": "wizard", "content": "a"}], "'messages' is 'wizard'"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], "'messages"),
+        ([{"role": "wizard", "content": "a"}], "'messages.0.role' is 'wizard'; input should be 'system'"),
+        ([{"role": "tool", "content": "a", "tool_call_id": "1"}], "'messages.0.role' is 'tool'; input should be 'system'"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "'messages.0.content.0.type' is 'image'; input should be 'text'"),
+        ([{"role": "user", "content": None}], "'messages.0.content' is None; send a text, or a list of its parts"),
+        ([{"role": "user", "content": "a", "foo": 1}], "'messages.0.foo' is not known; valid: role, content, name"),
+        ([{"role": "user"}], "'messages.0.content' is missing; add it"),
+        ([5], "'messages.0' is 5; input should be a valid dictionary"),
         ("hello", "'messages' is 'hello'"),
     ],
 )
 def test_bad_conversations(service: Running, messages: Any, sentence: str) -> None:
     answer = service.post({"model": "tiny", "messages": messages}, "chat/completions")
     assert (answer.status_code, sentence in answer.json()["error"]["message"]) == (400, True), answer.text
+
+
+def test_what_would_change_nothing_is_taken(service: Running) -> None:
+    same = {"logit_bias": {}, "best_of": 1, "suffix": None, "frequency_penalty": 0, "presence_penalty": 0.0, "echo": None}
+    for more in ({}, same, {"ignore_eos": None, "stop": [], "top_k": -1}):
+        answer = service.post(OK | {"seed": 1, "max_tokens": 5} | more)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["text"] == expected("a", 5, sampling=Sampling(seed=1)).text
+
+
+def test_a_chats_parts_are_heard_or_refused(service: Running) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "a", "name": "Ann"}], "max_tokens": 1}
+    assert service.post(body, "chat/completions").json()["usage"]["prompt_tokens"] == len("userAnn: a\nassistant: ")
+    answer = service.post(body | {"top_logprobs": 2}, "chat/completions")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_logprobs")
+    assert answer.json()["error"]["message"] == "'top_logprobs' is 2, but 'logprobs' is not true; set it, or leave both out"
+    for more in ({"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}):
+        answer = service.post(body | more, "chat/completions")
+        assert (answer.status_code, "it is not built; leave it out" in answer.text) == (400, True), answer.text
 
 
 def test_other_paths_and_methods(service: Running) -> None:

@@ -127,6 +127,14 @@ def test_chats_follow_the_template_in_a_sandbox(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path, "{{ ().__class__.__bases__[0].__subclasses__() }}")
     with pytest.raises(UserError, match="refuses these messages"):
         tokenizer.load(tmp_path).chat([])
+    for fails in ("{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ messages[0].content.x.y }}"):
+        byte_tokenizer(tmp_path, fails)
+        with pytest.raises(UserError, match="refuses these messages"):
+            tokenizer.load(tmp_path).chat([{"role": "user", "content": "x"}])
+    # What transformers' templates may use beside plain Jinja.
+    byte_tokenizer(tmp_path, "{% for m in messages %}{{ m | tojson }}{% break %}{% endfor %}{{ strftime_now('%Y')[:2] }}")
+    words = tokenizer.load(tmp_path)
+    assert words.decode(words.chat([{"role": "user", "content": "<é>"}] * 2)) == '{"role": "user", "content": "<é>"}20'
     byte_tokenizer(tmp_path, "{% for %}")
     with pytest.raises(UserError, match="can't be read"):
         tokenizer.load(tmp_path)
@@ -168,6 +176,7 @@ def test_logprobs_are_those_of_a_whole_pass(stories: Path) -> None:
 def test_draws_follow_the_temperature_and_the_seed() -> None:
     logits = torch.tensor([0.0, 1.0, 3.0])
     assert sampler(0, 1)(logits) == 2
+    assert sampler(1e-320, 1)(logits) == 2  # a logit divided by it is no number
     pick = sampler(2.0, 5)
     drawn = torch.tensor([pick(logits) for _ in range(4000)])
     share = torch.bincount(drawn, minlength=3) / 4000
@@ -204,6 +213,9 @@ def test_the_commands(real_llm: Path, tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "story.txt").write_text("Once upon a time, there was a little girl named Lily.")
     told = json.loads(ran("logprobs", "stories", "--file", "story.txt", "--json"))
     assert told["perplexity"] < 2
+    (tmp_path / "empty.txt").write_text("")
+    refused = cli("llm", "logprobs", "stories", "--file", "empty.txt", cwd=tmp_path)
+    assert (refused.returncode, "empty.txt is 1 token, and the first of a text isn't scored" in refused.stderr) == (2, True)
     made = json.loads(ran("generate", "stories", "--tokens", "1,403", "--max-tokens", "3", "--json"))
     assert len(made["tokens"]) == 3
     (tmp_path / "config.json").write_text(json.dumps(MIXTRAL_8X7B))
@@ -216,6 +228,7 @@ def test_the_commands(real_llm: Path, tmp_path: Path, cli: Cli) -> None:
         (("generate", "nowhere", "x"), "no tokenizer.json"),
         (("generate", "nowhere", "--tokens", "1,x"), "give whole numbers"),
         (("generate", "nowhere"), "one of them"),
+        (("generate", "nowhere", "x", "--seed", "9" * 30), "'--seed'"),
         (("logprobs", "nowhere", "--tokens", "1,2"), "not a folder"),
         (("estimate", "nowhere/config.json"), "not a folder"),
         (("convert", "nowhere", "there"), "not a folder"),

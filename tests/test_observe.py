@@ -1,5 +1,6 @@
 """What the service tells of itself: metrics, drift, a line of JSON for each request, the caller's trace."""
 
+import asyncio
 import json
 import logging
 import re
@@ -17,7 +18,7 @@ from recsys_moe.selftest import write_selftest
 from recsys_moe.serving.api import build_api
 from recsys_moe.serving.config import ServeConfig
 from recsys_moe.serving.metrics import Drift
-from recsys_moe.serving.observe import log_as_json
+from recsys_moe.serving.observe import Observe, log_as_json
 from tests.conftest import ROOT
 from tests.test_rank import REQUEST, prices
 from tests.test_serving import ROW, save
@@ -37,6 +38,20 @@ def samples(client: TestClient) -> dict[tuple[str, ...], float]:
     client.app.state.batcher.settle()  # type: ignore[attr-defined]  # what follows an answer is counted behind it
     families = text_string_to_metric_families(client.get("/metrics").text)
     return {(s.name, *(v for _, v in sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+@pytest.mark.parametrize(("raised", "status"), [(asyncio.CancelledError(), 499), (RuntimeError(), 500)])
+def test_a_client_that_goes_is_no_failure(raised: BaseException, status: int) -> None:
+    """Ray Serve cancels the request of a client that has gone."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise raised
+
+    answered: list[tuple[str, int]] = []
+    observed = Observe(app, answered=lambda route, status, seconds: answered.append((route, status)))
+    with pytest.raises(type(raised)):
+        asyncio.run(observed({"type": "http", "method": "POST", "headers": []}, None, None))  # type: ignore[arg-type]
+    assert answered == [("other", status)]
 
 
 def test_requests_and_candidates_are_counted(client: TestClient) -> None:

@@ -29,7 +29,8 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: ")
+        said = "".join(f"{m['role']}{m.get('name', '')}: {m['content']}\n" for m in messages)
+        return self.encode(said + "assistant: ")
 
 
 class TinyLM(nn.Module):

@@ -23,6 +23,7 @@ llm_app = typer.Typer(
 )
 
 Folder = Annotated[Path, typer.Argument(help="A Hugging Face folder: config.json and *.safetensors.", show_default=False)]
+MOST_SEED = 2**63 - 1
 Precision = Literal["float32", "bfloat16"]
 Dtype = Annotated[Precision | None, typer.Option(help="Precision of the weights. Default: the checkpoint's.")]
 Experts = Annotated[Literal["int8"] | None, typer.Option(help="Keep sparse experts rounded to int8: half the memory of bf16.")]
@@ -49,7 +50,7 @@ def convert(
     upcycle: Annotated[int | None, typer.Option(min=2, help="Make a Mixtral: this many copies of each dense layer.")] = None,
     split: Annotated[int | None, typer.Option(min=2, help="Make a Mixtral: each dense layer cut into this many.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="The mixture's experts a token.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the mixture's routers, and of the cut.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the mixture's routers, and of the cut.")] = 0,
     json: Json = False,
 ) -> None:
     """Write a model in another layout or precision, or a mixture made of it; the source stays as it is.
@@ -124,7 +125,7 @@ def generate(
     tokens: Annotated[str | None, typer.Option(help="The prompt as token numbers, with commas between.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make, at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the draws at a temperature above 0.")] = 0,
     dtype: Dtype = None,
     experts: Experts = None,
     json: Json = False,
@@ -202,6 +203,8 @@ def logprobs(
     size = window or min(2048, language_model.config.max_positions)
     windows = (ids[at : at + size] for at in range(0, len(ids) - 1, size))
     scored = [value for part in windows if len(part) > 1 for value in run(language_model, part)]
+    if not scored:
+        raise UserError(f"{file} is {len(ids)} token, and the first of a text isn't scored; give a longer text")
     loss = -math.fsum(scored) / len(scored)
     if json:
         return print_json({"tokens": len(scored), "nll": loss, "perplexity": math.exp(loss)})

@@ -62,11 +62,11 @@ class LanguageModel(Protocol):
 class KVCache:
     """For each layer a tensor `[num_blocks, BLOCK, width]`: what the layer keeps of a token, `width` values.
 
-    `bound` is the model's own: what it has bound to these tensors.
+    `bound` is the models' own: what each has bound to these tensors.
     """
 
     layers: list[Tensor]
-    bound: list[Any] = field(default_factory=list)
+    bound: dict[Any, Any] = field(default_factory=dict)
 
     @staticmethod
     def allocate(model: LanguageModel, num_blocks: int) -> "KVCache":

@@ -31,7 +31,13 @@ def sampler(temperature: float, seed: int) -> Pick:
     if temperature == 0:
         return greedy
     generator = torch.Generator().manual_seed(seed)
-    return lambda logits: int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+
+    def pick(logits_v: Tensor) -> int:
+        # The largest is 0 before the division: at a temperature of nearly 0 all others become −∞, and none NaN.
+        z = (logits_v.double() - logits_v.max()) / temperature
+        return int(torch.multinomial(torch.softmax(z, -1), 1, generator=generator))
+
+    return pick
 
 
 class OneSequence:

@@ -20,7 +20,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.experts import MLPExperts
 from recsys_moe.kernels import fused_layers, linear, paged_attention, rms_norm, rotary
 from recsys_moe.llm.batch import KVCache, ModelConfig, TokenBatch
-from recsys_moe.routing import SparsePlan, TopKRouter
+from recsys_moe.routing import PlanWatcher, SparsePlan, TopKRouter
 from recsys_moe.typed import typed
 
 
@@ -433,7 +433,7 @@ class Block(nn.Module):
             up, down = ffn.expert.layers()
             chain.fused.dense_expert(norm.weight, norm.eps, up.weight, up.bias, down.weight, down.bias)
             return True
-        if not (hasattr(ffn, "num_shared") and isinstance(r := ffn.router, TopKRouter) and r.num_groups == 1):
+        if not (hasattr(ffn, "num_shared") and type(r := ffn.router) is TopKRouter and r.num_groups == 1):
             return False
         gate = (r.linear.weight, r.linear.bias, r.k, r.scoring, r.renormalize, r.correction_bias, r.scale)
         chain.fused.routed_experts(norm.weight, norm.eps, gate, ffn.experts.layers(), ffn.num_shared)
@@ -453,8 +453,46 @@ class Chain:
         out, plans = self.fused.run(x_nd, *step.turn, b.starts, b.lengths, b.blocks)
         for router, at in zip(self.routers, range(0, len(plans), 5), strict=True):
             ids, weights, order, offsets, logits = plans[at : at + 5]
-            router(x_nd, SparsePlan(ids, ids, weights, order, offsets, logits, router.plan_scoring))
+            watchers: Any = router._forward_hooks.values()
+            for watcher in watchers:
+                watcher.tell(SparsePlan(ids, ids, weights, order, offsets, logits, router.plan_scoring))
         return out
+
+
+class Bound:
+    """A decoder's layers bound to a cache, as they run in turn: in one call as many as the backend can.
+
+    `runs` is empty where it has no such call.
+
+    Raises:
+        ValueError: a cache of another shape or precision than this model's.
+    """
+
+    def __init__(self, decoder: "Decoder", cache: KVCache) -> None:
+        kept, wanted = [layer.shape[2] for layer in cache.layers], decoder.cache_widths()
+        if kept != wanted:
+            raise ValueError(f"the cache keeps {kept} values a token in its layers, the model {wanted}; allocate one for it")
+        if strange := {layer.dtype for layer in cache.layers} - {decoder.config.dtype}:
+            raise ValueError(f"the cache is {strange.pop()}, the model {decoder.config.dtype}; allocate one for it")
+        device = decoder.embedding.device
+        fused = fused_layers(device)
+        self.runs: list[Any] = []
+        # What is trained keeps fp32 weights beside bf16 products.
+        if fused is not None and decoder.embedding.dtype == decoder.config.dtype:
+            self.runs.append(Chain(fused))
+            block: Any
+            for block, layer in zip(decoder.blocks, cache.layers, strict=True):
+                if not block.bind(self.runs[-1], layer):
+                    self.runs += [block.feed, Chain(fused_layers(device))]
+        self.routers = [router for run in self.runs if isinstance(run, Chain) for router in run.routers]
+        self._hooks = [module._forward_pre_hooks for module in decoder.blocks.modules()]
+        self._hooks += [module._forward_hooks for module in {*decoder.blocks.modules()} - {*self.routers}]
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody's hooks ask for more than plans: they see, and may change, what modules are given and give."""
+        told = (hook for router in self.routers for hook in router._forward_hooks.values())
+        return any(self._hooks) or not all(isinstance(hook, PlanWatcher) for hook in told)
 
 
 class Decoder(nn.Module):
@@ -497,26 +535,22 @@ class Decoder(nn.Module):
     @torch.inference_mode()  # not no_grad alone: an operator's gradient then costs nothing either
     def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
         """Logits of `batch.outputs`, fp32 `[K, vocabulary]`; the new tokens' keys and values go into the cache."""
-        if not cache.bound:
-            cache.bound.extend(self._bind(cache))
         step = CachedStep(batch, self.rotary(batch.positions), cache.layers)
         x_nd = self._embed(batch.tokens)
-        for run in cache.bound:
+        for run in self._runs(cache):
             x_nd = run(x_nd, step)
         return self._logits(x_nd[batch.outputs])
 
-    def _bind(self, cache: KVCache) -> list[Callable[[Tensor, CachedStep], Tensor]]:
-        """The layers as they run in turn: in one call as many as the backend can."""
-        # What is trained keeps fp32 weights beside bf16 products.
-        fused = fused_layers(self.embedding.device) if self.embedding.dtype == self.config.dtype else None
-        if fused is None:
-            return [partial(block, layer=number) for number, block in enumerate(self.blocks)]
-        runs: list[Any] = [Chain(fused)]
-        block: Any
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            if not block.bind(runs[-1], layer):
-                runs += [block.feed, Chain(fused_layers(self.embedding.device))]
-        return runs
+    def _runs(self, cache: KVCache) -> list[Callable[[Tensor, CachedStep], Tensor]]:
+        """The layers as they run in turn: in one call as many as the backend can, or each module by itself."""
+        # In training modules have dropout and noise of their own, and a trace must see them.
+        if not (self.training or torch.compiler.is_compiling()):
+            bound: Bound | None = cache.bound.get(self)
+            if bound is None:
+                bound = cache.bound[self] = Bound(self, cache)
+            if bound.runs and not bound.watched:
+                return bound.runs
+        return [partial(block, layer=number) for number, block in enumerate(self.blocks)]
 
     def score(self, tokens_bt: Tensor) -> Tensor:
         """Logits of whole sequences of one length, fp32 `[B, T, vocabulary]`, with gradients and without a cache: training."""

@@ -1,6 +1,9 @@
 """Text to tokens and back: the `tokenizer.json` of a Hugging Face folder, and its chat template."""
 
+import json
 from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,12 @@ class Tokenizer:
     ) -> None:
         self._inner, self.eos_ids, self._names = inner, eos_ids, dict(names or {})
         # A template is somebody else's program: it runs where it can neither reach Python nor change what it is given.
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        # What transformers gives templates.
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:
             self._template = None if template is None else environment.from_string(template)
         except TemplateError as error:
@@ -60,7 +67,7 @@ class Tokenizer:
             raise UserError("this model has no chat template: send a prompt to completions instead")
         try:
             text = self._template.render(messages=list(messages), add_generation_prompt=True, **self._names)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a program, and raises what it likes
             raise UserError(f"the chat template refuses these messages: {error}") from None
         ids: list[int] = self._inner.encode(whole(text), add_special_tokens=False).ids
         return ids

@@ -4,11 +4,11 @@ Which experts a token chose tells its text (2602.04105), so no single request's 
 only once it is of at least `RELEASE` tokens.
 """
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor, nn
 
-from recsys_moe.routing import SparsePlan
+from recsys_moe.routing import PlanWatcher, SparsePlan
 
 RELEASE = 8192
 
@@ -25,7 +25,7 @@ class ExpertLoad:
         self._tokens = 0
         for name, module in model.named_modules():
             if hasattr(module, "batch_invariant"):
-                module.register_forward_hook(self._counter(name))
+                module.register_forward_hook(PlanWatcher(partial(self._count, name)))
 
     def ran(self, tokens: int) -> None:
         """A step of so many tokens is over."""
@@ -34,11 +34,8 @@ class ExpertLoad:
             self.counts = {name: self.counts.get(name, 0) + recent.diff().long() for name, recent in self._recent.items()}
             self._recent, self._tokens = {}, 0
 
-    def _counter(self, name: str) -> Any:
-        def count(router: nn.Module, inputs: tuple[Any, ...], plan: SparsePlan) -> None:
-            if name in self._recent:
-                self._recent[name] += plan.offsets
-            else:
-                self._recent[name] = plan.offsets.clone()
-
-        return count
+    def _count(self, name: str, plan: SparsePlan) -> None:
+        if name in self._recent:
+            self._recent[name] += plan.offsets
+        else:
+            self._recent[name] = plan.offsets.clone()

@@ -81,8 +81,9 @@ def distribution(
     >>> distribution(logits, Sampling(top_p=0.5))[0].tolist(), distribution(logits, Sampling(top_k=1))[0].tolist()
     ([1, 2], [1])
     """
-    z = logits_v.astype(np.float64) / sampling.temperature
-    p = np.exp(z - z.max())
+    z = logits_v.astype(np.float64)
+    with np.errstate(over="ignore"):  # at a temperature of nearly 0 all but the largest become exp(−∞)
+        p = np.exp((z - z.max()) / sampling.temperature)
     ids = np.arange(len(p))
     if 0 < sampling.top_k < len(p):
         least = np.partition(p, -sampling.top_k)[-sampling.top_k]
