@@ -164,22 +164,29 @@ class Batcher:
                 continue
             ready.setdefault(predictor, []).append((each, inputs))
         for predictor, members in ready.items():
-            started = time.perf_counter()
+            self._answer(predictor, members)
+
+    def _answer(self, predictor: Predictor, members: list[tuple[_Waiting, Inputs]]) -> None:
+        """Score them in one call; where that fails, each by itself: nobody's rows may fail another's."""
+        started = time.perf_counter()
+        try:
+            scores = predictor.score_inputs(concatenate([inputs for _, inputs in members]))
+        except Exception as error:
+            if len(members) == 1:
+                self._tell(members[0][0], error)
+            else:
+                for each in members:
+                    self._answer(predictor, [each])
+            return
+        ms = (time.perf_counter() - started) * 1000
+        ends = np.cumsum([inputs.dense.shape[1] for _, inputs in members])
+        for (each, inputs), end in zip(members, ends, strict=True):
             try:
-                scores = predictor.score_inputs(concatenate([inputs for _, inputs in members]))
+                answer = each.job.answer(scores[:, end - inputs.dense.shape[1] : end], ms)
             except Exception as error:
-                for each, _ in members:
-                    self._tell(each, error)
-                continue
-            ms = (time.perf_counter() - started) * 1000
-            ends = np.cumsum([inputs.dense.shape[1] for _, inputs in members])
-            for (each, inputs), end in zip(members, ends, strict=True):
-                try:
-                    answer = each.job.answer(scores[:, end - inputs.dense.shape[1] : end], ms)
-                except Exception as error:
-                    answer = error
-                self._tell(each, answer)
-            self._called(len(members), scores.shape[1])
+                answer = error
+            self._tell(each, answer)
+        self._called(len(members), scores.shape[1])
 
     def _tell(self, each: _Waiting, answer: Any) -> None:
         with self._changed:  # before the client can ask again

@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors.numpy
 from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -79,6 +80,21 @@ def test_what_waits_together_is_scored_together_and_bit_for_bit(bundle: Path, mo
         found = answer.json()
         expected = predictor.score(rows)[:, found["positions"]].astype(float).tolist()
         assert list(found["scores"].values()) == expected
+    api.state.batcher.close()
+
+
+def test_numbers_that_overflow_fail_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = save(tmp_path / "bundle")
+    weights = safetensors.numpy.load_file(bundle / "model.safetensors")
+    gate = "network.router.linear.weight"
+    safetensors.numpy.save_file(weights | {gate: weights[gate] * 1000}, bundle / "model.safetensors")
+    api = build_api(bundle, ServeConfig(deadline_ms=10_000))
+    held = Held(monkeypatch)
+    held.let_go_in(0.5)
+    bodies = [request("red", [1.0, 2.0]), request("red", [1.0, 1e38]), request("green", [3.0])]
+    answers = asyncio.run(ask_all(api, [request("red", [0.0]), *bodies]))[1:]  # the first is scored while they wait
+    assert [answer.status_code for answer in answers] == [200, 422, 200]
+    assert "the router's logits of row 1 are not finite" in answers[1].text
     api.state.batcher.close()
 
 
