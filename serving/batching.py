@@ -175,8 +175,8 @@ class Batcher:
             if len(members) == 1:
                 self._tell(members[0][0], error)
             else:
-                for each in members:
-                    self._answer(predictor, [each])
+                for member in members:
+                    self._answer(predictor, [member])
             return
         ms = (time.perf_counter() - started) * 1000
         ends = np.cumsum([inputs.dense.shape[1] for _, inputs in members])
