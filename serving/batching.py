@@ -1,9 +1,9 @@
 """One thread scores; requests that wait together are one call, and what could not be answered in time is refused at once.
 
 A request costs its rows, and as much as `FIXED` rows more for what it takes by itself. The time that a row takes is measured
-as requests go. A lone request does not wait for others; what stands in front of a request may take half of the deadline, and
-what has waited longer than the whole is refused as well. A request that finds nothing before it is never refused, however
-long it takes.
+as requests go. A lone request does not wait for others. What stands in front of a request may take `AHEAD` of the deadline: as
+much may come beside it into its own call, and the rest is for what the clock does not see. What has waited longer than the
+whole is refused as well. A request that finds nothing before it is never refused, however long it takes.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from recsys_moe.transforms import Inputs, concatenate
 log = logging.getLogger(__name__)
 
 FIXED = 50
+AHEAD = 0.4
 _CALLS = 15
 """The latest calls, whose median says how long a row takes."""
 
@@ -104,7 +105,7 @@ class Batcher:
         with self._changed:
             waiting = _Waiting(job, loop.create_future(), loop, behind=self._cost > 0)
             before = self._cost * self._seconds_each
-            if before > self._deadline_s / 2:
+            if before > self._deadline_s * AHEAD:
                 raise Overloaded(before)
             self._queue.append(waiting)
             self._cost += waiting.cost
