@@ -128,7 +128,7 @@ def parse_json(kind: type[Form], body: bytes | str) -> Form:
         UserError: no JSON, or not of that form; names the field and the value.
     """
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(body, strict=True)
     except ValidationError as error:
         raise UserError(sentence(error.errors()[0])) from None
 

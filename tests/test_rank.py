@@ -121,6 +121,8 @@ def test_a_user_is_transformed_once(client: TestClient, monkeypatch: pytest.Monk
         ({"tasks": []}, "tasks is []"),
         ({"model": "other"}, "model 'other' is not served here; valid: bundle"),
         ({"top_n": 0}, "top_n is 0"),
+        ({"top_n": "2"}, "top_n is '2': input should be a valid integer"),
+        ({"top_n": True}, "top_n is True"),
         (
             {"formula": {"weights": {"clik": 1}}},
             "the formula names 'clik', which the model does not score",
