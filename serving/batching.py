@@ -83,7 +83,7 @@ class _Waiting:
 class Batcher:
     """Scores jobs, at most `rows` rows in a call (a single job may have more), each within `deadline_s` of its coming.
 
-    `called(requests, rows)` is told of every call.
+    `called(requests, rows)` is told of every call that succeeds.
     """
 
     def __init__(self, rows: int, deadline_s: float, called: Callable[[int, int], None]) -> None:
@@ -168,16 +168,17 @@ class Batcher:
             self._answer(predictor, members)
 
     def _answer(self, predictor: Predictor, members: list[tuple[_Waiting, Inputs]]) -> None:
-        """Score them in one call; where that fails, each by itself: nobody's rows may fail another's."""
+        """Score them in one call; where that fails, half of them at a time: nobody's rows may fail another's."""
         started = time.perf_counter()
         try:
             scores = predictor.score_inputs(concatenate([inputs for _, inputs in members]))
         except Exception as error:
             if len(members) == 1:
                 self._tell(members[0][0], error)
-            else:
-                for member in members:
-                    self._answer(predictor, [member])
+                return
+            log.warning("a call of %d requests failed and is scored by halves: %s", len(members), error)
+            self._answer(predictor, members[: len(members) // 2])
+            self._answer(predictor, members[len(members) // 2 :])
             return
         ms = (time.perf_counter() - started) * 1000
         ends = np.cumsum([inputs.dense.shape[1] for _, inputs in members])

@@ -64,7 +64,7 @@ class OutputTensor(BaseModel):
 class InferRequest(BaseModel):
     """A tensor for each feature; without `outputs` all scores are wanted."""
 
-    id: str | None = None
+    id: Annotated[str, Field(max_length=200)] | None = None
     parameters: Parameters = Parameters()
     inputs: Annotated[list[InputTensor], Field(min_length=1)]
     outputs: list[OutputTensor] | None = None

@@ -1,6 +1,7 @@
 """Every model family against loops over its experts, gates and tasks, on the very same parameters; and what all must stand:
 one row, bf16, one graph, every kind of task, any number of workers."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -14,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recsys_moe import kernels
 from recsys_moe.errors import UserError
-from recsys_moe.experts import MLPExperts, Towers
+from recsys_moe.experts import MLPExperts, Towers, freeze
 from recsys_moe.kernels import feature_gate_values, reference
 from recsys_moe.models import MODELS, settle
 from recsys_moe.models.adatt import AdaTTConfig
 from recsys_moe.models.aitm import AITMConfig
 from recsys_moe.models.esmm import ESMMConfig
-from recsys_moe.models.home import FeatureGates, HoMEConfig
+from recsys_moe.models.home import FeatureGates, HoME, HoMEConfig
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
@@ -783,3 +784,18 @@ def test_homes_gates_see_their_group_and_nothing_else() -> None:
 def test_categories_that_do_not_fit_the_tasks(categories: dict[str, str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         MODELS[HoMEConfig](replace(HOME, categories=categories), IN_DIM, TASKS, torch.float32)
+
+
+def test_a_frozen_home_gives_the_same_bits_and_gradients_may_be_on() -> None:
+    torch.manual_seed(0)
+    config = HoMEConfig(categories={"like": "interaction", "finish": "watch_time"})
+    model = HoME(config, in_dim=12, tasks={"like": 1, "finish": 1}, dtype=torch.float32).eval()
+    x = torch.randn(7, 12)
+    with torch.no_grad():
+        expected = model(x)[0]
+        freeze(model)
+        assert torch.equal(model(x)[0], expected)
+    for _ in range(2):
+        model(x.clone().requires_grad_())[0].sum().backward()
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(x)[0], expected)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recsys_moe.experts import MLPExperts
 from recsys_moe.llm.batch import BLOCK, KVCache, TokenBatch
 from recsys_moe.llm.checkpoints import load
+from recsys_moe.llm.engine.load import RELEASE, ExpertLoad
 from recsys_moe.llm.layers import CachedStep, Decoder, RMSNorm
 from recsys_moe.routing import SparsePlan, TopKRouter, sparse_plan
 
@@ -272,6 +273,16 @@ def test_hooks_see_and_change_what_modules_give_whenever_they_come(peer: tuple[A
         with module.register_forward_hook(nothing):
             assert not torch.equal(step_of(model, cache), plain)
     assert torch.equal(step_of(model, cache), plain)
+
+
+def test_whoever_is_told_plans_alone_leaves_layers_in_one_call(peer: tuple[Any, Path]) -> None:
+    model = load(peer[1])
+    load_of_experts, cache = ExpertLoad(model), KVCache.allocate(model, 3)
+    step_of(model, cache)
+    assert not cache.bound[model].watched  # of routers that no call has, too: they run by themselves
+    load_of_experts.ran(RELEASE)
+    routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
+    assert len(load_of_experts.counts) == len(routers)
 
 
 @pytest.mark.parametrize("peer", ["mixtral-window", "qwen2_moe", "deepseek_v3"], indirect=True)

@@ -484,15 +484,14 @@ class Bound:
             for block, layer in zip(decoder.blocks, cache.layers, strict=True):
                 if not block.bind(self.runs[-1], layer):
                     self.runs += [block.feed, Chain(fused_layers(device))]
-        self.routers = [router for run in self.runs if isinstance(run, Chain) for router in run.routers]
-        self._hooks = [module._forward_pre_hooks for module in decoder.blocks.modules()]
-        self._hooks += [module._forward_hooks for module in {*decoder.blocks.modules()} - {*self.routers}]
+        modules = [*decoder.blocks.modules()]
+        self._hooks: list[Any] = [module._forward_pre_hooks for module in modules]
+        self._hooks += [module._forward_hooks for module in modules]
 
     @property
     def watched(self) -> bool:
         """Whether somebody's hooks ask for more than plans: they see, and may change, what modules are given and give."""
-        told = (hook for router in self.routers for hook in router._forward_hooks.values())
-        return any(self._hooks) or not all(isinstance(hook, PlanWatcher) for hook in told)
+        return any(not isinstance(hook, PlanWatcher) for hooks in self._hooks if hooks for hook in hooks.values())
 
 
 class Decoder(nn.Module):

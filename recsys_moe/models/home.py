@@ -78,6 +78,10 @@ class HoMEConfig:
     task_experts: bool = True
 
 
+HoMELayer = tuple[SoftRouter, "SelfGates | None", "ExpertGroups", tuple[int, ...], tuple[tuple[int, ...], ...]]
+"""A layer's gates, self gates and experts, the input that each group reads, and those that each gate reads in turn."""
+
+
 class HoME(Family):
     """v `[B, D]` → outputs `[B, Σ widths]` and the plans of both layers, "meta" (gates of the shared group and of each
     category) and "task". `tasks` has the width of each task's tower by its name, `dtype` is the precision of the experts and
@@ -126,20 +130,27 @@ class HoME(Family):
         def names(groups: list[str]) -> tuple[str, ...]:
             return tuple(f"{group} {e}" for group in groups for e in range(n))
 
-        self._frozen, self._kept = False, dict[SoftRouter, UnitStack]()
+        self._kept = dict[SoftRouter, UnitStack]()  # what `freeze` has joined
         self.plan_names = {"meta": PlanNames(tuple(meta), names(meta)), "task": PlanNames(tuple(tasks), names(task))}
 
     def freeze(self) -> None:
         """Join the gates' weights once, for inference from now on: they must not change any more."""
-        self._frozen = True
+        with torch.no_grad():
+            self._kept = {layer[0]: self._units(*layer) for layer in (self._meta_layer, self._task_layer)}
 
     def forward(self, v_bd: Tensor) -> tuple[Tensor, dict[str, RoutingPlan]]:
-        layer = (self.meta_gates, self.meta_self, self.meta_experts)
-        meta, z_bgh = self._layer(v_bd, *layer, self.meta_source, self.meta_source)  # z_shared, z_C1, z_C2, …
-        layer = (self.task_gates, self.task_self, self.task_experts)
-        shared = (0,) * len(self.of_task)
-        task, z_bth = self._layer(z_bgh, *layer, self.task_source, self.of_task, shared)  # gates on z_C ⊕ z_shared
+        meta, z_bgh = self._layer(v_bd, *self._meta_layer)  # z_shared, z_C1, z_C2, …
+        task, z_bth = self._layer(z_bgh, *self._task_layer)
         return self.towers(z_bth), {"meta": meta, "task": task}
+
+    @property
+    def _meta_layer(self) -> "HoMELayer":
+        return self.meta_gates, self.meta_self, self.meta_experts, self.meta_source, (self.meta_source,)
+
+    @property
+    def _task_layer(self) -> "HoMELayer":
+        shared = (0,) * len(self.of_task)
+        return self.task_gates, self.task_self, self.task_experts, self.task_source, (self.of_task, shared)  # z_C ⊕ z_shared
 
     def _layer(
         self,
@@ -148,26 +159,32 @@ class HoME(Family):
         self_gates: "SelfGates | None",
         experts: "ExpertGroups",
         source: tuple[int, ...],
-        *sources: tuple[int, ...],
+        sources: tuple[tuple[int, ...], ...],
     ) -> tuple[SoftPlan, Tensor]:
         """A layer's plan and z. All that is linear in its gates is one product for each input: groups read `source`, the gates
         `sources`, one after the other, and the self gates the first of these."""
-        units = self._kept.get(gates)
-        if units is None:
-            stacks = gates.products(*sources)
-            if self_gates is not None:
-                stacks += self_gates.router.products(sources[0])
-            if experts.feature_gate is not None:
-                stacks.append(experts.feature_gate.units(source))
-            units = stack_units(stacks)
-            if self._frozen:
-                self._kept[gates] = units
+        units = self._kept.get(gates) or self._units(gates, self_gates, experts, source, sources)
         logits = unit_products(x, units, not (self.training or torch.is_grad_enabled()))
         rest = iter(logits[len(sources) :])
         residual = None if self_gates is None else self_gates(next(rest))
         plan = gates(x, logits_bn=joined(logits[: len(sources)]), residual_bte=residual)
         gate = None if experts.feature_gate is None else experts.feature_gate(next(rest))
         return plan, plan.mix(experts.experts(x, source, gate))
+
+    def _units(
+        self,
+        gates: SoftRouter,
+        self_gates: "SelfGates | None",
+        experts: "ExpertGroups",
+        source: tuple[int, ...],
+        sources: tuple[tuple[int, ...], ...],
+    ) -> UnitStack:
+        stacks = gates.products(*sources)
+        if self_gates is not None:
+            stacks += self_gates.router.products(sources[0])
+        if experts.feature_gate is not None:
+            stacks.append(experts.feature_gate.units(source))
+        return stack_units(stacks)
 
 
 class ExpertGroups(nn.Module):
