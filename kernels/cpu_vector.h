@@ -164,7 +164,7 @@ RECSYS_MOE_INLINE Vec sigmoid(Vec v) {
     return std::bit_cast<Vec>(_mm512_rcp14_ps(std::bit_cast<__m512>(1.0f + e)));
   }
 #endif
-  return reciprocal(1.0f + exp(v < -87.0f ? 87.0f - Vec{} : -v));
+  return v < -87.0f ? Vec{} : reciprocal(1.0f + exp(-v));  // below, exp may be infinite, which reciprocal() does not take
 }
 
 inline Vec erf(Vec v) {

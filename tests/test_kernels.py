@@ -990,3 +990,22 @@ def test_nan_is_not_taken_for_nothing(backend: Backend) -> None:
         for invariant in (False, True):
             y = kernels.expert_mlp(torch.full((2, 4), torch.nan), layer, invariant=invariant, backend=backend)
             assert y.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "double_sigmoid"])
+def test_activations_are_right_for_every_value_of_bf16(activation: Activation, dtype: torch.dtype) -> None:
+    """The vectors' own exponentials and sigmoids, from one end of the numbers to the other."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).unsqueeze(1)
+    layer = Layer(torch.ones(1, 1, 1, dtype=dtype), activation=activation)
+    y = kernels.expert_mlp(x.to(dtype), layer, backend="cpu").flatten().double()
+    z = x.flatten().double()
+    naive = naive_activation(z, activation)
+    finite = z.isfinite()
+    rtol = 1e-6 if dtype == torch.float32 else 2**-8 + 3e-4
+    # gelu's 1 + erf cancels where its value is next to nothing.
+    torch.testing.assert_close(y[finite], naive[finite], rtol=rtol, atol=1e-6 if activation == "gelu" else 1e-30)
+    assert y[z.isnan()].isnan().all()
+    ends = y[z == torch.inf].item(), y[z == -torch.inf].item()
+    assert ends[0] == (2 if activation == "double_sigmoid" else torch.inf)
+    assert math.isnan(ends[1]) if activation in ("silu", "gelu") else ends[1] == 0  # −∞ · 0
