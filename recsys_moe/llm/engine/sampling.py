@@ -4,6 +4,7 @@ A draw is not taken from a stream that others draw from: its place in the random
 is the same alone and in a batch, and again after a sequence was put back and computed anew.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -51,14 +52,14 @@ def sample(logits_kv: Tensor, how: Sequence[Sampling], number: Sequence[int]) ->
     >>> sample(torch.tensor([[0.0, 3.0, 3.0]]), [Sampling(temperature=0.0)], [0])
     [1]
     """
-    high, ids = logits_kv.max(-1)  # of equals the first; faster than argmax
-    best, finite = ids.tolist(), (high.isfinite() & logits_kv.amin(-1).isfinite()).tolist()  # both hand NaN on
+    high, best = logits_kv.max(-1)  # of equals the first; faster than argmax
+    ends = zip(high.tolist(), logits_kv.amin(-1).tolist(), strict=True)  # both hand NaN on
     tokens: list[int | None] = []
-    for row, sampling in enumerate(how):
-        if not finite[row]:
+    for row, (sampling, (top, bottom), token) in enumerate(zip(how, ends, best.tolist(), strict=True)):
+        if not (math.isfinite(top) and math.isfinite(bottom)):
             tokens.append(None)
         elif sampling.temperature == 0:
-            tokens.append(best[row])
+            tokens.append(token)
         else:
             tokens.append(draw(logits_kv[row].numpy(), sampling, number[row]))
     return tokens
