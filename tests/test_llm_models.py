@@ -283,6 +283,8 @@ def test_whoever_is_told_plans_alone_leaves_layers_in_one_call(peer: tuple[Any, 
     load_of_experts.ran(RELEASE)
     routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
     assert len(load_of_experts.counts) == len(routers)
+    del load_of_experts
+    assert not any(router._forward_hooks for router in routers)  # the model is as it was
 
 
 @pytest.mark.parametrize("peer", ["mixtral-window", "qwen2_moe", "deepseek_v3"], indirect=True)
