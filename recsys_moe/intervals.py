@@ -59,17 +59,23 @@ def auc_of(scores: Floats, labels: Floats) -> Statistic:
     (0.875, 1.0)
     """
     order = np.argsort(scores, kind="stable")
-    rising, positive = np.asarray(scores)[order], np.asarray(labels)[order] > 0
-    runs = np.flatnonzero(np.r_[True, rising[1:] != rising[:-1]][: len(rising)])
+    rising, rows = np.asarray(scores)[order], len(order)
+    positives = np.flatnonzero(np.asarray(labels)[order] > 0)
+    # Each positive's run of equal scores, as places among all rows and among the positives. These are few where a task is
+    # sparse: only the sum over all rows has to be taken anew for other weights.
+    starts = np.flatnonzero(np.r_[True, rising[1:] != rising[:-1]][:rows])
+    run = np.searchsorted(starts, positives, side="right") - 1
+    begin, end = starts[run], np.r_[starts[1:], rows][run]
+    first, last = np.searchsorted(positives, begin), np.searchsorted(positives, end)
 
     def statistic(weights: Weights) -> float:
         w = weights[order].astype(np.float64)
-        up = np.where(positive, w, 0.0)
-        down = w - up
-        if len(runs) < len(w):
-            up, down = np.add.reduceat(up, runs), np.add.reduceat(down, runs)
-        pairs = up.sum() * down.sum()
-        return float(up @ (np.cumsum(down) - down / 2) / pairs) if pairs else math.nan
+        up, below, up_below = w[positives], np.zeros(rows + 1), np.zeros(len(positives) + 1)
+        np.cumsum(w, out=below[1:])
+        np.cumsum(up, out=up_below[1:])
+        pairs = up_below[-1] * (below[-1] - up_below[-1])
+        right = up @ (below[begin] - up_below[first] + below[end] - up_below[last]) / 2  # half of the negatives in its own run
+        return float(right / pairs) if pairs else math.nan
 
     return statistic
 
