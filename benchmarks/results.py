@@ -65,7 +65,8 @@ never_married.
 @dataclass(frozen=True)
 class Experiment:
     """A section: what is asked, the `compare` that answers, what has to be there before (a command), and what others have
-    published. With `anomalies`, anomalies.py reads the runs' health afterwards."""
+    published. With `anomalies`, anomalies.py reads the runs' health afterwards; with `further`, further.py measures them on
+    more rows."""
 
     title: str
     question: str
@@ -73,6 +74,7 @@ class Experiment:
     before: tuple[str, ...] = ()
     published: str = ""
     anomalies: bool = False
+    further: bool = False
 
 
 def correlated(p: float) -> Experiment:
@@ -165,7 +167,7 @@ EXPERIMENTS = {
             FEED_TASKS,
             f"models={HOME},mmoe,ple",
             f"baseline={HOME}",
-            "seeds=3",
+            "seeds=5",
             "budget=params",
             "parallel=2",
             "model.dropout=0",
@@ -173,6 +175,7 @@ EXPERIMENTS = {
             "train.batch_size=4096",
         ),
         ("data", "synth", "runs/feed_synth", "--rows", "2000000"),
+        further=True,
     ),
     "feed_ablation": Experiment(
         "Synthetic feed: what HoME's parts do",
@@ -185,7 +188,8 @@ EXPERIMENTS = {
             "seeds=2",
             "budget=params",
             "parallel=2",
-            "train.epochs=2",
+            "model.dropout=0",
+            "train.epochs=4",
             "train.batch_size=4096",
         ),
         ("data", "synth", "runs/feed_synth", "--rows", "2000000"),
@@ -243,6 +247,9 @@ def main() -> None:
         if experiment.anomalies:
             script = Path(__file__).with_name("anomalies.py")
             subprocess.run([sys.executable, script, folder, pictures], check=True)
+        if experiment.further:
+            script = Path(__file__).with_name("further.py")
+            subprocess.run([sys.executable, script, folder, pictures / f"{name}-further.json"], check=True)
         (options.docs / "results.md").write_text(report(pictures))
 
 
@@ -279,6 +286,9 @@ def report(pictures: Path) -> str:
         file = pictures / f"{name}.json"
         if file.exists():
             parts += section(name, experiment, json.loads(file.read_text()))
+        if experiment.further and (file := pictures / f"{name}-further.json").exists():
+            later = json.loads(file.read_text())
+            parts += [f"The same models on {later['rows']:,} rows of the same feed that came later:", *tables(later)]
         if experiment.anomalies and (told := pictures / "anomalies-health.md").exists():
             parts += [told.read_text().strip(), "![The worst figures over training](results/anomalies-health.png)"]
     if (language := pictures / "llm.md").exists():
@@ -288,20 +298,12 @@ def report(pictures: Path) -> str:
 
 
 def section(name: str, experiment: Experiment, found: dict[str, Any]) -> list[str]:
-    lines = {(line["model"], line["task"], line["metric"]): line for line in found["lines"]}
-    tasks, metrics, models = (list(dict.fromkeys(key[i] for key in lines)) for i in (1, 2, 0))
     parts = [
         f"## {experiment.title}",
         experiment.question,
         f"    recsys-moe {shlex.join(found['command'])}",
+        *tables(found),
     ]
-    for metric in metrics:
-        columns = [task for task in tasks if any(key[1:] == (task, metric) for key in lines)]
-        head = f"| {metric} | " + " | ".join(columns) + " |"
-        rows = [f"| {model} | " + " | ".join(cell(lines[model, task, metric]) for task in columns) + " |" for model in models]
-        if best := found["best"].get(metric):
-            rows.append("| best reachable | " + " | ".join(number(best.get(task)) for task in columns) + " |")
-        parts.append("\n".join([head, "|---" * (len(columns) + 1) + "|", *rows]))
     costs = [
         f"| {model} | {cost['params']:,} | {cost['flops']:,} | {found['samples_per_s'][model]:,.0f} |"
         for model, cost in found["costs"].items()
@@ -315,6 +317,21 @@ def section(name: str, experiment: Experiment, found: dict[str, Any]) -> list[st
     parts.append(f"![Differences to {found['baseline']}](results/{name}-differences.png)")
     parts.append(f"![Quality against cost](results/{name}-pareto.png)")
     return parts
+
+
+def tables(found: dict[str, Any]) -> list[str]:
+    """What a comparison has found, a table a metric."""
+    lines = {(line["model"], line["task"], line["metric"]): line for line in found["lines"]}
+    tasks, metrics, models = (list(dict.fromkeys(key[i] for key in lines)) for i in (1, 2, 0))
+    made = []
+    for metric in metrics:
+        columns = [task for task in tasks if any(key[1:] == (task, metric) for key in lines)]
+        head = f"| {metric} | " + " | ".join(columns) + " |"
+        rows = [f"| {model} | " + " | ".join(cell(lines[model, task, metric]) for task in columns) + " |" for model in models]
+        if reachable := found.get("best", {}).get(metric):
+            rows.append("| best reachable | " + " | ".join(number(reachable.get(task)) for task in columns) + " |")
+        made.append("\n".join([head, "|---" * (len(columns) + 1) + "|", *rows]))
+    return made
 
 
 def cell(line: dict[str, Any]) -> str:
