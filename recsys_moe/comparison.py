@@ -29,6 +29,7 @@ from recsys_moe.intervals import (
     mean_of,
     r2_of,
     seed_interval,
+    widening,
 )
 from recsys_moe.shards import PreparedData
 from recsys_moe.webpage import web_image, web_page, web_table
@@ -134,43 +135,38 @@ def compare_results(
     the folds. Rows are drawn from those of all folds, a group with all its rows."""
     edges = np.cumsum([0, *(test.labels.shape[1] for test in tests)])
     places = [slice(low, high) for low, high in itertools.pairwise(edges)]
-    statistics: dict[str, list[dict[str, Statistic]]] = {label: [] for label in costs}
-    for (label, _), own in itertools.groupby(sorted(results, key=_label_and_seed), key=_label_and_seed):
-        folds = [(places[r.fold], dict(_statistics(heads[r.fold], r.scores, tests[r.fold]))) for r in own]
-        statistics[label].append({name: _over_folds([(place, s[name]) for place, s in folds]) for name in folds[0][1]})
+    # [label][fold][seed][name]
+    statistics: dict[str, list[list[dict[str, Statistic]]]] = {label: [[] for _ in tests] for label in costs}
+    for r in sorted(results, key=lambda r: r.seed):
+        of_fold = _statistics(heads[r.fold], r.scores, tests[r.fold])
+        statistics[r.label][r.fold].append({name: _on_rows(places[r.fold], s) for name, s in of_fold})
     rows = int(edges[-1])
     groups = [test.groups for test in tests if test.groups is not None]
     units = np.unique(np.concatenate(groups), return_inverse=True)[1] if groups else None
     ones = np.ones(rows)
-    measured = {
-        label: [_with_means({name: s(ones) for name, s in of_seed.items()}) for of_seed in of_seeds]
-        for label, of_seeds in statistics.items()
+    measured_fn = {
+        label: {name: np.array([[s[name](ones) for s in of_seeds] for of_seeds in folds]) for name in folds[0][0]}
+        for label, folds in statistics.items()
     }
+    by_seed = {label: _with_means({name: v.mean(0) for name, v in values.items()}) for label, values in measured_fn.items()}
+    measured_fn = {label: _with_means(values) for label, values in measured_fn.items()}
     drawn = bootstrap(statistics, units, rows, draws, seed, lambda done: on_draw(done, draws))
     drawn = {label: _with_means(values) for label, values in drawn.items()}
     lines = []
-    for name in measured[baseline][0]:
+    for name, of_baseline in by_seed[baseline].items():
         task, metric = name.rsplit("/", 1)
-        for label, of_seeds in measured.items():
-            values = [seed_values[name] for seed_values in of_seeds]
-            score, gap = seed_interval(values), None
+        for label, of_model in by_seed.items():
+            score, gap = seed_interval(of_model[name]), None
             if label != baseline:
-                base = float(np.mean([seed_values[name] for seed_values in measured[baseline]]))
-                gap = difference(drawn[label][name], drawn[baseline][name], score.value - base)
-            lines.append(Line(label, task, metric, len(values), score, gap))
+                wider = widening(measured_fn[label][name], measured_fn[baseline][name])
+                value = score.value - float(np.mean(of_baseline))
+                gap = difference(drawn[label][name], drawn[baseline][name], value, wider)
+            lines.append(Line(label, task, metric, len(of_model[name]), score, gap))
     rates: dict[str, float | None] = {}
     for label in costs:
         known = [r.samples_per_s for r in results if r.label == label and r.samples_per_s]
         rates[label] = float(np.median(known)) if known else None
     return Comparison(data, baseline, rows, len(tests), draws, bool(groups), tuple(lines), costs, rates)
-
-
-def _label_and_seed(result: Result) -> tuple[str, int]:
-    return result.label, result.seed
-
-
-def _over_folds(parts: list[tuple[slice, Statistic]]) -> Statistic:
-    return lambda weights: sum(statistic(weights[place]) for place, statistic in parts) / len(parts)
 
 
 def _statistics(heads: Heads, scores: Array, test: FoldRows) -> Any:
@@ -186,7 +182,7 @@ def _statistics(heads: Heads, scores: Array, test: FoldRows) -> Any:
         low = high
 
 
-def _on_rows(rows: Array, statistic: Statistic) -> Statistic:
+def _on_rows(rows: Array | slice, statistic: Statistic) -> Statistic:
     return lambda weights: statistic(weights[rows])
 
 
@@ -270,7 +266,7 @@ def page(comparison: Comparison, figures: Mapping[str, "Figure"]) -> str:
     body = [
         f"<p>{comparison.rows:,} test rows{folds}. Means over seeds with Student's 95 % interval; differences to "
         f"{html.escape(comparison.baseline)} on the same rows with the 95 % interval of {comparison.draws:,} bootstrap draws "
-        f"of {unit} and of seeds. <i>level</i>: the interval holds 0.</p>",
+        f"of {unit} and of seeds, these as wide as Student's. <i>level</i>: the interval holds 0.</p>",
         web_table(*table(comparison)),
         "<h2>Cost</h2>",
         web_table(*cost_table(comparison)),
