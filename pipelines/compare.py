@@ -59,8 +59,9 @@ class CompareConfig:
     `models` are names of `model=`, `trees` or `logistic`, each perhaps with settings of its own: `home+self_gates=false`.
     Each is trained with `seeds` seeds, `parallel` at a time. `budget` makes the networks' experts so wide that all have as many
     dense `params` or as many `flops` a sample as `baseline` (None: the first of the models), to which they are compared by
-    `draws` bootstrap draws. With `trials`, each is tuned first (`recsys-moe tune`), all with that many trials. With `folds`,
-    all is done for each fold of the data (see `data.split`), tuning included, and figures are means over them.
+    `draws` bootstrap draws. With `trials`, each is tuned first (`recsys-moe tune`), all with that many trials; the embeddings'
+    width is searched without a `budget` only. With `folds`, all is done for each fold of the data (see `data.split`), tuning
+    included, and figures are means over them.
     """
 
     models: Annotated[tuple[str, ...], Field(min_length=1)] = ("shared_bottom", "mmoe", "ple", "home")
@@ -165,8 +166,7 @@ def compare(
             return cost_of(config, data[0].transform, heads[0].widths)
 
         fitted = job.models | to_budget(networks, job.compare.budget, job.baseline, cost)
-        costs = {label: cost(config) if label in networks else None for label, config in fitted.items()}
-        settings = [_settings(replace(fold, models=fitted), on_message, on_progress) for fold in folds]
+        settings = [tuned(replace(fold, models=fitted), on_message, on_progress) for fold in folds]
         folder = runs_dir / "compare" / f"{job.data.name}-{_digest(settings, data)}"
         with _parent_run(job, folder, data[0]) as run:
             cells = _cells(job, settings, data, folder, run)
@@ -176,7 +176,7 @@ def compare(
                 heads,
                 [FoldRows.of(d) for d in data],
                 [_result(cell) for cell in cells],
-                costs,
+                mean_costs(settings, cost),
                 job.baseline,
                 job.compare.draws,
                 on_draw=partial(on_progress, "bootstrap"),
@@ -215,17 +215,30 @@ Settings = dict[str, tuple[Any, TrainConfig]]
 """How each model is configured and trained, by its label."""
 
 
-def _settings(job: CompareJob, on_message: Callable[[str], None], on_progress: Progress) -> Settings:
-    """The models and their training as they are given, or tuned if that is asked for."""
+def tuned(job: CompareJob, on_message: Callable[[str], None], on_progress: Progress) -> Settings:
+    """The models and their training as they are given, or tuned if that is asked for; what a budget has made equally large
+    stays so."""
     settings: Settings = {label: (config, job.train) for label, config in job.models.items()}
     for label, config in job.models.items() if job.compare.trials else ():
         search = TuneConfig(job.compare.trials, parallel=job.compare.parallel)
-        space = parse_space(default_space(config.name))
+        sizes = ("model.embedding_dim",) if job.compare.budget != "none" else ()
+        space = {key: values for key, values in parse_space(default_space(config.name)).items() if key not in sizes}
         told = TuneJob(config, job.data, job.train, space, search, job.tracking, RayConfig(), job.runs_dir)
         found = tune(told, partial(_under, on_progress, label))
         settings[label] = with_settings(config, job.train, found["best"])
         on_message(f"tune {label}: mean validation quality {found['quality']:.4f} with {json.dumps(found['best'])}")
     return settings
+
+
+def mean_costs(settings: Sequence[Settings], cost: Callable[[Any], Cost]) -> dict[str, Cost | None]:
+    """What each network costs as it is trained, the mean over the folds, in which it may have been tuned to other sizes."""
+    costs: dict[str, Cost | None] = {}
+    for label, (config, _) in settings[0].items():
+        costs[label] = None
+        if config.name not in BASELINES:
+            found = [cost(of_fold[label][0]) for of_fold in settings]
+            costs[label] = Cost(*(round(sum(x) / len(found)) for x in zip(*((c.params, c.flops) for c in found), strict=True)))
+    return costs
 
 
 def _under(on_progress: Progress, label: str, phase: str, done: int, total: int) -> None:

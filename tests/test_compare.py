@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 from recsys_moe.config import compose
+from recsys_moe.costs import Budget, Cost
 from recsys_moe.errors import UserError
 from recsys_moe.models.home import HoMEConfig
 from recsys_moe.pipelines.cluster import local_ray
-from recsys_moe.pipelines.compare import CompareConfig, CompareJob, compare, model_of
+from recsys_moe.pipelines.compare import CompareConfig, CompareJob, compare, mean_costs, model_of, tuned
 from recsys_moe.pipelines.tracking import TrackingConfig, open_client, resolve_model
+from recsys_moe.pipelines.tune import TuneJob, default_space
 from recsys_moe.predictor import Predictor
 from recsys_moe.typed import dump, parse
 from tests.conftest import CLICKS_SCHEMA
@@ -66,6 +68,28 @@ def test_mistakes_are_told_before_anything_is_done(tmp_path: Path, clicks: Calla
     with pytest.raises(UserError, match="'draws' is -1"):
         parse(CompareConfig, {"draws": -1}, "compare")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("budget", ["none", "params"])
+def test_what_is_tuned_costs_what_it_was_tuned_to(
+    budget: Budget, tmp_path: Path, clicks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = job(tmp_path, clicks, "mmoe,trees", trials=1, budget=budget)
+    searched: dict[str, Any] = {}
+
+    def found(told: TuneJob, on_progress: Any) -> dict[str, Any]:
+        searched[told.model.name] = set(told.space)
+        return {"best": {key: 16 for key in told.space if key == "model.embedding_dim"}, "quality": 0.5}
+
+    monkeypatch.setattr("recsys_moe.pipelines.compare.tune", found)
+    settings = tuned(asked, lambda message: None, lambda phase, done, total: None)
+    # A width of the embeddings is the experts' input too: models that were made equally large would not stay so.
+    assert ("model.embedding_dim" in searched["mmoe"]) == (budget == "none")
+    assert {"train.lr", "model.dropout"} < searched["mmoe"]
+    assert searched["trees"] == set(default_space("trees"))
+    untuned = {label: (config, asked.train) for label, config in asked.models.items()}
+    costs = mean_costs([settings, untuned], lambda config: Cost(config.embedding_dim, 2 * config.embedding_dim))
+    assert costs == {"mmoe": Cost(12, 24) if budget == "none" else Cost(8, 16), "trees": None}
 
 
 def test_a_grid_that_was_cut_off_goes_on(tmp_path: Path, clicks: Callable[..., Any]) -> None:
