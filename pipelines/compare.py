@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recsys_moe.baselines import BASELINES, Baseline, BaselineConfig, Part
 from recsys_moe.bundle import Bundle
@@ -72,6 +72,13 @@ class CompareConfig:
     parallel: Annotated[int, Field(ge=1)] = 1
     trials: Annotated[int, Field(ge=0)] = 0
     folds: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _check_models(self) -> Self:
+        for label in self.models:
+            if self.models.count(label) > 1:
+                raise ValueError(f"models names {label!r} twice; name it once, or tell them apart by settings behind a +")
+        return self
 
 
 @typed

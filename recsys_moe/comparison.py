@@ -29,7 +29,6 @@ from recsys_moe.intervals import (
     mean_of,
     r2_of,
     seed_interval,
-    widening,
 )
 from recsys_moe.shards import PreparedData
 from recsys_moe.webpage import web_image, web_page, web_table
@@ -84,9 +83,11 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """ahead, behind or level, as the interval of the difference allows."""
+        """ahead, behind or level, as the interval of the difference allows; unknown without one."""
         if self.gap is None:
             return "baseline"
+        if math.isnan(self.gap.low):
+            return "unknown"
         if not self.gap.clear:
             return "level"
         return "ahead" if (self.gap.low > 0) != (self.metric in LOWER_IS_BETTER) else "behind"
@@ -135,33 +136,30 @@ def compare_results(
     the folds. Rows are drawn from those of all folds, a group with all its rows."""
     edges = np.cumsum([0, *(test.labels.shape[1] for test in tests)])
     places = [slice(low, high) for low, high in itertools.pairwise(edges)]
-    # [label][fold][seed][name]
-    statistics: dict[str, list[list[dict[str, Statistic]]]] = {label: [[] for _ in tests] for label in costs}
+    # By label, fold and seed; then by label and seed, over the folds.
+    by_fold: dict[str, list[list[dict[str, Statistic]]]] = {label: [[] for _ in tests] for label in costs}
     for r in sorted(results, key=lambda r: r.seed):
         of_fold = _statistics(heads[r.fold], r.scores, tests[r.fold])
-        statistics[r.label][r.fold].append({name: _on_rows(places[r.fold], s) for name, s in of_fold})
+        by_fold[r.label][r.fold].append({name: _on_rows(places[r.fold], s) for name, s in of_fold})
+    statistics = {label: [_over_folds(of_seed) for of_seed in zip(*folds, strict=True)] for label, folds in by_fold.items()}
     rows = int(edges[-1])
     groups = [test.groups for test in tests if test.groups is not None]
     units = np.unique(np.concatenate(groups), return_inverse=True)[1] if groups else None
     ones = np.ones(rows)
     measured_fn = {
-        label: {name: np.array([[s[name](ones) for s in of_seeds] for of_seeds in folds]) for name in folds[0][0]}
-        for label, folds in statistics.items()
+        label: _with_means({n: np.array([[s[n](ones) for s in of_seeds] for of_seeds in folds]) for n in folds[0][0]})
+        for label, folds in by_fold.items()
     }
-    by_seed = {label: _with_means({name: v.mean(0) for name, v in values.items()}) for label, values in measured_fn.items()}
-    measured_fn = {label: _with_means(values) for label, values in measured_fn.items()}
     drawn = bootstrap(statistics, units, rows, draws, seed, lambda done: on_draw(done, draws))
     drawn = {label: _with_means(values) for label, values in drawn.items()}
     lines = []
-    for name, of_baseline in by_seed[baseline].items():
+    for name, of_baseline in measured_fn[baseline].items():
         task, metric = name.rsplit("/", 1)
-        for label, of_model in by_seed.items():
-            score, gap = seed_interval(of_model[name]), None
+        for label, of_labels in measured_fn.items():
+            found_fn, gap = of_labels[name], None
             if label != baseline:
-                wider = widening(measured_fn[label][name], measured_fn[baseline][name])
-                value = score.value - float(np.mean(of_baseline))
-                gap = difference(drawn[label][name], drawn[baseline][name], value, wider)
-            lines.append(Line(label, task, metric, len(of_model[name]), score, gap))
+                gap = difference(drawn[label][name], drawn[baseline][name], found_fn, of_baseline)
+            lines.append(Line(label, task, metric, found_fn.shape[1], seed_interval(found_fn.mean(0)), gap))
     rates: dict[str, float | None] = {}
     for label in costs:
         known = [r.samples_per_s for r in results if r.label == label and r.samples_per_s]
@@ -180,6 +178,13 @@ def _statistics(heads: Heads, scores: Array, test: FoldRows) -> Any:
         for metric, statistic in of_task.items():
             yield f"{task}/{metric}", _on_rows(seen, statistic)
         low = high
+
+
+def _over_folds(of_folds: Sequence[Mapping[str, Statistic]]) -> dict[str, Statistic]:
+    def mean(statistics: Sequence[Statistic]) -> Statistic:
+        return lambda weights: sum(statistic(weights) for statistic in statistics) / len(statistics)
+
+    return {name: mean([fold[name] for fold in of_folds]) for name in of_folds[0]}
 
 
 def _on_rows(rows: Array | slice, statistic: Statistic) -> Statistic:
@@ -231,12 +236,16 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         for first, line in enumerate(lines):
             half = (line.score.high - line.score.low) / 2
             score = number(line.score.value) + ("" if math.isnan(half) else f" ± {half:.4f}")
-            gap = "" if line.gap is None else f"{line.gap.value:+.4f}"
-            interval = "" if line.gap is None else f"{line.gap.low:+.4f} … {line.gap.high:+.4f}"
+            gap = "" if line.gap is None else _signed(line.gap.value)
+            interval = "" if line.gap is None else f"{_signed(line.gap.low)} … {_signed(line.gap.high)}"
             rows.append(
                 [task if not first else "", metric if not first else "", line.model, score, gap, interval, line.verdict]
             )
     return header, rows
+
+
+def _signed(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.4f}"
 
 
 def cost_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -266,7 +275,7 @@ def page(comparison: Comparison, figures: Mapping[str, "Figure"]) -> str:
     body = [
         f"<p>{comparison.rows:,} test rows{folds}. Means over seeds with Student's 95 % interval; differences to "
         f"{html.escape(comparison.baseline)} on the same rows with the 95 % interval of {comparison.draws:,} bootstrap draws "
-        f"of {unit} and of seeds, these as wide as Student's. <i>level</i>: the interval holds 0.</p>",
+        f"of {unit} and of seeds (these as wide as Student's interval). <i>level</i>: the interval holds 0.</p>",
         web_table(*table(comparison)),
         "<h2>Cost</h2>",
         web_table(*cost_table(comparison)),

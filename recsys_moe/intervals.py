@@ -152,45 +152,50 @@ def concordance_of(scores: Floats, levels: npt.NDArray[np.int64]) -> Statistic:
 
 
 def bootstrap(
-    statistics: Mapping[str, Sequence[Sequence[Mapping[str, Statistic]]]],
+    statistics: Mapping[str, Sequence[Mapping[str, Statistic]]],
     units: npt.NDArray[np.int64] | None,
     rows: int,
     draws: int,
     seed: int = 0,
     on_draw: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
-    """Each model's figures on drawn rows, by model and name, `[2, draws]`: the mean over folds and seeds, and what is to be
-    added to it where seeds are drawn as well, in each fold anew. All models are measured on the same rows in a draw.
-
-    The mean of n drawn seeds varies by (n − 1)/n of the variance that the mean of n has; that is made good.
+    """Each model's figures on drawn rows, the mean over its seeds: `[draws]` by model and figure. All models are measured on
+    the same rows in a draw.
 
     Args:
-        statistics: for each model, for each fold, for each of its n seeds, statistics by name, all over the same `rows` rows.
+        statistics: for each model, for each of its seeds, statistics by name, all over the same `rows` rows.
         units: for each row the number (0, 1, …) of the group that is drawn as one; None: rows are drawn one by one.
     """
     random = np.random.default_rng(seed)
     number = rows if units is None else int(units.max(initial=-1)) + 1
-    out = {model: {name: np.full((2, draws), math.nan) for name in folds[0][0]} for model, folds in statistics.items()}
+    out = {model: {name: np.full(draws, math.nan) for name in of_seeds[0]} for model, of_seeds in statistics.items()}
     for draw in range(draws):
         counts = np.bincount(random.integers(number, size=number), minlength=number).astype(np.float64)
         weights = counts if units is None else counts[units]
-        for model, folds in statistics.items():
-            n = len(folds[0])
-            times_fn = random.multinomial(n, np.full(n, 1 / n), size=len(folds))
-            extra_fn = (times_fn - 1) * math.sqrt(n / max(n - 1, 1))
+        for model, of_seeds in statistics.items():
             for name, values in out[model].items():
-                found_fn = np.array([[of_seed[name](weights) for of_seed in of_seeds] for of_seeds in folds])
-                values[:, draw] = found_fn.mean(), (extra_fn * found_fn).mean()
+                values[draw] = sum(of_seed[name](weights) for of_seed in of_seeds) / len(of_seeds)
         on_draw(draw + 1)
     return out
+
+
+def drawn_seeds(figures_fn: Floats, draws: int, random: np.random.Generator) -> npt.NDArray[np.float64]:
+    """What other seeds would add to the mean of n seeds' figures in F folds, `[draws]`: n of them are drawn in each fold.
+
+    The mean of n drawn of n varies by (n − 1)/n of the variance that the mean of n has; that is made good.
+    """
+    folds, n = figures_fn.shape
+    times_dfn = random.multinomial(n, np.full(n, 1 / n), size=(draws, folds))
+    deviations: npt.NDArray[np.float64] = ((times_dfn - 1) * figures_fn).mean((1, 2)) * math.sqrt(n / max(n - 1, 1))
+    return deviations
 
 
 def widening(model_fn: Floats, baseline_fn: Floats, level: float = 0.95) -> float:
     """How much wider Student's interval of the difference of two models' means is than the normal one, with Welch's degrees of
     freedom: a model's variance is pooled from its n seeds in each of F folds, `[F, n]`, and has F·(n − 1) of them.
 
-    >>> round(widening(np.array([[0.5, 0.7, 0.6]]), np.array([[0.5, 0.7, 0.6]])), 3) == round(2.776 / 1.960, 3)
-    True
+    >>> round(widening(np.array([[0.5, 0.7, 0.6]]), np.array([[0.5, 0.7, 0.6]])), 2)  # 2.776 (4 degrees of freedom) / 1.960
+    1.42
     """
     spread = [(f.var(1, ddof=1).mean() / f.shape[1], f.size - len(f)) for f in (model_fn, baseline_fn) if f.shape[1] > 1]
     whole = sum(v for v, _ in spread)
@@ -203,14 +208,20 @@ def widening(model_fn: Floats, baseline_fn: Floats, level: float = 0.95) -> floa
 def difference(
     model: npt.NDArray[np.float64],
     baseline: npt.NDArray[np.float64],
-    measured: float,
-    wider: float = 1.0,
+    model_fn: Floats,
+    baseline_fn: Floats,
     level: float = 0.95,
 ) -> Interval:
-    """The measured difference with the percentile interval of its draws `[2, draws]`; what drawn seeds add to the rows' is made
-    `wider`."""
-    of_rows, of_seeds = model - baseline
-    gaps = of_rows + wider * of_seeds
+    """The difference of two models' means with the percentile interval of drawn rows and seeds.
+
+    Args:
+        model, baseline: their figures on drawn rows, `[draws]`, as `bootstrap` has them.
+        model_fn, baseline_fn: their figures on all rows, in F folds of n seeds each.
+    """
+    random = np.random.default_rng(0)
+    of_seeds = [drawn_seeds(figures_fn, len(model), random) for figures_fn in (model_fn, baseline_fn)]
+    gaps = model - baseline + widening(model_fn, baseline_fn, level) * (of_seeds[0] - of_seeds[1])
+    measured = float(model_fn.mean() - baseline_fn.mean())
     gaps = gaps[np.isfinite(gaps)]
     if not len(gaps):
         return Interval(measured, math.nan, math.nan)

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from recsys_moe.health import Bools, Floats, Health, PlanHealth
 
@@ -214,6 +214,7 @@ def draw_reliability(curves: Sequence["TaskCurve"]) -> Figure:
         axis.errorbar(score, label, [label - low, high - label], fmt="o-", color=BLUE, ecolor=SKY, markersize=4, linewidth=1)
         observed = "share of positive rows" if curve.two_classes else "mean label"
         axis.set(xlabel="mean score", ylabel=observed)
+        axis.xaxis.set_major_locator(MaxNLocator(4))  # rare events' scores are long numbers
         rows = sum(p.rows for p in points)
         axis.text(0.03, 0.97, f"{rows:,} rows", transform=axis.transAxes, va="top", fontsize=8)
     return figure
@@ -237,6 +238,7 @@ def draw_scores(curves: Sequence["TaskCurve"]) -> Figure:
             axis.stairs(100 * spectrum.histogram(edges), edges, color=colour, fill=True, alpha=0.35)
             axis.stairs(100 * spectrum.histogram(edges), edges, color=colour, linewidth=1.4, label=name)
         axis.set(xlabel="score" if curve.two_classes else "score or label", ylabel="% of these rows")
+        axis.xaxis.set_major_locator(MaxNLocator(4))  # rare events' scores are long numbers
         axis.legend(frameon=False, fontsize=8)
     return figure
 

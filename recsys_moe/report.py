@@ -249,6 +249,9 @@ def inspect(
     """Look at a bundle's model on raw rows that have the label columns; `rows` of them make the sample.
 
     `model` and `data` are what they are called in the report.
+
+    Raises:
+        UserError: no row observes any task.
     """
     bundle = predictor.bundle
     heads, schema = bundle.heads, bundle.schema
@@ -264,6 +267,8 @@ def inspect(
         done += table.num_rows
         progress("score", done, None)
     progress("score", done, done)
+    if not any(curve.scores.counts.any() for curve in curves):
+        raise UserError(f"no row of {data!r} has a label that counts for a task; inspect rows with labels")
     chosen = sample.table()
     labels, weights = task_labels(chosen, schema)
     measured = heads.metrics([(predictor.score(chosen), labels, weights, group_ids(chosen, schema))])

@@ -67,6 +67,8 @@ def test_mistakes_are_told_before_anything_is_done(tmp_path: Path, clicks: Calla
         compare(job(tmp_path, clicks, "trees,mmoe", budget="params"))
     with pytest.raises(UserError, match="'draws' is -1"):
         parse(CompareConfig, {"draws": -1}, "compare")
+    with pytest.raises(UserError, match="models names 'mmoe' twice"):
+        parse(CompareConfig, {"models": ["mmoe", "home", "mmoe"]}, "compare")
     assert not (tmp_path / "runs").exists()
 
 

@@ -114,6 +114,22 @@ def test_what_people_are_shown(compared: Comparison) -> None:
     json.dumps(plain(compared.to_json()), allow_nan=False)
 
 
+def test_what_is_not_defined_is_neither_level_nor_a_number(heads: Heads) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(2, size=(5, 80)).astype(np.float32)
+    labels[0] = 0  # nobody clicks: there is no AUC
+    scores = [random.random((6, 80)).astype(np.float32) for _ in range(2)]
+    costs: dict[str, Cost | None] = {"a": None, "b": None}
+    results = [Result(label, 0, s) for label, s in zip(costs, scores, strict=True)]
+    found = compare_results("d", [heads], [FoldRows(labels, np.ones_like(labels))], results, costs, "a", draws=20)
+    of_click = found.of("b", "click", "auc")
+    assert of_click is not None
+    assert of_click.verdict == "unknown"
+    assert table(found)[1][1][3:] == ["–", "–", "– … –", "unknown"]
+    undrawn = compare_results("d", [heads], [FoldRows(labels, np.ones_like(labels))], results, costs, "a", draws=0)
+    assert {line.verdict for line in undrawn.lines} == {"baseline", "unknown"}
+
+
 def test_a_draws_rows_are_the_same_for_all_tasks(compared: Comparison) -> None:
     """The mean's interval is of the tasks' values in one draw: no wider than theirs."""
     mean = compared.of("<b>bad</b>", "mean", "auc")

@@ -1,5 +1,6 @@
 """`recsys-moe inspect`: what is counted and measured, against naive mathematics, and the page that shows it."""
 
+import itertools
 import json
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from recsys_moe.heads import BinaryHead, MulticlassHead, OrdinalHead, Regression
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.models.ple import PLEConfig
 from recsys_moe.models.shared_bottom import SharedBottomConfig
+from recsys_moe.pictures import draw_reliability, draw_scores, drawing, render
 from recsys_moe.predictor import Predictor
 from recsys_moe.report import Sample, Spectrum, TaskCurve, inspect, page_of, permutation_importance, write_report
 from recsys_moe.schema import Schema
@@ -129,6 +131,21 @@ def test_a_reliability_curve_is_a_loops(kind: str) -> None:
         curve.add(scores[:, piece], labels[piece])
     points = [(p.rows, p.score, p.label, p.low, p.high) for p in curve.points(10)]
     np.testing.assert_allclose(points, naive_points(x.astype(float), y, 10), rtol=1e-3, atol=1e-3)
+
+
+def test_small_scores_are_written_apart() -> None:
+    curve = TaskCurve("follow", BinaryHead())
+    random = np.random.default_rng(0)
+    scores = random.uniform(0.0055, 0.0069, 2000)
+    curve.add(scores[None].astype(np.float32), (random.random(2000) < 0.01).astype(float))
+    with drawing():
+        for figure in (draw_scores([curve] * 3), draw_reliability([curve] * 3)):
+            render(figure)
+            for axis in figure.axes:
+                low, high = axis.get_xlim()
+                boxes = [x.get_window_extent() for x in axis.get_xticklabels() if low <= x.get_position()[0] <= high]
+                assert len(boxes) > 1
+                assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_a_curve_of_no_rows_has_no_points() -> None:
@@ -338,6 +355,7 @@ MISTAKES = {
     "no file": (["nowhere.parquet"], "does not exist"),
     "no labels": (["no_labels.parquet"], "click"),
     "no rows": (["empty.parquet"], "empty.parquet"),
+    "no label in any row": (["unlabelled.parquet"], "no row of 'unlabelled.parquet' has a label that counts for a task"),
     "no folder": (["rows.parquet", "--output", "no/page.html"], "--output 'no/page.html' lies in no folder"),
     "a bad label": (["bad.parquet"], "gives 6; a binary label is 0 or 1"),
 }
@@ -352,6 +370,8 @@ def test_a_mistake_is_one_sentence(
     pq.write_table(rows, "rows.parquet")
     pq.write_table(rows.drop_columns(["click"]), "no_labels.parquet")
     pq.write_table(rows.slice(0, 0), "empty.parquet")
+    nulls = pa.nulls(len(rows), rows["click"].type)
+    pq.write_table(rows.set_column(rows.column_names.index("click"), "click", nulls), "unlabelled.parquet")
     bundle = clicks_bundle
     if name == "a bad label":
         # The schema's label is a comparison, which is always 0 or 1: this one is not.

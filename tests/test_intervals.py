@@ -15,6 +15,7 @@ from recsys_moe.intervals import (
     bootstrap,
     concordance_of,
     difference,
+    drawn_seeds,
     gauc_of,
     mean_of,
     r2_of,
@@ -62,43 +63,39 @@ def test_bootstrap_of_a_mean_has_its_standard_error_and_pairs_rows() -> None:
     random = np.random.default_rng(0)
     hard = random.normal(size=500)  # what makes a row hard for both models
     statistics = {
-        "a": [[{"m": mean_of(hard)}]],
-        "b": [[{"m": mean_of(hard + 0.1 + 0.01 * random.normal(size=500))}]],
+        "a": [{"m": mean_of(hard)}],
+        "b": [{"m": mean_of(hard + 0.1 + 0.01 * random.normal(size=500))}],
     }
     drawn = bootstrap(statistics, None, 500, 400)
-    assert np.std(drawn["a"]["m"][0]) == pytest.approx(hard.std() / math.sqrt(500), rel=0.15)
-    assert not drawn["a"]["m"][1].any()  # of one seed nothing is known
-    gap = difference(drawn["b"]["m"], drawn["a"]["m"], 0.1)
+    assert np.std(drawn["a"]["m"]) == pytest.approx(hard.std() / math.sqrt(500), rel=0.15)
+    gap = difference(drawn["b"]["m"], drawn["a"]["m"], np.array([[0.1]]), np.zeros((1, 1)))
     assert gap.clear
-    assert gap.high - gap.low < 0.004 < 0.1 * np.std(drawn["a"]["m"][0]) * 4
+    assert gap.high - gap.low < 0.004 < 0.1 * np.std(drawn["a"]["m"]) * 4
 
 
 def test_seeds_that_differ_widen_the_interval() -> None:
     values = np.random.default_rng(0).normal(size=200)
-    near = [{"m": mean_of(values + shift)} for shift in (0.0, 0.0, 0.0)]
-    far = [{"m": mean_of(values + shift)} for shift in (-1.0, 0.0, 1.0)]
-    drawn = bootstrap({"near": [near], "far": [far], "one": [near[:1]]}, None, 200, 1000)
-    assert np.std(drawn["far"]["m"][1]) == pytest.approx(1 / math.sqrt(3), rel=0.1)  # the mean's standard error
-    assert np.abs(drawn["near"]["m"][1]).max() < 1e-12
+    near, far = ([{"m": mean_of(values + shift)} for shift in shifts] for shifts in ((0.0, 0.0, 0.0), (-1.0, 0.0, 1.0)))
+    drawn = bootstrap({"near": near, "far": far, "one": near[:1]}, None, 200, 300)
     for model in ("near", "far"):
-        assert drawn[model]["m"][0] == pytest.approx(drawn["one"]["m"][0])  # the rows are the same for all
+        assert drawn[model]["m"] == pytest.approx(drawn["one"]["m"])  # the rows are the same for all
+    random = np.random.default_rng(0)
+    assert np.std(drawn_seeds(np.array([[-1.0, 0.0, 1.0]]), 3000, random)) == pytest.approx(1 / math.sqrt(3), rel=0.1)
+    assert np.std(drawn_seeds(np.array([[1.0, 2.0], [1.0, 2.0]]), 3000, random)) == pytest.approx(1 / math.sqrt(8), rel=0.1)
+    for of_one in (np.array([[0.7]]), np.array([[0.7, 0.7]])):
+        assert np.abs(drawn_seeds(of_one, 300, random)).max() < 1e-12
 
 
 @pytest.mark.parametrize(("folds", "seeds", "of_rows"), [(1, 2, 0.0), (1, 3, 2.0), (5, 2, 0.0)])
 def test_an_interval_of_few_seeds_holds_the_truth_as_often_as_it_says(folds: int, seeds: int, of_rows: float) -> None:
     """Two models that are equally good, whose seeds differ by 1 and whose rows' differences by `of_rows`."""
-    hits, trials = 0, 150
+    hits, trials = 0, 200
     for trial in range(trials):
         random = np.random.default_rng(trial)
         rows = of_rows * random.normal(size=20)
         a, b = random.normal(size=(2, folds, seeds))
-        models = {
-            "a": [[{"m": mean_of(np.full(20, value))} for value in fold] for fold in a],
-            "b": [[{"m": mean_of(rows + value)} for value in fold] for fold in b],
-        }
-        drawn = bootstrap(models, None, 20, 100, trial)
-        gap = b.mean() + rows.mean() - a.mean()
-        hits += not difference(drawn["b"]["m"], drawn["a"]["m"], gap, widening(b, a)).clear
+        drawn = bootstrap({"a": [{"m": mean_of(np.zeros(20))}], "b": [{"m": mean_of(rows)}]}, None, 20, 200, trial)
+        hits += not difference(b.mean() + drawn["b"]["m"], a.mean() + drawn["a"]["m"], b + rows.mean(), a).clear
     assert 0.9 <= hits / trials <= 0.99  # plain draws of seeds, of all folds at once: 0.69, 0.80, 0.59
 
 
@@ -112,15 +109,15 @@ def test_seeds_that_agree_or_stand_alone_widen_nothing() -> None:
 def test_groups_are_drawn_whole() -> None:
     values = np.repeat(np.random.default_rng(0).normal(size=40), 25)  # a user's rows are alike: 40 facts, not 1,000
     units = np.repeat(np.arange(40), 25)
-    by_group = bootstrap({"a": [[{"m": mean_of(values)}]]}, units, 1000, 300)["a"]["m"][0]
-    by_row = bootstrap({"a": [[{"m": mean_of(values)}]]}, None, 1000, 300)["a"]["m"][0]
+    by_group = bootstrap({"a": [{"m": mean_of(values)}]}, units, 1000, 300)["a"]["m"]
+    by_row = bootstrap({"a": [{"m": mean_of(values)}]}, None, 1000, 300)["a"]["m"]
     assert np.std(by_group) == pytest.approx(values.std() / math.sqrt(40), rel=0.15)
     assert np.std(by_row) < np.std(by_group) / 3
 
 
 def test_no_draws_no_interval() -> None:
-    gap = difference(np.empty((2, 0)), np.empty((2, 0)), 0.2)
-    assert gap.value == 0.2
+    gap = difference(np.empty(0), np.empty(0), np.array([[0.2, 0.4]]), np.array([[0.1]]))
+    assert gap.value == pytest.approx(0.2)
     assert math.isnan(gap.low)
     assert not gap.clear
     assert not Interval(0.1, -0.1, 0.3).clear
