@@ -13,6 +13,7 @@ The same command goes on with the trials that are missing, and Optuna is told of
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -335,7 +336,11 @@ def _fit(model: Any, train: TrainConfig, data: PreparedData, report: Callable[[i
     if model.name in BASELINES:
         baseline, part = Baseline(model, data, train.seed), Part(data, "validation")
         measured = baseline.heads.metrics([(baseline.scores(part), part.labels, part.weights, part.groups)])
-        report(1, mean_quality(measured), {task: plain(asdict(m)) for task, m in measured.items()})
+        if math.isnan(mean := mean_quality(measured)):
+            raise UserError(
+                "no task has both classes, or labels that differ, in the validation part; make data.split.validation larger"
+            )
+        report(1, mean, {task: plain(asdict(m)) for task, m in measured.items()})
         return
 
     def on_event(event: dict[str, Any]) -> None:

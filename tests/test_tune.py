@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 
 from recsys_moe.baselines import TreesConfig
@@ -15,7 +16,7 @@ from recsys_moe.errors import UserError
 from recsys_moe.models.mmoe import MMoEConfig
 from recsys_moe.pipelines.cluster import local_ray
 from recsys_moe.pipelines.tracking import open_client
-from recsys_moe.pipelines.tune import TuneConfig, TuneJob, _first, default_space, parse_space, tune, with_settings
+from recsys_moe.pipelines.tune import TuneConfig, TuneJob, _first, _fit, default_space, parse_space, tune, with_settings
 from recsys_moe.trainer import TrainConfig
 from tests.test_compare import job as compare_job
 
@@ -51,6 +52,16 @@ def test_settings_are_laid_over_model_and_training() -> None:
     assert with_settings(TreesConfig(), TrainConfig(), {"model.leaves": 5})[0].leaves == 5
     with pytest.raises(UserError, match=r"'model\.lr' can't be searched"):
         with_settings(MMoEConfig(), TrainConfig(), {"model.lr": 1})
+
+
+def test_a_baseline_without_a_quality_says_why(
+    tmp_path: Path, write_prepared: Any, clicks: Callable[..., Any], clicks_schema: Any
+) -> None:
+    rows = clicks(200, 2)
+    nobody_clicks = rows.filter(pc.equal(rows["click"], 0))
+    data = write_prepared(tmp_path / "data", clicks_schema, {"train": [clicks(200, 1)], "validation": [nobody_clicks]})
+    with pytest.raises(UserError, match=r"no task has both classes, .* make data.split.validation larger"):
+        _fit(TreesConfig(iterations=2), TrainConfig(), data, lambda epoch, quality, metrics: None)
 
 
 @pytest.mark.long
