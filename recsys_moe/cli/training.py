@@ -87,7 +87,7 @@ def _job(config: dict[str, Any]) -> Any:
 
     recsys-moe compare data=census_full models=shared_bottom,mmoe,ple,home seeds=5
 
-    recsys-moe compare data=census_full models=mmoe,home,home+self_gates=false,trees,logistic budget=params baseline=mmoe"""
+    recsys-moe compare data=census_full models=mmoe,home,home+self_gates=false,trees,logistic budget=params baseline=home"""
 )
 def compare(overrides: Overrides = None, json: Json = False) -> None:
     """Train a grid of models and seeds, and say which is better, by how much and how surely.
