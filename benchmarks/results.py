@@ -193,6 +193,7 @@ EXPERIMENTS = {
             "train.batch_size=4096",
         ),
         ("data", "synth", "runs/feed_synth", "--rows", "2000000"),
+        further=True,
     ),
     "anomalies": Experiment(
         "Synthetic feed: HoME's three anomalies",
