@@ -282,7 +282,7 @@ def report(pictures: Path) -> str:
         "Made by `make results` from logged runs; every figure is of test rows, which have chosen nothing. A value is the mean "
         "over seeds (and folds) with Student's 95 % interval over seeds. ▲ and ▼: ahead of and behind the baseline, by a "
         "bootstrap over test rows (whole users where there are any) and seeds whose 95 % interval does not hold 0. "
-        "Training rates are of two trainings at a time, some with other work beside them: they compare models of a section, no more.",
+        "Training rates are of two trainings at a time, some beside other work: they compare a section's models, no more.",
     ]
     for name, experiment in EXPERIMENTS.items():
         file = pictures / f"{name}.json"
