@@ -752,60 +752,87 @@ Tensor expert_linear(const Tensor& x, const OptionalTensor& gate, const Tensor& 
 }
 
 // grad_w[m, n] = Σ_b z[b, m]·x[b, n] for the columns m of some segments of rows, each with its own x: the sums over the rows are
-// taken in blocks of kDepthRows, in order. x_row(segment, b, to) is row b as a pointer, copied to `to` where it has to be made.
-// Rows that lie a power of two apart fall into few of the cache's sets, so x is packed always.
-constexpr int64_t kDepthRows = 512, kPackWords = 32;
+// taken in parts of kDepthRows, which are added in order. x_row(segment, b, to) is row b as a pointer, copied to `to` where it has to
+// be made. Rows that lie a power of two apart fall into few of the cache's sets, so x is packed always.
+constexpr int64_t kDepthRows = 512, kPackWords = 32, kPartFloats = 1 << 18;
 
 struct Segment { int64_t begin, end, z_column; };  // rows of the sum; first column of z
 
 template <typename T, typename F>
 void grad_weight(const T* z, int64_t ldz, const std::vector<Segment>& segments, int64_t width, int64_t depth, float* grad, F&& x_row) {
   const int64_t count = segments.size(), each = panels(depth), threads = at::get_num_threads();
+  int64_t longest = 0;
+  for (const auto& s : segments) longest = std::max(longest, s.end - s.begin);
+  const int64_t rows = std::min(longest, kDepthRows), size = panel_words<T>(rows), row_words = whole_vecs(words<T>(rows));
+  const int64_t parts = (longest + kDepthRows - 1) / kDepthRows;
+  auto rows_of = [&](int64_t s, int64_t part) { return std::min(kDepthRows, segments[s].end - segments[s].begin - part * kDepthRows); };
+  // Words `begin` to `end` of a part's x.
+  auto pack = [&](int64_t s, int64_t part, int64_t begin, int64_t end, float* to) {
+    std::vector<T> copy(2 * depth);
+    const int64_t first = segments[s].begin + part * kDepthRows;
+    pack_columns<T>(begin, end, rows_of(s, part), depth, size, to,
+                    [&](int64_t r) { return x_row(s, first + r, copy.data() + r % 2 * depth); });
+  };
+  // A part's sums for some units, stored or added to what is there. `a` is room for units · row_words.
+  auto multiply_part = [&](int64_t s, int64_t part, int64_t unit, int64_t units, const float* x, float* a, float* out, bool add) {
+    const int64_t here = rows_of(s, part), stride = whole_vecs(words<T>(here)) * kPerWord<T>;
+    pack_transposed(z + (segments[s].begin + part * kDepthRows) * ldz + segments[s].z_column + unit, ldz, here, units, a);
+    for (int64_t p = 0; p < each; ++p) {
+      const int64_t columns = std::min(kPanel, depth - p * kPanel);
+      multiply(reinterpret_cast<const T*>(a), stride, units, x + p * size, words<T>(here), [&](int64_t m, const float* sums) {
+        float* g = out + m * depth + p * kPanel;
+        if (!add) return store_panel(sums, g, columns);
+        by_vecs(columns, [&](int64_t c, int64_t n) { store_first(load_first(g + c, n) + load_first(sums + c, n), g + c, n); });
+      });
+    }
+  };
+
+  // Small matrices: a thread takes whole parts and meets the others once, not twice a part; the parts' sums are added behind.
+  const int64_t numel = width * depth;
+  if (parts > 1 && count * parts >= threads && count * parts * numel <= kPartFloats) {
+    const Tensor sums = at::empty({count * parts * numel}, at::kFloat);
+    float* each_part = sums.data_ptr<float>();
+    at::parallel_for(0, count * parts, 1, [&](int64_t from, int64_t to) {
+      const auto x = std::make_unique_for_overwrite<float[]>(each * size), a = std::make_unique_for_overwrite<float[]>(width * row_words);
+      for (int64_t i = from; i < to; ++i) {
+        if (rows_of(i / parts, i % parts) <= 0) continue;
+        pack(i / parts, i % parts, 0, words<T>(rows_of(i / parts, i % parts)), x.get());
+        multiply_part(i / parts, i % parts, 0, width, x.get(), a.get(), each_part + i * numel, false);
+      }
+    });
+    for (int64_t s = 0; s < count; ++s) {
+      for (int64_t part = 0; part < parts && rows_of(s, part) > 0; ++part) {
+        const float* from = each_part + (s * parts + part) * numel;
+        float* to = grad + s * numel;
+#pragma omp simd
+        for (int64_t i = 0; i < numel; ++i) to[i] = part ? to[i] + from[i] : from[i];
+      }
+    }
+    return;
+  }
+
   // Blocks of whole tiles; where there are few, of about equal size and as many for each thread.
   int64_t blocks = (width + kBlockRows - 1) / kBlockRows, block = kBlockRows;
   if (count < 4 * threads) {
     blocks = (blocks + threads - 1) / threads * threads;
     block = (width + 4 * blocks - 1) / (4 * blocks) * 4;
   }
-  int64_t longest = 0;
-  for (const auto& s : segments) longest = std::max(longest, s.end - s.begin);
-  const int64_t rows = std::min(longest, kDepthRows), size = panel_words<T>(rows), row_words = whole_vecs(words<T>(rows));
   const int64_t chunks = (words<T>(rows) + kPackWords - 1) / kPackWords;
   const Tensor packed = at::empty({count * each * size}, at::kFloat);
-  float* pp = packed.data_ptr<float>();
-  for (int64_t k = 0; k < longest; k += kDepthRows) {
-    auto part = [&](const Segment& s) { return std::min(kDepthRows, s.end - s.begin - k); };
+  float* x = packed.data_ptr<float>();
+  for (int64_t part = 0; part < parts; ++part) {
     at::parallel_for(0, count * chunks, 1, [&](int64_t from, int64_t to) {
-      std::vector<T> copy(2 * depth);
       for (int64_t i = from; i < to; ++i) {
-        const Segment& s = segments[i / chunks];
-        const int64_t here = part(s), begin = i % chunks * kPackWords, end = std::min(words<T>(here), begin + kPackWords);
-        if (here <= 0) continue;
-        pack_columns<T>(begin, end, here, depth, size, pp + i / chunks * each * size, [&](int64_t r) {
-          return x_row(i / chunks, s.begin + k + r, copy.data() + r % 2 * depth);
-        });
+        const int64_t s = i / chunks, begin = i % chunks * kPackWords, all = words<T>(std::max<int64_t>(0, rows_of(s, part)));
+        if (begin < all) pack(s, part, begin, std::min(all, begin + kPackWords), x + s * each * size);
       }
     });
     at::parallel_for(0, count * blocks, 1, [&](int64_t from, int64_t to) {
       std::vector<float> a(block * row_words);
       for (int64_t i = from; i < to; ++i) {
-        const Segment& s = segments[i / blocks];
-        const int64_t m0 = i % blocks * block, units = std::min(block, width - m0), here = part(s);
-        if (here <= 0 || units <= 0) continue;
-        pack_transposed(z + (s.begin + k) * ldz + s.z_column + m0, ldz, here, units, a.data());
-        const int64_t stride = whole_vecs(words<T>(here)) * kPerWord<T>;
-        for (int64_t p = 0; p < each; ++p) {
-          float* out = grad + (i / blocks * width + m0) * depth + p * kPanel;
-          const int64_t columns = std::min(kPanel, depth - p * kPanel);
-          multiply(reinterpret_cast<const T*>(a.data()), stride, units, pp + (i / blocks * each + p) * size, words<T>(here),
-                   [&](int64_t m, const float* sums) {
-                     float* g = out + m * depth;
-                     if (!k) return store_panel(sums, g, columns);
-                     by_vecs(columns, [&](int64_t c, int64_t n) {
-                       store_first(load_first(g + c, n) + load_first(sums + c, n), g + c, n);
-                     });
-                   });
-        }
+        const int64_t s = i / blocks, unit = i % blocks * block, units = std::min(block, width - unit);
+        if (rows_of(s, part) <= 0 || units <= 0) continue;
+        multiply_part(s, part, unit, units, x + s * each * size, a.data(), grad + (s * width + unit) * depth, part > 0);
       }
     });
   }
@@ -1400,6 +1427,7 @@ std::string bf16_products() {
 
 }  // namespace
 
+#include "cpu_autograd.h"
 #include "cpu_step.h"
 
 TORCH_LIBRARY(recsys_moe, m) {

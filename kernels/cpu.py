@@ -27,8 +27,8 @@ log = logging.getLogger("recsys_moe.kernels")
 SOURCE = Path(__file__).with_name("cpu.cpp")
 HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "swiglu": 4, "double_sigmoid": 5}
-# Activations whose slope their output tells, and what the backward is then told.
-FROM_OUTPUT = {0: 0, 1: 1, 5: 6}
+# Activations whose slope their output tells.
+FROM_OUTPUT = {ACTIVATIONS[name] for name in ("none", "relu", "double_sigmoid")}
 SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax_after": 2}
 
 
@@ -356,28 +356,6 @@ def _register() -> None:
         sizes = [0 if t is None else t.numel() for t in (bias, scale, scale)]
         return torch.empty_like(z), *(z.new_empty(n, dtype=torch.float32) for n in sizes)
 
-    def save_norm_act(ctx: Any, inputs: Any, output: Any) -> None:
-        z, ctx.blocks, offsets, bias, scale, shift, _, _, ctx.training, ctx.eps, ctx.activation = inputs
-        y, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
-        # Without a norm y may say all that the gradient needs, and the next layer keeps it anyway.
-        ctx.from_output = scale is None and ctx.activation in FROM_OUTPUT
-        ctx.save_for_backward(y if ctx.from_output else z, offsets, bias, scale, shift, mean, var)
-
-    def norm_act_gradient(ctx: Any, grad_y: Tensor, _m: Any, _v: Any) -> tuple[Any, ...]:
-        z, offsets, bias, scale, shift, mean, var = ctx.saved_tensors
-        bias_seen, activation = bias, ctx.activation
-        if ctx.from_output:
-            bias_seen = None if bias is None else torch.zeros_like(bias)  # it is in y
-            activation = FROM_OUTPUT[ctx.activation]
-        grad_z, grad_bias, grad_scale, grad_shift = ops.norm_act_backward(
-            grad_y, z, ctx.blocks, offsets, bias_seen, scale, shift, mean, var, ctx.training, ctx.eps, activation
-        )
-        shaped = [None if t is None else g.view_as(t) for t, g in ((bias, grad_bias), (scale, grad_scale), (shift, grad_shift))]
-        return grad_z, None, None, *shaped, None, None, None, None, None
-
-    gradient("recsys_moe::norm_act", norm_act_gradient, setup_context=save_norm_act)
-
     @fake("recsys_moe::expert_linear")
     def _(x_bsd, gate_bgd, weight_ehd, source, bias, activation):  # type: ignore[no-untyped-def]
         return weight_ehd.new_empty(x_bsd.shape[0], *weight_ehd.shape[:2])
@@ -387,27 +365,6 @@ def _register() -> None:
         none = x_bsd.new_empty(0)
         grad_x = torch.empty_like(x_bsd) if need_x else none
         return grad_x, none if gate_bgd is None else torch.empty_like(gate_bgd), torch.empty_like(weight_ehd)
-
-    def save_linear(ctx: Any, inputs: Any, output: Any) -> None:
-        x, gate, weight, ctx.source, bias, ctx.activation = inputs
-        plain = bias is None and ctx.activation == ACTIVATIONS["none"]
-        ctx.save_for_backward(x, gate, weight, bias, None if plain else output)
-
-    def linear_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, gate, weight, bias, y = ctx.saved_tensors
-        grad_bias = None
-        if y is not None:  # the bias is in y, which tells the slope
-            seen, none = None if bias is None else torch.zeros_like(bias), grad.new_empty(0, dtype=torch.float32)
-            kind = FROM_OUTPUT[ctx.activation]
-            grad, grad_bias, _, _ = ops.norm_act_backward(
-                grad, y, weight.shape[0], None, seen, None, None, none, none, False, 0.0, kind
-            )
-        need = ctx.needs_input_grad[0]
-        grad_x, grad_gate, grad_w = ops.expert_linear_backward(grad, x, gate, weight, ctx.source, need)
-        on_bias = None if bias is None or grad_bias is None else grad_bias.view_as(bias)
-        return grad_x if need else None, None if gate is None else grad_gate, grad_w, None, on_bias, None
-
-    gradient("recsys_moe::expert_linear", linear_gradient, setup_context=save_linear)
 
     @fake("recsys_moe::gated_forward")
     def _(x_bsd, logits, down, up, weight, source, bias, scale, shift, mean, var, eps, activation):  # type: ignore[no-untyped-def]
@@ -552,18 +509,6 @@ def _register() -> None:
     def _(grad, softmax, experts, mask, residual):  # type: ignore[no-untyped-def]
         on_residual = softmax.new_empty(0 if residual is None else softmax.shape)
         return torch.empty_like(softmax), on_residual, torch.empty_like(experts, memory_format=torch.contiguous_format)
-
-    def save_mix(ctx: Any, inputs: Any, output: Any) -> None:
-        _, experts, mask, residual = inputs
-        _, softmax = output
-        ctx.mark_non_differentiable(softmax)
-        ctx.save_for_backward(softmax, experts, mask, residual)
-
-    def mix_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        on_logits, on_residual, on_experts = ops.gate_mix_backward(grad, *ctx.saved_tensors)
-        return on_logits, on_experts, None, None if ctx.saved_tensors[3] is None else on_residual
-
-    gradient("recsys_moe::gate_mix", mix_gradient, setup_context=save_mix)
 
     @fake("recsys_moe::route_topk")
     def _(logits, k, scoring, renormalize, bias, allowed):  # type: ignore[no-untyped-def]

@@ -237,6 +237,9 @@ void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_t colum
   }
 }
 
+// Pieces of `words` each that are worth a thread of their own.
+inline int64_t pack_grain(int64_t words) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(words, 1)); }
+
 // The panels of `count` matrices [units, depth], as layers keep their weights, for products over the depth. Packed ahead for all
 // threads, or, where a thread needs each but once, when it comes to it.
 template <typename T>
@@ -247,7 +250,7 @@ class Panels {
     if (!ahead) return;
     ahead_ = at::empty({count * each_ * size()}, at::kFloat);
     float* to = ahead_.data_ptr<float>();
-    at::parallel_for(0, count * each_, 1, [&](int64_t from, int64_t end) {
+    at::parallel_for(0, count * each_, pack_grain(size()), [&](int64_t from, int64_t end) {
       for (int64_t i = from; i < end; ++i) pack(i / each_, i % each_ * kPanel, to + i * size());
     });
   }
@@ -277,7 +280,7 @@ Tensor pack_over_units(const Tensor& weight, int64_t count) {
   const int64_t depth = weight.size(-1), units = weight.numel() / count / depth, all = words<T>(units), size = panel_words<T>(units);
   const int64_t chunks = (all + kPackWords - 1) / kPackWords;
   const Tensor packed = at::empty({count * panels(depth) * size}, at::kFloat);
-  at::parallel_for(0, count * chunks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count * chunks, pack_grain(kPackWords * depth), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t matrix = i / chunks, from = i % chunks * kPackWords, to = std::min(all, from + kPackWords);
       pack_columns<T>(from, to, units, depth, size, packed.data_ptr<float>() + matrix * panels(depth) * size,

@@ -13,6 +13,7 @@ import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -665,6 +666,33 @@ def test_sparse_expert_mlp_with_int8_weights(backend: Backend, case: Sparse, dty
     y = kernels.sparse_expert_mlp(inputs["x"], layers, *plan, unit_norm=case.unit_norm, invariant=True, backend=backend)
     assert y.dtype == inputs["x"].dtype
     assert relative(y, naive_sparse(case, ids, exact, exact)) < LIMIT[dtype]
+
+
+@NO_CPU
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "units"), [(21, 18), (320, 300)], ids=["small", "large"])
+def test_weight_gradients_over_more_rows_than_one_part(width: int, units: int, dtype: torch.dtype) -> None:
+    """Dense, and of experts with 1300, 0, 3 and 700 rows; small matrices go another way than large ones, in the same order."""
+    x, grad = torch.randn(2003, 1, width).to(dtype), torch.randn(2003, 1, units).to(dtype)
+    w, offsets = torch.randn(1, units, width).to(dtype), torch.tensor([0, 1300, 1300, 1303, 2003], dtype=torch.int32)
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        dense = torch.ops.recsys_moe.expert_linear_backward(grad, x, None, w, [0], False)[2]
+        grouped = torch.ops.recsys_moe.grouped_linear_backward(grad[:, 0], x[:, 0], w.expand(4, -1, -1), offsets)[1]
+        return dense, grouped
+
+    dense, grouped = gradients()
+    want = [grad[a:b, 0].double().T @ x[a:b, 0].double() for a, b in pairwise(offsets.tolist())]
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert relative(dense[0], torch.stack(want).sum(0)) < limit
+    for got, exact in zip(grouped, want, strict=True):
+        assert relative(got, exact) < limit
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), (dense, grouped), strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
