@@ -342,7 +342,7 @@ def _move_running(norm: BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | Non
 
 
 def _register() -> None:
-    """Tell PyTorch the operators' shapes and gradients, once the library is loaded."""
+    """Tell PyTorch the operators' shapes and gradients, once it is loaded; the most called gradients are in cpu_autograd.h."""
     ops, fake, gradient = torch.ops.recsys_moe, torch.library.register_fake, torch.library.register_autograd
 
     @fake("recsys_moe::norm_act")
