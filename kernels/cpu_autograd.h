@@ -82,10 +82,12 @@ struct ExpertLinear : torch::autograd::Function<ExpertLinear> {
     const Tensor &x = saved[0], &gate = saved[1], &weight = saved[2], &bias = saved[3], &y = saved[4], none;
     Tensor grad = grads[0], grad_bias;
     if (y.defined()) {  // the bias is in y, which tells the slope
+      const int64_t kind = from_output(ctx->saved_data["activation"].toInt());
+      TORCH_CHECK_NOT_IMPLEMENTED(kind >= 0, "the output of activation ", ctx->saved_data["activation"].toInt(), " does not tell its slope");
       const Tensor no_moments = at::empty({0}, grad.options().dtype(at::kFloat));
       std::tie(grad, grad_bias, std::ignore, std::ignore) =
           before.call(grad, y, weight.size(0), std::nullopt, optional(bias.defined() ? at::zeros_like(bias) : none), std::nullopt, std::nullopt,
-                      no_moments, no_moments, false, 0.0, from_output(ctx->saved_data["activation"].toInt()));
+                      no_moments, no_moments, false, 0.0, kind);
     }
     const bool need_x = ctx->needs_input_grad(0);
     const auto [grad_x, grad_gate, grad_w] = op.call(grad, x, optional(gate), weight, ctx->saved_data["source"].toIntVector(), need_x);

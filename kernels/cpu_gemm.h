@@ -237,7 +237,7 @@ void pack_transposed(const T* from, int64_t stride, int64_t depth, int64_t colum
   }
 }
 
-// Pieces of `words` each that are worth a thread of their own.
+// How many pieces of `words` each are worth a thread of their own.
 inline int64_t pack_grain(int64_t words) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(words, 1)); }
 
 // The panels of `count` matrices [units, depth], as layers keep their weights, for products over the depth. Packed ahead for all

@@ -12,6 +12,7 @@ import math
 import os
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -693,6 +694,18 @@ def test_weight_gradients_over_more_rows_than_one_part(width: int, units: int, d
         assert all(torch.equal(a, b) for a, b in zip(gradients(), (dense, grouped), strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@NO_CPU
+def test_an_activation_whose_output_does_not_tell_its_slope_has_no_gradient_there() -> None:
+    from recsys_moe.kernels.cpu import ACTIVATIONS as NUMBERS
+    from recsys_moe.kernels.cpu import FROM_OUTPUT
+
+    for activation in set(NUMBERS.values()) - {NUMBERS["swiglu"]}:
+        w = torch.randn(2, 3, 5, requires_grad=True)
+        y = torch.ops.recsys_moe.expert_linear(torch.randn(4, 1, 5), None, w, [0, 0], torch.randn(2, 3), activation)
+        with nullcontext() if activation in FROM_OUTPUT else pytest.raises(NotImplementedError, match="tell its slope"):
+            y.sum().backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
