@@ -669,17 +669,26 @@ def test_sparse_expert_mlp_with_int8_weights(backend: Backend, case: Sparse, dty
     assert relative(y, naive_sparse(case, ids, exact, exact)) < LIMIT[dtype]
 
 
+@pytest.fixture
+def operators() -> Any:
+    """The cpu backend's operators, its library loaded."""
+    from recsys_moe.kernels import cpu
+
+    assert cpu.why_not("cpu") is None
+    return torch.ops.recsys_moe
+
+
 @NO_CPU
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("width", "units"), [(21, 18), (320, 300)], ids=["small", "large"])
-def test_weight_gradients_over_more_rows_than_one_part(width: int, units: int, dtype: torch.dtype) -> None:
+def test_weight_gradients_over_more_rows_than_one_part(width: int, units: int, dtype: torch.dtype, operators: Any) -> None:
     """Dense, and of experts with 1300, 0, 3 and 700 rows; small matrices go another way than large ones, in the same order."""
     x, grad = torch.randn(2003, 1, width).to(dtype), torch.randn(2003, 1, units).to(dtype)
     w, offsets = torch.randn(1, units, width).to(dtype), torch.tensor([0, 1300, 1300, 1303, 2003], dtype=torch.int32)
 
     def gradients() -> tuple[Tensor, Tensor]:
-        dense = torch.ops.recsys_moe.expert_linear_backward(grad, x, None, w, [0], False)[2]
-        grouped = torch.ops.recsys_moe.grouped_linear_backward(grad[:, 0], x[:, 0], w.expand(4, -1, -1), offsets)[1]
+        dense = operators.expert_linear_backward(grad, x, None, w, [0], False)[2]
+        grouped = operators.grouped_linear_backward(grad[:, 0], x[:, 0], w.expand(4, -1, -1), offsets)[1]
         return dense, grouped
 
     dense, grouped = gradients()
@@ -697,13 +706,13 @@ def test_weight_gradients_over_more_rows_than_one_part(width: int, units: int, d
 
 
 @NO_CPU
-def test_an_activation_whose_output_does_not_tell_its_slope_has_no_gradient_there() -> None:
+def test_an_activation_whose_output_does_not_tell_its_slope_has_no_gradient_there(operators: Any) -> None:
     from recsys_moe.kernels.cpu import ACTIVATIONS as NUMBERS
     from recsys_moe.kernels.cpu import FROM_OUTPUT
 
     for activation in set(NUMBERS.values()) - {NUMBERS["swiglu"]}:
         w = torch.randn(2, 3, 5, requires_grad=True)
-        y = torch.ops.recsys_moe.expert_linear(torch.randn(4, 1, 5), None, w, [0, 0], torch.randn(2, 3), activation)
+        y = operators.expert_linear(torch.randn(4, 1, 5), None, w, [0, 0], torch.randn(2, 3), activation)
         with nullcontext() if activation in FROM_OUTPUT else pytest.raises(NotImplementedError, match="tell its slope"):
             y.sum().backward()
 
